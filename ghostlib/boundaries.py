@@ -1,0 +1,89 @@
+"""Boundaries: where the stream is cut when decoder layers are removed."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Boundary(NamedTuple):
+    """Removed layers ``start … stop - 1``: the stream must jump from ``X_pre`` to ``X_post``.
+
+    ``start`` is the index of the first removed layer, whose input is ``X_pre``; ``stop`` is the
+    index of the next surviving layer, whose input the dense model calls ``X_post``. With ``L``
+    layers, ``stop == L`` means that the final norm is what receives the stream.
+    """
+
+    start: int
+    stop: int
+
+    @property
+    def removed(self) -> range:
+        """Indices of the removed layers."""
+        return range(self.start, self.stop)
+
+    def __str__(self) -> str:
+        return f"({self.start}, {self.stop})"
+
+
+def check_boundary(boundary: Boundary | tuple[int, int], num_layers: int) -> Boundary:
+    """Return ``boundary`` as a `Boundary`, or raise `ValueError` if the model has no such layers."""
+    start, stop = boundary
+    if not 0 <= start < stop <= num_layers:
+        raise ValueError(
+            f"boundary ({start}, {stop}) does not fit a model of {num_layers} layers: "
+            f"it needs 0 <= start < stop <= {num_layers}"
+        )
+    return Boundary(int(start), int(stop))
+
+
+def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
+    """Group removed layers into maximal runs, one `Boundary` each, in ascending order.
+
+    Adjacent removed layers share one boundary, so one operator repairs them together (DESIGN of
+    the method: paper section 3.2.3, one operator per gap).
+
+    Args:
+        layers: indices of the layers to remove, in any order, without repetition.
+        num_layers: number of decoder layers of the dense model.
+
+    Raises:
+        ValueError: no layer, a repeated or out-of-range layer, or nothing left of the model.
+
+    >>> runs([25, 12, 13, 14], num_layers=30)
+    [Boundary(start=12, stop=15), Boundary(start=25, stop=26)]
+    """
+    ordered = sorted(int(layer) for layer in layers)
+    if not ordered:
+        raise ValueError("no layer to remove: name at least one layer")
+    if outside := [layer for layer in ordered if not 0 <= layer < num_layers]:
+        raise ValueError(
+            f"layers {outside} are out of range: a model of {num_layers} layers has "
+            f"layers 0 … {num_layers - 1}"
+        )
+    if repeated := sorted({a for a, b in zip(ordered, ordered[1:], strict=False) if a == b}):
+        raise ValueError(f"layers {repeated} are named more than once: remove each layer once")
+    if len(ordered) >= num_layers:
+        raise ValueError(
+            f"removing {len(ordered)} of {num_layers} layers leaves no layer: "
+            f"remove at most {num_layers - 1}"
+        )
+    found = [Boundary(ordered[0], ordered[0] + 1)]
+    for layer in ordered[1:]:
+        if layer == found[-1].stop:
+            found[-1] = Boundary(found[-1].start, layer + 1)
+        else:
+            found.append(Boundary(layer, layer + 1))
+    return found
+
+
+def contiguous(n: int, num_layers: int) -> list[Boundary]:
+    """Every contiguous block of ``n`` layers, first and last layers included, by ascending start.
+
+    Raises:
+        ValueError: ``n`` is not between 1 and ``num_layers - 1``.
+    """
+    if not 1 <= n < num_layers:
+        raise ValueError(
+            f"n = {n} layers cannot be removed from a model of {num_layers}: "
+            f"choose n between 1 and {num_layers - 1}"
+        )
+    return [Boundary(start, start + n) for start in range(num_layers - n + 1)]

@@ -1,0 +1,296 @@
+"""Moments: everything a least-squares operator needs to know about two sets of activations.
+
+Row-vector convention: activations are ``X`` of shape (tokens, width), an operator acts as
+``X @ W``. The squared error of *any* linear operator is a quadratic form in the second moments
+
+    ``||X W - Y||_F^2 = tr(W' G W) - 2 tr(W' B) + t``,  ``G = X'X``, ``B = X'Y``, ``t = tr(Y'Y)``,
+
+so ``X`` and ``Y`` themselves need never be kept: memory is O(width^2), whatever the number of
+tokens (paper, appendix H, eqs. A15-A16). The moments of two sets of tokens add up.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ghostlib.boundaries import Boundary
+from ghostlib.hadamard import has_hadamard, rotate
+
+if TYPE_CHECKING:
+    from ghostlib.operators import Operator
+
+_SUMS = ("G", "B", "y2", "x1", "y1", "x_abs", "y_abs", "ratio", "ratio_rotated")
+
+
+class Moments:
+    """Additive float64 sufficient statistics of the pair ``X`` (tokens, p) and ``Y`` (tokens, q).
+
+    Each token may carry a weight ``w``; without one, ``w = 1``.
+
+    Attributes:
+        G: (p, p) Gram matrix ``X' diag(w) X``.
+        B: (p, q) cross moments ``X' diag(w) Y``.
+        y2: (q,) squared norm of each column of ``Y``; their sum is ``t``.
+        x1, y1: (p,), (q,) column sums of ``X`` and ``Y``.
+        x_abs, y_abs: (p,), (q,) column sums of ``|X|`` and ``|Y|``.
+        ratio: (q,) sum over sequences of ``mean|Y_j| / mean|X_j|`` (1 where ``X_j`` is all zero),
+            the statistic of LinearPatch; stays zero when ``p != q``.
+        ratio_rotated: the same for ``X H`` and ``Y H``, with ``H`` the normalised Hadamard matrix;
+            stays zero when the width has none.
+        tokens: number of rows seen. weight: sum of their weights. sequences: number of updates.
+        boundary: the `Boundary` they belong to, or None.
+        model: fingerprint of the model they come from, or None.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        out_width: int | None = None,
+        *,
+        boundary: Boundary | tuple[int, int] | None = None,
+        model: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        p, q = int(width), int(width if out_width is None else out_width)
+        if p < 1 or q < 1:
+            raise ValueError(f"widths must be at least 1, got {p} and {q}")
+        shapes = {"G": (p, p), "B": (p, q), "x1": (p,), "x_abs": (p,)}
+        for name in _SUMS:
+            shape = shapes.get(name, (q,))
+            setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
+        self.tokens = 0
+        self.weight = 0.0
+        self.sequences = 0
+        self.boundary = None if boundary is None else Boundary(*boundary)
+        self.model = model
+
+    G: Tensor
+    B: Tensor
+    y2: Tensor
+    x1: Tensor
+    y1: Tensor
+    x_abs: Tensor
+    y_abs: Tensor
+    ratio: Tensor
+    ratio_rotated: Tensor
+
+    @property
+    def width(self) -> int:
+        """Input width p."""
+        return self.B.shape[0]
+
+    @property
+    def out_width(self) -> int:
+        """Output width q."""
+        return self.B.shape[1]
+
+    @property
+    def t(self) -> float:
+        """``tr(Y'Y)``, the squared Frobenius norm of the target."""
+        return float(self.y2.sum())
+
+    def __repr__(self) -> str:
+        where = "" if self.boundary is None else f", boundary={self.boundary}"
+        return f"Moments(width={self.width}, out_width={self.out_width}, tokens={self.tokens}{where})"
+
+    def update(self, X: Tensor, Y: Tensor, weight: Tensor | None = None) -> "Moments":
+        """Add the tokens of one sequence; returns self.
+
+        Args:
+            X: (tokens, p) activations before the boundary. Y: (tokens, q) activations after it.
+            weight: (tokens,) non-negative weight of each token's squared error.
+
+        Raises:
+            ValueError: shapes that do not fit, non-finite values, or invalid weights. Nothing is
+                added in that case.
+        """
+        self._check(X, Y, weight)
+        X, Y = X.to(self.G), Y.to(self.G)
+        return self._add_sequence(X, Y, weight, gram=None)
+
+    def _add_sequence(
+        self, X: Tensor, Y: Tensor, weight: Tensor | None, gram: Tensor | None
+    ) -> "Moments":
+        """`update` for checked float64 input; ``gram`` is this sequence's ``G`` when it is known.
+
+        Sums are rebound, never changed in place, so that two `Moments` may share a tensor.
+        """
+        w = None if weight is None else weight.to(self.G)
+        WX = X if w is None else w[:, None] * X
+        WY = Y if w is None else w[:, None] * Y
+        self.G = torch.addmm(self.G, WX.T, X) if gram is None else self.G + gram
+        self.B = torch.addmm(self.B, WX.T, Y)
+        self.y2 = self.y2 + (WY * Y).sum(0)
+        self.x1, self.y1 = self.x1 + WX.sum(0), self.y1 + WY.sum(0)
+        self.x_abs, self.y_abs = self.x_abs + WX.abs().sum(0), self.y_abs + WY.abs().sum(0)
+        if self.width == self.out_width:
+            self.ratio = self.ratio + magnitude_ratio(X, Y)
+            if has_hadamard(self.width):
+                self.ratio_rotated = self.ratio_rotated + magnitude_ratio(rotate(X), rotate(Y))
+        self.tokens += len(X)
+        self.weight += float(len(X) if w is None else w.sum())
+        self.sequences += 1
+        return self
+
+    def _check(self, X: Tensor, Y: Tensor, weight: Tensor | None) -> None:
+        if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
+            raise ValueError(
+                f"X and Y must be (tokens, width) with as many tokens, "
+                f"got {tuple(X.shape)} and {tuple(Y.shape)}"
+            )
+        if X.shape[1] != self.width or Y.shape[1] != self.out_width:
+            raise ValueError(
+                f"these moments have widths {self.width} and {self.out_width}, "
+                f"got activations of widths {X.shape[1]} and {Y.shape[1]}"
+            )
+        for name, values in (("X", X), ("Y", Y)):
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{name} has NaN or infinite activations: they would spoil every moment")
+        if weight is not None:
+            if weight.shape != (len(X),):
+                raise ValueError(f"weight must have shape ({len(X)},), got {tuple(weight.shape)}")
+            if not torch.isfinite(weight).all() or (weight < 0).any():
+                raise ValueError("weights must be finite and non-negative")
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both sets of tokens together.
+
+        Every sum is added once, so the result differs from one long pass only by the rounding of
+        float64 additions (relative 1e-15 per addition), and ``a + b`` equals ``b + a`` exactly.
+
+        Raises:
+            ValueError: other widths, another boundary or another model.
+        """
+        if not isinstance(other, Moments):
+            return NotImplemented
+        for what in ("width", "out_width", "boundary", "model"):
+            mine, theirs = getattr(self, what), getattr(other, what)
+            if mine != theirs:
+                raise ValueError(
+                    f"moments of different {what} cannot be added: {mine} and {theirs}"
+                )
+        total = self._like()
+        for name in _SUMS:
+            setattr(total, name, getattr(self, name) + getattr(other, name).to(self.G.device))
+        for name in ("tokens", "weight", "sequences"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+    def __radd__(self, other: Any) -> "Moments":
+        return self if other == 0 else NotImplemented  # so that sum() works
+
+    def _like(self) -> "Moments":
+        return Moments(
+            self.width, self.out_width, boundary=self.boundary, model=self.model, device=self.G.device
+        )
+
+    def to(self, device: torch.device | str) -> "Moments":
+        """A copy on another device (float64 stays)."""
+        moved = self._like()
+        for name in _SUMS:
+            setattr(moved, name, getattr(self, name).to(device))
+        moved.tokens, moved.weight, moved.sequences = self.tokens, self.weight, self.sequences
+        return moved
+
+    def error(self, operator: "Tensor | Operator") -> float:
+        """Squared error ``||X W + 1 b' - Y||_F^2`` of any operator on these tokens.
+
+        On training moments this is the training residual, on held-out moments the held-out error.
+        Below about 1e-15 ``t`` the value is rounding; it is clipped at zero.
+
+        Args:
+            operator: W of shape (p, q), or an `Operator` (with a bias where it has one).
+
+        Raises:
+            ValueError: W has another shape.
+        """
+        W = operator if isinstance(operator, Tensor) else operator.W
+        bias = None if isinstance(operator, Tensor) else operator.bias
+        if W.shape != self.B.shape:
+            raise ValueError(f"operator must have shape {tuple(self.B.shape)}, got {tuple(W.shape)}")
+        W = W.to(self.G)
+        total = (W * (self.G @ W)).sum() - 2 * (W * self.B).sum() + self.y2.sum()
+        if bias is not None:
+            b = bias.to(self.G)
+            total = total + 2 * b @ (W.T @ self.x1 - self.y1) + self.weight * (b @ b)
+        return max(float(total), 0.0)
+
+    def relative_error(self, operator: "Tensor | Operator") -> float:
+        """`error` divided by that of doing nothing, ``||Y - X||_F^2`` (1 = no better than pruning).
+
+        Raises:
+            ValueError: ``p != q``, or ``Y`` equals ``X`` (there is nothing to recover).
+        """
+        if self.width != self.out_width:
+            raise ValueError("relative_error compares with the identity, which needs equal widths")
+        nothing = self.error(torch.eye(self.width, dtype=torch.float64))
+        if nothing == 0:
+            raise ValueError("X_post equals X_pre: the removed layers did nothing to recover")
+        return self.error(operator) / nothing
+
+    def effective_rank(self, rcond: float = 1e-6) -> int:
+        """Number of singular values of ``X`` above ``rcond`` times the largest.
+
+        They are square roots of the eigenvalues of ``G``, so ratios below about 1e-8 drown in
+        float64 rounding.
+        """
+        if not 0 < rcond < 1:
+            raise ValueError(f"rcond must lie between 0 and 1, got {rcond}")
+        eigenvalues = torch.linalg.eigvalsh(self.G)
+        return int((eigenvalues > rcond**2 * eigenvalues[-1]).sum()) if eigenvalues[-1] > 0 else 0
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; an existing file is replaced only once the new one is whole."""
+        path = Path(path)
+        meta = {
+            "format": "ghostlib-moments-1",
+            "tokens": str(self.tokens),
+            "weight": repr(self.weight),
+            "sequences": str(self.sequences),
+            "boundary": json.dumps(self.boundary),
+            "model": json.dumps(self.model),
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            tensors = {name: getattr(self, name).cpu().contiguous() for name in _SUMS}
+            save_file(tensors, temporary, metadata=meta)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Moments":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                if meta.get("format") != "ghostlib-moments-1":
+                    raise ValueError("not a ghostlib moments file")
+                sums = {name: file.get_tensor(name) for name in _SUMS}
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as moments: {error}") from error
+        boundary = json.loads(meta["boundary"])
+        moments = cls(*sums["B"].shape, boundary=boundary, model=json.loads(meta["model"]))
+        for name, value in sums.items():
+            setattr(moments, name, value)
+        moments.tokens, moments.sequences = int(meta["tokens"]), int(meta["sequences"])
+        moments.weight = float(meta["weight"])
+        return moments
+
+
+def magnitude_ratio(X: Tensor, Y: Tensor) -> Tensor:
+    """``mean|Y_j| / mean|X_j|`` over the tokens of one sequence, (width,); 1 where ``X_j`` is zero."""
+    x, y = X.abs().sum(0), Y.abs().sum(0)
+    return torch.where(x > 0, y / x.clamp_min(torch.finfo(x.dtype).tiny), torch.ones_like(x))
