@@ -1,1 +1,42 @@
-"""Ghosted Layers (arXiv 2605.15491): recover layer-pruned language models in closed form."""
+"""Ghosted Layers (arXiv 2605.15491): recover layer-pruned language models in closed form.
+
+Importing this package registers the recovered model classes with transformers, so that
+``AutoModelForCausalLM.from_pretrained`` reads what ``recovered.save_pretrained`` wrote.
+"""
+
+from ghostlib.boundaries import Boundary, contiguous, runs
+from ghostlib.calibration import Calibration, Similarity, calibrate
+from ghostlib.corpora import CORPORA, documents, token_windows
+from ghostlib.evaluation import gap_closed, generate, perplexity, window_losses
+from ghostlib.models import ARCHITECTURES, load_model
+from ghostlib.moments import Moments
+from ghostlib.operators import OPERATORS, Operator, solve
+from ghostlib.selection import CRITERIA, Selection, select_layers
+from ghostlib.surgery import prune, recover
+
+__all__ = [
+    "ARCHITECTURES",
+    "CORPORA",
+    "CRITERIA",
+    "OPERATORS",
+    "Boundary",
+    "Calibration",
+    "Moments",
+    "Operator",
+    "Selection",
+    "Similarity",
+    "calibrate",
+    "contiguous",
+    "documents",
+    "gap_closed",
+    "generate",
+    "load_model",
+    "perplexity",
+    "prune",
+    "recover",
+    "runs",
+    "select_layers",
+    "solve",
+    "token_windows",
+    "window_losses",
+]

@@ -1,6 +1,7 @@
 """Boundaries: where the stream is cut when decoder layers are removed."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -25,7 +26,7 @@ class Boundary(NamedTuple):
 
 
 def check_boundary(boundary: Boundary | tuple[int, int], num_layers: int) -> Boundary:
-    """Return ``boundary`` as a `Boundary`, or raise `ValueError` if the model has no such layers."""
+    """Return ``boundary`` as a `Boundary`; `ValueError` if the model has no such layers."""
     start, stop = boundary
     if not 0 <= start < stop <= num_layers:
         raise ValueError(
@@ -38,8 +39,8 @@ def check_boundary(boundary: Boundary | tuple[int, int], num_layers: int) -> Bou
 def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
     """Group removed layers into maximal runs, one `Boundary` each, in ascending order.
 
-    Adjacent removed layers share one boundary, so one operator repairs them together (DESIGN of
-    the method: paper section 3.2.3, one operator per gap).
+    Adjacent removed layers share one boundary, so one operator repairs them together (paper,
+    section 3.2.3: one operator per gap).
 
     Args:
         layers: indices of the layers to remove, in any order, without repetition.
@@ -59,7 +60,7 @@ def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
             f"layers {outside} are out of range: a model of {num_layers} layers has "
             f"layers 0 … {num_layers - 1}"
         )
-    if repeated := sorted({a for a, b in zip(ordered, ordered[1:], strict=False) if a == b}):
+    if repeated := sorted({a for a, b in pairwise(ordered) if a == b}):
         raise ValueError(f"layers {repeated} are named more than once: remove each layer once")
     if len(ordered) >= num_layers:
         raise ValueError(

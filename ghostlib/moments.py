@@ -12,7 +12,7 @@ tokens (paper, appendix H, eqs. A15-A16). The moments of two sets of tokens add 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -26,6 +26,50 @@ if TYPE_CHECKING:
     from ghostlib.operators import Operator
 
 _SUMS = ("G", "B", "y2", "x1", "y1", "x_abs", "y_abs", "ratio", "ratio_rotated")
+
+
+class Stream(NamedTuple):
+    """One sequence of activations (tokens, width) in float64 with its weighted column sums.
+
+    Computed once a sequence, it serves every boundary that begins or ends there.
+    """
+
+    values: Tensor
+    weighted: Tensor
+    weight: float
+    sum: Tensor
+    abs: Tensor
+    square: Tensor
+    rotated: Tensor | None
+
+    @classmethod
+    def of(cls, activations: Tensor, weight: Tensor | None = None) -> "Stream":
+        """Sums over ``activations`` (tokens, width), each row multiplied by its ``weight``."""
+        values = activations.double()
+        if weight is None:
+            weight = torch.ones(len(values), device=values.device)
+            weighted = values
+        else:
+            weight = weight.to(values.device)
+            weighted = weight.double()[:, None] * values
+        w = weight.double()
+        # The rotation feeds a mean of absolute values only: the activations' own precision will do.
+        rotated = None
+        if has_hadamard(values.shape[1]):
+            rotated = weight.to(activations.dtype) @ rotate(activations).abs()
+        return cls(
+            values=values,
+            weighted=weighted,
+            weight=float(w.sum()),
+            sum=w @ values,
+            abs=w @ values.abs(),
+            square=(weighted * values).sum(0),
+            rotated=None if rotated is None else rotated.double(),
+        )
+
+    def gram(self) -> Tensor:
+        """``X' diag(w) X``, (width, width)."""
+        return self.weighted.T @ self.values
 
 
 class Moments:
@@ -97,7 +141,9 @@ class Moments:
 
     def __repr__(self) -> str:
         where = "" if self.boundary is None else f", boundary={self.boundary}"
-        return f"Moments(width={self.width}, out_width={self.out_width}, tokens={self.tokens}{where})"
+        return (
+            f"Moments(width={self.width}, out_width={self.out_width}, tokens={self.tokens}{where})"
+        )
 
     def update(self, X: Tensor, Y: Tensor, weight: Tensor | None = None) -> "Moments":
         """Add the tokens of one sequence; returns self.
@@ -111,30 +157,26 @@ class Moments:
                 added in that case.
         """
         self._check(X, Y, weight)
-        X, Y = X.to(self.G), Y.to(self.G)
-        return self._add_sequence(X, Y, weight, gram=None)
+        device = self.G.device
+        x, y = (Stream.of(values.to(device), weight) for values in (X, Y))
+        self.G = self.G + x.gram()
+        return self.add_sequence(x, y)
 
-    def _add_sequence(
-        self, X: Tensor, Y: Tensor, weight: Tensor | None, gram: Tensor | None
-    ) -> "Moments":
-        """`update` for checked float64 input; ``gram`` is this sequence's ``G`` when it is known.
+    def add_sequence(self, x: "Stream", y: "Stream") -> "Moments":
+        """`update` without ``G``, from what several boundaries share; for the streaming pass.
 
         Sums are rebound, never changed in place, so that two `Moments` may share a tensor.
         """
-        w = None if weight is None else weight.to(self.G)
-        WX = X if w is None else w[:, None] * X
-        WY = Y if w is None else w[:, None] * Y
-        self.G = torch.addmm(self.G, WX.T, X) if gram is None else self.G + gram
-        self.B = torch.addmm(self.B, WX.T, Y)
-        self.y2 = self.y2 + (WY * Y).sum(0)
-        self.x1, self.y1 = self.x1 + WX.sum(0), self.y1 + WY.sum(0)
-        self.x_abs, self.y_abs = self.x_abs + WX.abs().sum(0), self.y_abs + WY.abs().sum(0)
+        self.B = torch.addmm(self.B, x.weighted.T, y.values)
+        self.y2 = self.y2 + y.square
+        self.x1, self.y1 = self.x1 + x.sum, self.y1 + y.sum
+        self.x_abs, self.y_abs = self.x_abs + x.abs, self.y_abs + y.abs
         if self.width == self.out_width:
-            self.ratio = self.ratio + magnitude_ratio(X, Y)
-            if has_hadamard(self.width):
-                self.ratio_rotated = self.ratio_rotated + magnitude_ratio(rotate(X), rotate(Y))
-        self.tokens += len(X)
-        self.weight += float(len(X) if w is None else w.sum())
+            self.ratio = self.ratio + _ratio(x.abs, y.abs)
+            if x.rotated is not None and y.rotated is not None:
+                self.ratio_rotated = self.ratio_rotated + _ratio(x.rotated, y.rotated)
+        self.tokens += len(x.values)
+        self.weight += x.weight
         self.sequences += 1
         return self
 
@@ -151,7 +193,9 @@ class Moments:
             )
         for name, values in (("X", X), ("Y", Y)):
             if not torch.isfinite(values).all():
-                raise ValueError(f"{name} has NaN or infinite activations: they would spoil every moment")
+                raise ValueError(
+                    f"{name} has NaN or infinite activations: they would spoil every moment"
+                )
         if weight is not None:
             if weight.shape != (len(X),):
                 raise ValueError(f"weight must have shape ({len(X)},), got {tuple(weight.shape)}")
@@ -187,7 +231,11 @@ class Moments:
 
     def _like(self) -> "Moments":
         return Moments(
-            self.width, self.out_width, boundary=self.boundary, model=self.model, device=self.G.device
+            self.width,
+            self.out_width,
+            boundary=self.boundary,
+            model=self.model,
+            device=self.G.device,
         )
 
     def to(self, device: torch.device | str) -> "Moments":
@@ -213,7 +261,9 @@ class Moments:
         W = operator if isinstance(operator, Tensor) else operator.W
         bias = None if isinstance(operator, Tensor) else operator.bias
         if W.shape != self.B.shape:
-            raise ValueError(f"operator must have shape {tuple(self.B.shape)}, got {tuple(W.shape)}")
+            raise ValueError(
+                f"operator must have shape {tuple(self.B.shape)}, got {tuple(W.shape)}"
+            )
         W = W.to(self.G)
         total = (W * (self.G @ W)).sum() - 2 * (W * self.B).sum() + self.y2.sum()
         if bias is not None:
@@ -246,7 +296,7 @@ class Moments:
         return int((eigenvalues > rcond**2 * eigenvalues[-1]).sum()) if eigenvalues[-1] > 0 else 0
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file; an existing file is replaced only once the new one is whole."""
+        """Write one safetensors file; an old file is replaced only once the new one is whole."""
         path = Path(path)
         meta = {
             "format": "ghostlib-moments-1",
@@ -290,7 +340,6 @@ class Moments:
         return moments
 
 
-def magnitude_ratio(X: Tensor, Y: Tensor) -> Tensor:
-    """``mean|Y_j| / mean|X_j|`` over the tokens of one sequence, (width,); 1 where ``X_j`` is zero."""
-    x, y = X.abs().sum(0), Y.abs().sum(0)
+def _ratio(x: Tensor, y: Tensor) -> Tensor:
+    """``y / x`` by channel, 1 where ``x`` is zero: a channel without signal stays as it is."""
     return torch.where(x > 0, y / x.clamp_min(torch.finfo(x.dtype).tiny), torch.ones_like(x))

@@ -1,4 +1,4 @@
-"""A dictionary of named choices whose error for an unknown name lists and suggests the known ones."""
+"""A dictionary of named choices whose error for an unknown name suggests the known ones."""
 
 from collections.abc import Callable
 from difflib import get_close_matches

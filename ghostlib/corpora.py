@@ -1,0 +1,236 @@
+"""Named corpora and local files → documents → token windows.
+
+A corpus is where documents come from (`CORPORA`, a hub name, a path); `ghostlib.splits` decides
+which of them are for training and in which order they come; here they become windows of tokens.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ghostlib import hub
+from ghostlib.assets import asset
+from ghostlib.registry import Registry
+from ghostlib.splits import Document, kept, ordered, paragraphs, squeeze
+from ghostlib.textfiles import is_text_path, one_text, read_local
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CORPORA", "Corpus", "describe", "documents", "token_windows"]
+
+SEPARATOR = "\n\n"
+# Tokens at the end of a tokenised beginning of a text may differ from those of the whole text.
+MARGIN = 64
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where a corpus comes from, what may be done with it, and how to read it.
+
+    Attributes:
+        about: what it is, for a reader.
+        licence: its licence, or where to find it.
+        read: ``(split, text_column)`` → documents (key, text).
+        splits: names of its splits; None for whatever the hub has.
+        by_key: ``read`` yields the documents of all splits, and their keys say which is in which.
+    """
+
+    about: str
+    licence: str
+    read: Callable[[str, str], Iterable[Document]]
+    splits: tuple[str, ...] | None = ("train", "test", "all")
+    by_key: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.about}; licence: {self.licence}"
+
+
+def _wiki(split: str, column: str) -> Iterator[Document]:
+    for entry in json.loads(asset("wiki").read_text(encoding="utf-8")).values():
+        yield entry["title"], f"{entry['title']}\n\n{entry['extract']}"
+
+
+def _pydoc(split: str, column: str) -> Iterator[Document]:
+    """Python's help topics, less those that repeat a part of a longer one.
+
+    Many topics are sections of others, word for word: "if" is a part of "compound". Kept, they
+    would carry the same text into both splits.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    for title, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        parts = {part for part in map(squeeze, paragraphs(text)) if len(part) > 80}
+        if seen.isdisjoint(parts):
+            seen |= parts
+            yield title, text.strip()
+
+
+def _of_hub(spec: hub.HubCorpus) -> Corpus:
+    read = partial(hub.read_hub, spec)
+    return Corpus(spec.about, spec.licence, read, splits=None, by_key=False)
+
+
+CORPORA: Registry[Corpus] = Registry("corpus")
+CORPORA["wiki"] = Corpus("10,033 introductions of Wikipedia articles", "CC BY-SA 4.0", _wiki)
+CORPORA["pydoc"] = Corpus("help topics of this Python's language reference", "PSF-2.0", _pydoc)
+for _name, _spec in hub.NAMED.items():
+    CORPORA[_name] = _of_hub(_spec)
+
+
+def documents(
+    corpus: str | Path, *, split: str = "train", seed: int = 0, text_column: str = "text"
+) -> Iterator[str]:
+    """Documents of a corpus, one after the other.
+
+    Args:
+        corpus: a name from `CORPORA` (``"wiki"`` and ``"pydoc"`` need no network); any dataset of
+            the Hugging Face hub as ``"org/name"`` or ``"org/name:config"``; the path of a ``.txt``,
+            ``.raw``, ``.jsonl`` or ``.parquet`` file, or of a folder of such files.
+        split: ``"train"`` or ``"test"``, about 80 % and 20 % of the documents, which never share
+            one: of documents with the same text one is kept. Embedded and local corpora also have
+            ``"all"``: everything, in its own order. A hub corpus has the splits it was published
+            with. A single ``.txt`` is one document, cut near 80 % at the end of a paragraph.
+        seed: orders the documents. The splits of a hub corpus other than ``"train"`` keep their
+            published order, as protocols that report perplexity on them do.
+        text_column: the field of a ``.jsonl``, ``.parquet`` or hub corpus that holds the text.
+
+    ``"pydoc"`` comes with the Python that runs this, so its text differs between Python versions.
+
+    Raises:
+        ValueError: unknown corpus or split; a file that cannot be used, and why.
+        FileNotFoundError: no such file.
+        ConnectionError: a hub corpus that cannot be reached.
+        ghostlib.assets.AssetError: ``"wiki"`` is not in the cache and not to be had from here.
+    """
+    source = find(corpus)
+    if source.splits is not None and split not in source.splits:
+        raise ValueError(
+            f"unknown split {split!r} of corpus {corpus}: use one of {', '.join(source.splits)}"
+        )
+    if not _whole(seed):
+        raise ValueError(f"seed must be an integer, not {seed!r}")
+    return _texts(source, split, seed, text_column)
+
+
+def token_windows(
+    corpus: str | Path,
+    tokenizer: Any,
+    *,
+    split: str = "train",
+    length: int = 2048,
+    count: int | None = 32,
+    seed: int = 0,
+    text_column: str = "text",
+) -> "torch.Tensor":
+    """Consecutive windows of the tokenised documents, which are joined by a blank line.
+
+    The windows are those of one tokenisation of the joined text, without special tokens and without
+    overlap; of the text only as much is tokenised as they need. The same arguments give the same
+    windows, and fewer windows are the first of more.
+
+    Args:
+        corpus, split, seed, text_column: see `documents`.
+        tokenizer: a Hugging Face tokenizer.
+        length: tokens per window.
+        count: number of windows; None for all that the split has.
+
+    Returns:
+        LongTensor (count, length).
+
+    Raises:
+        ValueError: too little text (the message says how much there is), or a bad ``length`` or
+            ``count``. Otherwise as `documents`.
+    """
+    import torch
+
+    for name, value in (("length", length), ("count", count)):
+        if value is not None and (not _whole(value) or value < 1):
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    texts = documents(corpus, split=split, seed=seed, text_column=text_column)
+    wanted = None if count is None else count * length
+    ids = _beginning(texts, tokenizer, wanted)
+    where = f"split {split!r} of corpus {corpus}"
+    if not ids:
+        raise ValueError(f"{where} is empty: it has no document with text")
+    have = len(ids) // length
+    if not have:
+        raise ValueError(f"{where} has {len(ids)} tokens, fewer than one window of {length}")
+    if count is not None and have < count:
+        raise ValueError(
+            f"{where} has {have} windows of {length} tokens, fewer than count = {count}: "
+            f"choose count <= {have}, or None for all"
+        )
+    used = have if count is None else count
+    return torch.tensor(ids[: used * length], dtype=torch.long).view(used, length)
+
+
+def find(corpus: str | Path) -> Corpus:
+    """The `Corpus` behind a name or a path.
+
+    Raises:
+        ValueError: neither a known name, nor a hub name, nor a path.
+        FileNotFoundError: a path, but nothing is there.
+    """
+    if isinstance(corpus, str) and corpus in CORPORA:
+        return CORPORA[corpus]
+    if isinstance(corpus, Path) or is_text_path(corpus):
+        path = Path(corpus).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"no such corpus file: {path}")
+        read = partial(read_local, path)
+        return Corpus(f"local file {path.name}", "its owner's", read, by_key=not one_text(path))
+    if hub.is_hub_name(corpus):
+        return _of_hub(hub.spec_of(corpus))
+    try:
+        return CORPORA[corpus]
+    except ValueError as error:
+        raise ValueError(f"{error}; or a hub dataset 'org/name', or the path of a file") from None
+
+
+def describe(corpus: str | Path) -> str:
+    """One line on where the text comes from and under which licence it stands."""
+    source = find(corpus)
+    # Not the path of a local file: notebooks print this line, and keep it.
+    return f"{source}" if source.about.startswith("local") else f"{corpus}: {source}"
+
+
+def _texts(source: Corpus, split: str, seed: int, column: str) -> Iterator[str]:
+    found = source.read(split, column)
+    if split == "all" or (source.splits is None and split != "train"):
+        yield from (text for _, text in found)
+    else:
+        yield from ordered(kept(found, split) if source.by_key else found, seed)
+
+
+def _whole(value: object) -> bool:
+    """Whether ``value`` is an integer, NumPy's included."""
+    return isinstance(value, Integral)
+
+
+def _beginning(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> list[int]:
+    """Token ids of the joined texts, of all or of a beginning with more than ``wanted`` tokens."""
+    joined: list[str] = []
+    characters, exhausted = 0, False
+    target = None if wanted is None else 5 * (wanted + MARGIN)
+    while True:
+        while not exhausted and (target is None or characters < target):
+            text = next(texts, None)
+            if text is None:
+                exhausted = True
+            else:
+                joined.append(text)
+                characters += len(text) + len(SEPARATOR)
+        whole = SEPARATOR.join(joined)[:target]
+        # verbose: or else transformers warns that a whole corpus is longer than the model's context
+        ids: list[int] = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        if wanted is None or target is None or len(ids) >= wanted + MARGIN:
+            return ids
+        if exhausted and target >= characters:
+            return ids
+        target = 1 + int(1.1 * target * (wanted + MARGIN) / max(len(ids), 1))

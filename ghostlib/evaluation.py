@@ -1,0 +1,98 @@
+"""Evaluation: what a model, dense or recovered, makes of held-out text."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ghostlib.calibration import check_windows
+from ghostlib.models import final_hidden, head
+from ghostlib.progress import track
+
+_CHUNK = 256  # tokens whose logits exist at once: 256 x 150,000 words x 4 bytes = 150 MB
+
+
+def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> Tensor:
+    """Mean negative log-likelihood per predicted token (nats) of each window.
+
+    Every window is scored by itself; its first token is context only, so that ``length - 1`` tokens
+    are predicted. The head is computed in chunks of tokens, in float32.
+
+    Args:
+        model: any causal LM this package supports.
+        windows: (windows, length) token ids. batch_size: windows per forward pass.
+
+    Returns:
+        float64 tensor (windows,).
+
+    Raises:
+        ValueError: windows that do not fit the model, or of fewer than two tokens.
+    """
+    check_windows(model, windows)
+    if windows.shape[1] < 2:
+        raise ValueError("windows of one token predict nothing: use a length of at least 2")
+    losses = []
+    for ids in track(windows.split(batch_size), "scoring", unit="batch"):
+        hidden = final_hidden(model, ids)[:, :-1].flatten(0, 1)
+        targets = ids[:, 1:].flatten().to(hidden.device)
+        with torch.no_grad():
+            tokens = [
+                nn.functional.cross_entropy(
+                    head(model, h).float(), y.to(h.device), reduction="none"
+                )
+                for h, y in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
+            ]
+        losses.append(torch.cat(tokens).double().view(len(ids), -1).mean(1).cpu())
+    return torch.cat(losses)
+
+
+def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> float:
+    """``exp`` of the mean negative log-likelihood over all windows; see `window_losses`."""
+    return math.exp(float(window_losses(model, windows, batch_size=batch_size).mean()))
+
+
+def gap_closed(dense: float, pruned: float, recovered: float) -> float:
+    """Share of the log-perplexity lost by pruning that recovery wins back (1 = all, < 0 = harm).
+
+    Args:
+        dense, pruned, recovered: perplexities of the three models on the same windows.
+
+    Raises:
+        ValueError: pruning lost nothing.
+    """
+    if not pruned > dense:
+        raise ValueError(
+            f"pruned perplexity {pruned:.4g} is not above dense {dense:.4g}: no gap to close"
+        )
+    return math.log(pruned / recovered) / math.log(pruned / dense)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 40,
+) -> list[str]:
+    """Continue each prompt greedily; returns the continuations alone.
+
+    Prompts of different lengths are padded on the left, as a decoder-only model needs.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    generator: Any = model
+    with torch.no_grad():
+        out = generator.generate(
+            **batch.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

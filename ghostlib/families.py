@@ -1,0 +1,251 @@
+"""The operator families: from `Moments` to the best matrix within each set.
+
+Every function takes moments of ``X`` (tokens, p) and ``Y`` (tokens, q) and returns a `Fit`. With
+``C`` the common width the sets are nested,
+
+    identity ⊂ scalar ⊂ diagonal, hadamard-diagonal ⊂ symmetric ⊂ ghost ⊂ affine,
+    identity ⊂ orthogonal ⊂ scaled-orthogonal ⊂ ghost,
+    identity ⊂ low-rank (any rank) ⊂ ghost,
+
+so their training errors are ordered. Only the two `linearpatch` functions are no least-squares
+fits. Directions the calibration tokens never visit stay untouched: each family returns, among
+equally good fits, the one closest to the identity.
+"""
+
+import operator
+from typing import NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+
+from ghostlib.gram import Gram, Regularisation, Regularised, check_square, gram
+from ghostlib.hadamard import rotate
+from ghostlib.moments import Moments
+
+
+class Fit(NamedTuple):
+    """What a family found: see `ghostlib.operators.Operator` for the fields."""
+
+    W: Tensor
+    dof: int
+    bias: Tensor | None = None
+    rank: int = 0
+    condition: float = 1.0
+    trouble: str | None = None
+
+
+def identity(moments: Moments) -> Fit:
+    """``W = I``: the pruned model without recovery."""
+    return Fit(_eye(moments, "identity"), 0)
+
+
+def scalar(moments: Moments) -> Fit:
+    """``W = a I`` with ``a = tr(B)/tr(G)``."""
+    eye = _eye(moments, "scalar")
+    G = moments.G.trace()[None]
+    return Fit(_ratio(moments.B.trace(), G) * eye, 1, None, *_conditioning(G))
+
+
+def diagonal(moments: Moments) -> Fit:
+    """``W = diag(d)`` with ``d_j = B_jj / G_jj``; 1 for a channel that is always zero."""
+    check_square(moments, "diagonal")
+    G, B = moments.G.diagonal(), moments.B.diagonal()
+    return Fit(torch.diag(_ratio(B, G)), len(G), None, *_conditioning(G))
+
+
+def linearpatch_d(moments: Moments, *, pooled: bool = False) -> Fit:
+    """LinearPatch without rotation: ``d_j = mean|Y_j| / mean|X_j|`` (NeurIPS 2025).
+
+    Args:
+        pooled: take the ratio over all tokens at once (weighted where the tokens are) instead of
+            averaging the ratios of the sequences, as the published code does.
+    """
+    check_square(moments, "linearpatch-d")
+    d = _ratio(moments.y_abs, moments.x_abs) if pooled else moments.ratio / moments.sequences
+    return Fit(torch.diag(d), len(d))
+
+
+def linearpatch_r(moments: Moments) -> Fit:
+    """LinearPatch: ``W = H diag(d) H'`` with ``d`` the magnitude ratios of ``X H`` and ``Y H``.
+
+    Raises:
+        ValueError: the width has no Hadamard matrix.
+    """
+    H = rotate(_eye(moments, "linearpatch-r"))
+    d = moments.ratio_rotated / moments.sequences
+    return Fit(rotate(H * d, inverse=True), len(d))
+
+
+def hadamard_diagonal(moments: Moments) -> Fit:
+    """The least-squares optimum of LinearPatch's own set ``H diag(d) H'``: `diagonal` after ``H``.
+
+    Raises:
+        ValueError: the width has no Hadamard matrix.
+    """
+    H = rotate(_eye(moments, "hadamard-diagonal"))
+    g, b = _rotated_diagonal(moments.G, H), _rotated_diagonal(moments.B, H)
+    return Fit(rotate(H * _ratio(b, g), inverse=True), len(g), None, *_conditioning(g))
+
+
+def orthogonal(moments: Moments) -> Fit:
+    """Procrustes: ``W = U V'`` from ``B = U S V'``, reflections included."""
+    check_square(moments, "orthogonal")
+    C = moments.width
+    return Fit(_procrustes(moments.B)[0], C * (C - 1) // 2)
+
+
+def scaled_orthogonal(moments: Moments) -> Fit:
+    """Procrustes with a scale: ``W = (tr(S)/tr(G)) U V'`` from ``B = U S V'``."""
+    check_square(moments, "scaled-orthogonal")
+    C = moments.width
+    Q, nuclear = _procrustes(moments.B)
+    G = moments.G.trace()[None]
+    return Fit(_ratio(nuclear, G) * Q, C * (C - 1) // 2 + 1, None, *_conditioning(G))
+
+
+def symmetric(moments: Moments, **how: Unpack[Regularisation]) -> Fit:
+    """``W = W'``: the Lyapunov equation ``G W + W G = B + B'`` in the eigenbasis of ``G``.
+
+    Solved for ``M = W - I``, which obeys the same equation with ``B - G`` on the right. There
+    entry (i, j) is divided by ``s_i + s_j``, so it stays 0 only where neither direction was seen.
+
+    Args:
+        how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
+    """
+    check_square(moments, "symmetric")
+    inverse = gram(moments).regularise(**how)
+    V = inverse.gram.vectors
+    # X v = 0 forces v' X' Delta = 0: on dropped directions both are rounding, and must go together.
+    C = V.T @ (moments.B - moments.G) @ V * inverse.kept[:, None]
+    s = (inverse.gram.values + inverse.ridge) * inverse.kept
+    W = V @ _ratio(C + C.T, s[:, None] + s[None, :], empty=0.0) @ V.T
+    W.diagonal().add_(1.0)
+    return _full((W + W.T) / 2, moments, inverse, moments.width * (moments.width + 1) // 2)
+
+
+def low_rank(moments: Moments, *, rank: int, **how: Unpack[Regularisation]) -> Fit:
+    """``W = I + M`` with ``rank M <= r``: reduced-rank regression of ``Delta`` on ``X``.
+
+    ``||X M - Delta||`` differs by a constant from the distance of ``G^(1/2) M`` to the whitened
+    fit ``G^(-1/2) X'Delta``, whose best rank-r approximation is its truncated SVD (Eckart-Young).
+
+    Args:
+        rank: r, between 1 and the width.
+        how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
+
+    Raises:
+        ValueError: a rank outside 1 … width.
+    """
+    check_square(moments, "low-rank")
+    C, r = moments.width, operator.index(rank)
+    if not 1 <= r <= C:
+        raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
+    inverse = gram(moments).regularise(**how)
+    V, root = inverse.gram.vectors, inverse.gain.sqrt()[:, None]
+    A = root * (V.T @ (moments.B - moments.G))
+    if r < C:
+        # The leading left singular vectors, from A A': a third of the cost of an SVD, and an error
+        # in them enters the residual only squared.
+        U = torch.linalg.eigh(A @ A.T).eigenvectors[:, -r:]
+        A = U @ (U.T @ A)
+    W = V @ (root * A)
+    W.diagonal().add_(1.0)
+    return _full(W, moments, inverse, r * (2 * C - r))
+
+
+def ghost(
+    moments: Moments,
+    *,
+    rcond: float | None = None,
+    ridge: float | None = None,
+    relative_ridge: float | None = None,
+    around: str = "identity",
+) -> Fit:
+    """The unconstrained optimum ``W = I + M``, ``M = pinv(X) Delta`` (paper, eqs. 4-7).
+
+    Give at most one of the first three; the default is ``rcond = 1e-6``.
+
+    Args:
+        rcond: truncated SVD as in the paper's text: singular values of ``X`` up to this fraction of
+            the largest are dropped.
+        ridge: ``(G + ridge I) M = X'Delta`` as in the paper's code, which takes 1e-6.
+        relative_ridge: the same in units of the mean eigenvalue ``tr(G)/p``, so that a value keeps
+            its meaning when the number of tokens or the scale of the stream changes.
+        around: ``"identity"`` solves for the smallest ``M``, which leaves unseen directions as they
+            are; ``"zero"`` for the smallest ``W``, which erases them, and which fits any pair of
+            widths. The two agree without a ridge where ``X`` has full column rank.
+    """
+    inverse = gram(moments).regularise(rcond, ridge, relative_ridge)
+    W = _solve(inverse, moments, moments.G, moments.B, around, "ghost")
+    return _full(W, moments, inverse, W.numel())
+
+
+def affine(moments: Moments, *, around: str = "identity", **how: Unpack[Regularisation]) -> Fit:
+    """``X W + b``: `ghost` on centred moments; a ridge does not shrink ``b``.
+
+    Args:
+        around: as in `ghost`.
+        how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
+    """
+    x, y = moments.x1 / moments.weight, moments.y1 / moments.weight
+    G = moments.G - torch.outer(moments.x1, x)
+    B = moments.B - torch.outer(moments.x1, y)
+    # Centring cancels: what is left of a large constant channel is rounding at the size of G.
+    scale = float(moments.G.diagonal().max())
+    inverse = Gram.decompose(G, scale).regularise(**how)
+    W = _solve(inverse, moments, G, B, around, "affine")
+    return _full(W, moments, inverse, W.numel() + len(y), bias=y - x @ W)
+
+
+def _solve(
+    inverse: Regularised, moments: Moments, G: Tensor, B: Tensor, around: str, name: str
+) -> Tensor:
+    if around == "zero":
+        return inverse.solve(B)
+    if around != "identity":
+        raise ValueError(f"around must be 'identity' or 'zero', got {around!r}")
+    check_square(moments, f"{name} around the identity")
+    W = inverse.solve(B - G)
+    W.diagonal().add_(1.0)
+    return W
+
+
+def _full(
+    W: Tensor, moments: Moments, inverse: Regularised, dof: int, bias: Tensor | None = None
+) -> Fit:
+    trouble = inverse.trouble(moments.tokens)
+    return Fit(W, dof, bias, inverse.rank, inverse.gram.condition, trouble)
+
+
+def _eye(moments: Moments, name: str) -> Tensor:
+    check_square(moments, name)
+    return torch.eye(moments.width, dtype=torch.float64, device=moments.G.device)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, empty: float = 1.0) -> Tensor:
+    """``numerator / denominator``, and ``empty`` where the denominator is zero."""
+    safe = torch.where(denominator > 0, denominator, 1.0)
+    return torch.where(denominator > 0, numerator / safe, empty)
+
+
+def _conditioning(diagonal: Tensor) -> tuple[int, float]:
+    """Rank and condition number of a diagonal Gram matrix."""
+    low, high = float(diagonal.min()), float(diagonal.max())
+    return int((diagonal > 0).sum()), high / low if low > 0 else float("inf")
+
+
+def _rotated_diagonal(A: Tensor, H: Tensor) -> Tensor:
+    """(n,) diagonal of ``H' A H``."""
+    return (H * rotate(A)).sum(0)
+
+
+def _procrustes(B: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthogonal ``Q`` with the largest ``tr(Q'B)``, and that trace, the nuclear norm of ``B``."""
+    U, sigma, Vh = torch.linalg.svd(B)
+    unseen = sigma <= len(B) * torch.finfo(B.dtype).eps * sigma[0]
+    if unseen.any():
+        # Any rotation among the null directions fits as well: take the one nearest the identity.
+        U0, V0 = U[:, unseen], Vh[unseen].T
+        P, _, Qh = torch.linalg.svd(U0.T @ V0)
+        U[:, unseen] = U0 @ (P @ Qh)
+    return U @ Vh, sigma.sum()

@@ -1,0 +1,139 @@
+"""The recovered model: an ordinary `PreTrainedModel` whose constructor installs its operators.
+
+A recovered model belongs to a subclass of its model's own class, made here for each architecture:
+``GhostedLlamaForCausalLM`` is a ``LlamaForCausalLM`` whose ``config.ghost`` lists the operators, so
+they are saved, loaded, moved and cast like any other parameter. Importing this module registers
+the subclasses with transformers; without it, loading fails for want of the model type.
+"""
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+
+from ghostlib.models import ARCHITECTURES, GHOSTED, hidden_size, receiver
+
+VARIANT = "ghosted"
+"""Recovered weights are saved as ``model.ghosted.safetensors``: the stock class finds no file there
+instead of loading every weight but the operators."""
+
+
+class LinearBoundary(nn.Module):
+    """``x -> x + x M (+ b)``: one matrix product at the boundary (paper, eq. 8, with W = I + M).
+
+    ``M`` is kept rather than ``W`` because in bfloat16 the rounding of a diagonal near one would be
+    as large as the entries of ``M`` themselves.
+    """
+
+    def __init__(self, width: int, bias: bool = False) -> None:
+        super().__init__()
+        self.M = nn.Parameter(torch.zeros(width, width))
+        self.b = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to ``x`` (…, width)."""
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.addmm(flat, flat, self.M).view(x.shape)
+        return y if self.b is None else y + self.b
+
+
+@cache
+def _receiving(cls: Any) -> Any:
+    """Subclass of a decoder layer or norm that passes its input through ``self.boundary`` first.
+
+    It keeps the name of its parent, by which device placement knows what must not be split.
+    """
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, self.boundary(hidden_states), *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": __name__})
+
+
+def install_boundaries(model: PreTrainedModel) -> None:
+    """Give every receiver named in ``config.ghost`` its (still empty) operator."""
+    for entry in model.config.ghost:
+        module: Any = receiver(model, entry["receiver"])
+        # Where accelerate placed the module, its instance carries a forward bound to the old class.
+        placement = getattr(module, "_hf_hook", None)
+        if placement is not None:
+            remove_hook_from_module(module)
+            vars(module).pop("forward", None)
+        module.__class__ = _receiving(type(module))
+        module.boundary = LinearBoundary(hidden_size(model), bias=entry["bias"])
+        if placement is not None:
+            add_hook_to_module(module, placement)
+
+
+class GhostedMixin:
+    """What a recovered model adds to its model's own class."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install_boundaries(self)  # type: ignore[arg-type]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, into a folder that must be new or empty.
+
+        Raises:
+            FileExistsError: the folder holds something already.
+        """
+        if os.path.isdir(save_directory) and os.listdir(save_directory):
+            raise FileExistsError(
+                f"output folder {save_directory} exists and is not empty: name a new one"
+            )
+        options = {"variant": VARIANT, **kwargs}
+        super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: the file lacks an operator that the configuration names.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        options = {"variant": VARIANT, **kwargs, "output_loading_info": True}
+        model, info = super().from_pretrained(*args, **options)  # type: ignore[misc]
+        if lost := sorted(key for key in info["missing_keys"] if ".boundary." in key):
+            raise ValueError(
+                f"the saved model lacks its operators {lost}: save it again from ghostlib"
+            )
+        return (model, info) if wants_info else model
+
+
+@cache
+def ghosted_class(model_type: str) -> type[PreTrainedModel]:
+    """The recovered class for a model type, registered so that `AutoModelForCausalLM` finds it."""
+    config_base: type = CONFIG_MAPPING[model_type]
+    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_base]
+    config_class = type(
+        f"Ghosted{config_base.__name__}",
+        (config_base,),
+        {"model_type": GHOSTED + model_type, "__module__": __name__},
+    )
+    model_class = type(
+        f"Ghosted{model_base.__name__}",
+        (GhostedMixin, model_base),
+        {"config_class": config_class, "__module__": __name__},
+    )
+    globals().update(
+        {c.__name__: c for c in (config_class, model_class)}
+    )  # so that pickle finds them
+    AutoConfig.register(GHOSTED + model_type, config_class)
+    AutoModelForCausalLM.register(config_class, model_class)
+    return model_class
+
+
+for _model_type in ARCHITECTURES:
+    ghosted_class(_model_type)

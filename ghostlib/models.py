@@ -1,0 +1,199 @@
+"""Models: load one, and know where its architecture keeps its decoder layers.
+
+This is the only module that does. A supported architecture is one line in `ARCHITECTURES`; the
+contract it must fulfil is one test (``tests/test_models.py``).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ghostlib.assets import embedded_model_dir
+from ghostlib.registry import Registry
+
+EMBEDDED = "smollm2"
+GHOSTED = "ghosted_"  # what `surgery` puts before the model type of a recovered model
+
+
+class Architecture(NamedTuple):
+    """Where a causal LM keeps its decoder layers and the norm after the last of them."""
+
+    layers: str
+    norm: str
+
+
+_LLAMA_LIKE = Architecture("model.layers", "model.norm")
+
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "architecture",
+    llama=_LLAMA_LIKE,
+    mistral=_LLAMA_LIKE,
+    qwen2=_LLAMA_LIKE,
+    qwen3=_LLAMA_LIKE,
+    gemma2=_LLAMA_LIKE,
+    gemma3_text=_LLAMA_LIKE,
+    olmo2=_LLAMA_LIKE,
+    phi3=_LLAMA_LIKE,
+    gpt_neox=Architecture("gpt_neox.layers", "gpt_neox.final_layer_norm"),
+    opt=Architecture("model.decoder.layers", "model.decoder.final_layer_norm"),
+    gpt2=Architecture("transformer.h", "transformer.ln_f"),
+)
+
+
+def load_model(
+    name: str | Path = EMBEDDED,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: ``"smollm2"`` for the embedded SmolLM2-135M-Instruct (float32, fetched once and
+            checked), a local folder, or any causal-LM id of the Hugging Face hub.
+        dtype: weights' data type; by default float32 for the embedded model and the type the
+            checkpoint was saved in for any other.
+        device: where to put the model; by default where ``from_pretrained`` leaves it.
+        options: passed on to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, …).
+
+    Raises:
+        ValueError: the architecture is not supported; the message lists those that are.
+        OSError: nothing was found under that name.
+    """
+    folder = embedded_model_dir() if str(name) == EMBEDDED else name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
+    architecture(model)
+    if device is not None:
+        model = model.to(device=device)
+    return model.eval(), tokenizer
+
+
+def architecture(model: PreTrainedModel) -> Architecture:
+    """The layout of ``model``.
+
+    Raises:
+        ValueError: an architecture without an entry in `ARCHITECTURES`.
+    """
+    return ARCHITECTURES[model.config.model_type.removeprefix(GHOSTED)]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, in the order the residual stream passes them."""
+    return attrgetter(architecture(model).layers)(model)
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    """Number of decoder layers."""
+    return len(decoder_layers(model))
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the residual stream."""
+    return model.config.hidden_size
+
+
+def receiver(model: PreTrainedModel, index: int) -> nn.Module:
+    """The module whose first argument is the stream at ``index``: a layer, or the final norm.
+
+    Index ``l`` below the number of layers is decoder layer ``l``; the number of layers itself is
+    the final norm.
+
+    Raises:
+        ValueError: the final norm is asked for and the model has none (OPT with post-norm).
+    """
+    layers = decoder_layers(model)
+    if index < len(layers):
+        return layers[index]
+    norm = attrgetter(architecture(model).norm)(model)
+    if norm is None:
+        raise ValueError(
+            f"{type(model).__name__} has no final norm to receive the stream after its last layer: "
+            f"keep layer {len(layers) - 1}"
+        )
+    return norm
+
+
+def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Reduce ``model``, in place, to the decoder layers ``kept`` and make everything agree.
+
+    ``num_hidden_layers``, ``layer_types`` and every ``layer_idx`` (which names the layer's place in
+    the key-value cache) follow.
+
+    Raises:
+        ValueError: GPT-2 with ``scale_attn_by_inverse_layer_idx``, whose layers compute with their
+            index and would change when they move.
+    """
+    config = model.config
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ValueError(
+            "this GPT-2 scales attention by its layer index (scale_attn_by_inverse_layer_idx): "
+            "its layers cannot be moved without changing what they compute"
+        )
+    layers = decoder_layers(model)
+    layer_types = getattr(config, "layer_types", None)
+    parent_path, _, name = architecture(model).layers.rpartition(".")
+    setattr(attrgetter(parent_path)(model), name, nn.ModuleList(layers[index] for index in kept))
+    config.num_hidden_layers = len(kept)
+    if layer_types is not None:
+        config.layer_types = [layer_types[index] for index in kept]
+    for position, layer in enumerate(decoder_layers(model)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position  # type: ignore[assignment]
+
+
+def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (…, vocabulary) of final hidden states (…, hidden), capped if the model caps them."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A short name that tells one model's activations from another's.
+
+    Made of the model type, its size, and a hash of the first bytes of every layer's parameters in
+    float32, so that a copy of the model in another place has the same one.
+    """
+    digest = hashlib.sha256()
+    for layer in decoder_layers(model):
+        for parameter in layer.parameters():
+            digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
+    kind = model.config.model_type
+    return f"{kind}-{num_layers(model)}x{hidden_size(model)}-{digest.hexdigest()[:12]}"
+
+
+class _Captured(Exception):
+    """Ends a forward pass at the language-model head."""
+
+
+@torch.no_grad()
+def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """What the language-model head would receive, (windows, length, hidden), without running it."""
+    caught: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple) -> None:
+        caught.append(args[0])
+        raise _Captured
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        model(input_ids=windows.to(model.device), use_cache=False)
+    except _Captured:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(model).__name__} never called its output embeddings")

@@ -1,0 +1,161 @@
+"""Figures: one function each, from plain data to the `Axes` they drew on.
+
+An operator has the same colour in every notebook: take it from `color`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
+
+from ghostlib.registry import Registry
+
+COLORS: Registry[str] = Registry(
+    "operator or model colour",
+    **{
+        "dense": "#404040",
+        "pruned": "#c0392b",
+        "identity": "#c0392b",
+        "scalar": "#e6a57e",
+        "magnitude": "#cc79a7",
+        "diagonal": "#e69f00",
+        "linearpatch-d": "#d4b106",
+        "linearpatch-r": "#8c7b00",
+        "hadamard-diagonal": "#b8860b",
+        "orthogonal": "#7f7fd5",
+        "scaled-orthogonal": "#5b5bb0",
+        "symmetric": "#56b4e9",
+        "low-rank": "#66c2a5",
+        "ghost": "#00876c",
+        "affine": "#004d40",
+        "replaceme": "#a65628",
+    },
+)
+
+
+def color(name: str) -> str:
+    """The colour of an operator, or of ``"dense"`` and ``"pruned"``, in every figure.
+
+    Raises:
+        ValueError: a name without a colour; the message lists those that have one.
+    """
+    return COLORS[name]
+
+
+def use_style() -> None:
+    """Set the look of all figures: sizes that can be read at 100 % and a light grid."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=1.05)
+    plt.rcParams.update(
+        {
+            "figure.figsize": (8.0, 4.2),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+
+
+def perplexity_bars(
+    table: Mapping[str, Mapping[str, float]], *, reference: str = "dense", ax: Axes | None = None
+) -> Axes:
+    """Perplexity of each model on each corpus, on a logarithmic axis that starts at the reference.
+
+    Args:
+        table: ``{model: {corpus: perplexity}}``; model names pick the colours. The model
+            ``reference`` is drawn as a line across its corpus' group, the others as bars from it.
+    """
+    ax = ax or plt.gca()
+    corpora = list(table[reference])
+    models = [name for name in table if name != reference]
+    width = 0.8 / len(models)
+    for group, corpus in enumerate(corpora):
+        floor = table[reference][corpus]
+        for place, name in enumerate(models):
+            x = group + (place - (len(models) - 1) / 2) * width
+            value = table[name][corpus]
+            bar = ax.bar(x, value - floor, width * 0.92, bottom=floor, color=color(name))
+            bar.set_label(name if group == 0 else "_")
+            ax.annotate(f"{value:.3g}", (x, value), (0, 3), textcoords="offset points", ha="center")
+        ax.hlines(floor, group - 0.46, group + 0.46, color=color(reference), linewidth=2.5)
+        ax.annotate(
+            f"{reference} {floor:.3g}", (group - 0.46, floor), (0, -14), textcoords="offset points"
+        )
+    ax.set_yscale("log")
+    values = [v for row in table.values() for v in row.values()]
+    ax.set_ylim(min(values) * 0.8, max(values) * 1.2)
+    ax.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(base=10, subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks(range(len(corpora)), corpora)
+    ax.grid(axis="x", visible=False)
+    ax.set(ylabel="perplexity (log scale, lower is better)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def through_depth(
+    curves: Mapping[str, ArrayLike],
+    *,
+    ylabel: str,
+    title: str = "",
+    removed: Sequence[int] = (),
+    first: int = 0,
+    log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """One line per curve against the position in the residual stream.
+
+    Args:
+        curves: ``{name: values}``; names that have a colour get it. Value ``i`` stands at stream
+            index ``first + i`` (the input of that layer; the layer count is the final norm).
+        removed: layers whose band is shaded.
+    """
+    ax = ax or plt.gca()
+    for name, values in curves.items():
+        y = np.asarray(values, dtype=float)
+        style = {"color": COLORS[name]} if name in COLORS else {}
+        ax.plot(first + np.arange(len(y)), y, marker="o", markersize=4, label=name, **style)
+    if len(removed):
+        ax.axvspan(min(removed), max(removed) + 1, color="#c0392b", alpha=0.10, label="removed")
+    if log:
+        ax.set_yscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="position in the stream (input of layer)", ylabel=ylabel, title=title)
+    if len(curves) > 1 or len(removed):
+        ax.legend()
+    return ax
+
+
+def token_depth_heatmap(
+    norms: ArrayLike, tokens: Sequence[str], *, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Norm of the stream for every token (column) at every depth (row), colours on a log scale.
+
+    Args:
+        norms: (depth, tokens). tokens: their texts, as column labels.
+    """
+    ax = ax or plt.gca()
+    values = np.asarray(norms, dtype=float)
+    sns.heatmap(
+        values[::-1],
+        norm=plt.matplotlib.colors.LogNorm(),
+        cmap="mako_r",
+        xticklabels=list(tokens),
+        yticklabels=[str(i) for i in range(len(values))][::-1],
+        cbar_kws={"label": "norm of the stream"},
+        ax=ax,
+    )
+    ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ticks = [t for t in range(0, len(values), 5)]
+    ax.set_yticks([len(values) - t - 0.5 for t in ticks], [str(t) for t in ticks], rotation=0)
+    ax.set_xticklabels(ax.get_xticklabels(), rotation=60, ha="right", fontsize=9)
+    ax.set(xlabel="token", ylabel="position in the stream", title=title)
+    return ax

@@ -1,0 +1,147 @@
+"""Surgery: remove decoder layers from a model and install operators at the gaps."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ghostlib.boundaries import Boundary, runs
+from ghostlib.calibration import calibrate
+from ghostlib.ghosted import ghosted_class, install_boundaries
+from ghostlib.models import GHOSTED, fingerprint, hidden_size, keep_layers, num_layers, receiver
+from ghostlib.moments import Moments
+from ghostlib.operators import Operator, solve
+
+
+def prune(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
+    """A copy of ``model`` without ``layers`` and without any repair; see `recover`.
+
+    It is of the model's own stock class, shares every weight with ``model`` and leaves that as it is.
+    """
+    return _operate(model, runs(layers, num_layers(model)), {})
+
+
+def recover(
+    model: PreTrainedModel,
+    calibration: Tensor | Mapping[Boundary, Moments],
+    layers: Iterable[int],
+    operator: str | Mapping[Boundary, Operator] = "ghost",
+    *,
+    attention_mask: Tensor | None = None,
+    skip_leading: int = 0,
+    batch_size: int = 1,
+    **options: Any,
+) -> PreTrainedModel:
+    """Remove ``layers`` from a copy of ``model`` and repair each gap with a closed-form operator.
+
+    Args:
+        model: the dense model. It keeps its layers and logits; the copy shares its weights.
+        calibration: (windows, length) token ids, for one streaming pass; or moments collected
+            before (`calibrate`), which must hold every boundary of ``layers``.
+        layers: decoder layers to remove; adjacent ones share one boundary.
+        operator: a name from `ghostlib.operators.OPERATORS`, or solved operators by boundary.
+        attention_mask, skip_leading, batch_size: as in `calibrate`, when windows are given.
+        options: passed on to the solver, such as ``relative_ridge=1e-3``.
+
+    Returns:
+        A model of the same family whose ``config.ghost`` lists what was removed and installed, in
+        the dtype and on the devices of ``model``.
+
+    Raises:
+        ValueError: layers out of range or repeated, none left, moments of another model, width or
+            boundary, an operator of the wrong shape, or a model that was recovered before.
+    """
+    gaps = runs(layers, num_layers(model))
+    if isinstance(operator, Mapping):
+        operators = {gap: _lookup(operator, gap, "operator") for gap in gaps}
+    else:
+        if isinstance(calibration, Tensor):
+            calibration = calibrate(
+                model,
+                calibration,
+                gaps,
+                attention_mask=attention_mask,
+                skip_leading=skip_leading,
+                batch_size=batch_size,
+            )
+        _check_source(model, calibration)
+        operators = {
+            gap: solve(_lookup(calibration, gap, "moments"), operator, **options) for gap in gaps
+        }
+    return _operate(model, gaps, operators)
+
+
+def _lookup(known: Mapping[Boundary, Any], gap: Boundary, what: str) -> Any:
+    if gap not in known:
+        raise ValueError(
+            f"no {what} for boundary {gap}, only for {', '.join(map(str, known)) or 'none'}: "
+            f"calibrate with boundaries=[Boundary{gap}]"
+        )
+    return known[gap]
+
+
+def _check_source(model: PreTrainedModel, calibration: Mapping[Boundary, Moments]) -> None:
+    """Refuse moments of another model, another boundary or another width."""
+    mine = fingerprint(model)
+    for boundary, moments in calibration.items():
+        if moments.width != hidden_size(model):
+            raise ValueError(
+                f"moments of width {moments.width} do not fit a model of width {hidden_size(model)}"
+            )
+        if moments.boundary not in (None, boundary):
+            raise ValueError(f"moments of boundary {moments.boundary} were given for {boundary}")
+        if moments.model not in (None, mine):
+            raise ValueError(
+                f"moments were collected on model {moments.model}, not on {mine}: calibrate again"
+            )
+
+
+def _operate(
+    model: PreTrainedModel, gaps: list[Boundary], operators: Mapping[Boundary, Operator]
+) -> PreTrainedModel:
+    if model.config.model_type.startswith(GHOSTED):
+        raise ValueError(
+            "this model was recovered before: start from the dense model, name all layers"
+        )
+    total, width = num_layers(model), hidden_size(model)
+    for gap in gaps:
+        receiver(model, gap.stop)  # refuses a gap that nothing receives
+        if gap in operators and operators[gap].W.shape != (width, width):
+            raise ValueError(
+                f"operator for boundary {gap} must have shape ({width}, {width}), "
+                f"got {tuple(operators[gap].W.shape)}"
+            )
+    # Copying the modules but not what is in the memo shares every weight with the dense model.
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    recovered: PreTrainedModel = copy.deepcopy(model, memo)
+    removed = {layer for gap in gaps for layer in gap.removed}
+    kept = [layer for layer in range(total) if layer not in removed]
+    keep_layers(recovered, kept)
+
+    install = {gap: op for gap in gaps if (op := operators.get(gap)) and op.name != "identity"}
+    if not install:
+        return recovered
+    cls = ghosted_class(recovered.config.model_type)
+    recovered.__class__ = cls
+    recovered.config.__class__ = cls.config_class  # type: ignore[assignment]
+    recovered.config.ghost = [
+        {
+            "receiver": sum(layer < gap.stop for layer in kept),
+            "removed": list(gap.removed),
+            "operator": operator.name,
+            "bias": operator.bias is not None,
+        }
+        for gap, operator in install.items()
+    ]
+    install_boundaries(recovered)
+    for entry, operator in zip(recovered.config.ghost, install.values(), strict=True):
+        module: Any = receiver(recovered, entry["receiver"])
+        like = next(p for name, p in module.named_parameters() if not name.startswith("boundary."))
+        identity = torch.eye(width, dtype=torch.float64)
+        module.boundary.M.data = (operator.W.cpu() - identity).to(like.device, like.dtype)
+        if operator.bias is not None:
+            module.boundary.b.data = operator.bias.to(like.device, like.dtype)
+    return recovered

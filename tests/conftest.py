@@ -1,0 +1,78 @@
+"""Tiny random models of every supported architecture, and the embedded model loaded once."""
+
+import os
+
+os.environ.setdefault("GHOSTLIB_PROGRESS", "0")
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+import ghostlib as gl
+from ghostlib.models import ARCHITECTURES
+
+LAYERS, WIDTH, VOCABULARY = 6, 16, 97
+
+_SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=WIDTH,
+    intermediate_size=24,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_SPECIFIC = {
+    "gemma2": dict(sliding_window=8),
+    "gemma3_text": dict(
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+    ),
+    "qwen2": dict(use_sliding_window=True, sliding_window=8, max_window_layers=3),
+    "mistral": dict(sliding_window=8),
+    "opt": dict(ffn_dim=24, word_embed_proj_dim=WIDTH),
+    "gpt2": dict(n_inner=24),
+}
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random model of ``model_type``: 6 layers, width 16, 97 words, weights of order one.
+
+    Weights are larger than a fresh initialisation's, so that every layer matters.
+    """
+    torch.manual_seed(seed)
+    settings = _SIZES | _SPECIFIC.get(model_type, {}) | changes
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.25)
+    return model.eval()
+
+
+def tiny_windows(count: int = 4, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """Random token ids (count, length), special ids left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count, length), generator=generator)
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """One tiny model of each architecture in turn."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def embedded() -> tuple[PreTrainedModel, object]:
+    """The embedded model and its tokenizer; tests must leave both as they are."""
+    return gl.load_model()
+
+
+@pytest.fixture(scope="session")
+def wiki(embedded) -> torch.Tensor:
+    """Calibration windows (4, 512) of the embedded Wikipedia text."""
+    return gl.token_windows("wiki", embedded[1], length=512, count=4)
