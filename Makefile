@@ -1,0 +1,79 @@
+# Everything a reader or a contributor runs. `make` alone lists the targets.
+# Needs a Python >= 3.11 and a package index that pip can reach. To choose one: make run PYTHON=python3.12
+
+PYTHON ?=
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+QUICK  := notebooks/00_quickstart.ipynb
+
+export GHOSTLIB_PROGRESS ?= 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help run test lint unit nbval lab notebooks fill format bench assets clean distclean
+
+# $(call phase,name,command): run the command, say how long it took, fail if it fails
+define phase
+@printf '\n== %s\n' '$(1)'; begin=$$(date +%s); status=0; { $(2); } || status=$$?; \
+[ $$status -eq 0 ] && word=passed || word=FAILED; \
+printf '== %s %s in %s s\n' '$(1)' $$word $$(( $$(date +%s) - begin )); exit $$status
+endef
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(STAMP) assets ## install, fetch the embedded model, run the quickstart, print its table
+	@$(PY) tools/notebooks.py run $(QUICK)
+
+test: ## lint, unit tests and all notebooks, from a fresh state
+	@begin=$$(date +%s); \
+	$(MAKE) --no-print-directory lint assets unit nbval && \
+	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
+
+lint: $(STAMP) ## formatting, style, types, and the house rules of the notebooks
+	$(call phase,ruff,$(PY) -m ruff format --check . && $(PY) -m ruff check .)
+	$(call phase,mypy,$(PY) -m mypy)
+	$(call phase,house rules,$(PY) tools/notebooks.py check)
+
+unit: $(STAMP) ## unit tests and docstring examples, with coverage
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PY) -m pytest -q --durations=5 --cov)
+
+nbval: $(STAMP) ## every notebook, cell by cell
+	$(call phase,notebooks,GHOSTLIB_PROGRESS=0 $(PY) -m pytest --nbval-lax --nbval-current-env --durations=5 notebooks)
+
+lab: $(STAMP) ## open JupyterLab on the notebooks
+	@$(PY) -m jupyterlab notebooks
+
+notebooks: $(STAMP) assets fill ## execute all notebooks again and store clean outputs
+	@$(PY) tools/notebooks.py execute
+
+fill: $(STAMP) ## write badges, install cells and tables from the address in pyproject.toml
+	@$(PY) tools/notebooks.py fill
+
+format: $(STAMP) ## let ruff format and fix what it can
+	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+
+bench: $(STAMP) assets ## run the benchmarks
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
+
+assets: $(STAMP) ## fetch and check the embedded model and corpora (once)
+	@echo 'Checking the embedded model and corpus …'
+	@$(PY) -c 'from ghostlib import assets; assets.fetch_all()'
+
+clean: ## remove what the other targets made, except the environment
+	rm -rf build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find ghostlib tests tools notebooks benchmarks -name __pycache__ -o -name .ipynb_checkpoints \
+	  2>/dev/null | xargs rm -rf
+
+distclean: clean ## … and the environment
+	rm -rf $(VENV)
+
+# Made once; again only when the list of dependencies changes.
+$(STAMP): pyproject.toml
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	  then "$$python" tools/install.py $(VENV) && touch $@; exit; fi; \
+	done; \
+	echo 'Found no Python >= 3.11 with the venv module (tried: $(PYTHON) python3 python3.13 python3.12 python3.11).' >&2; \
+	echo 'Install one, or name it: make run PYTHON=path' >&2; exit 1
