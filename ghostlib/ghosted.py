@@ -69,7 +69,8 @@ def install_boundaries(model: PreTrainedModel) -> None:
         if placement is not None:
             remove_hook_from_module(module)
             vars(module).pop("forward", None)
-        module.__class__ = _receiving(type(module))
+        plain: Any = type(module)
+        module.__class__ = _receiving(plain)
         module.boundary = LinearBoundary(hidden_size(model), bias=entry["bias"])
         if placement is not None:
             add_hook_to_module(module, placement)

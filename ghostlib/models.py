@@ -18,8 +18,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from ghostlib.assets import embedded_model_dir
+from ghostlib.progress import shown
 from ghostlib.registry import Registry
 
 EMBEDDED = "smollm2"
@@ -72,6 +74,8 @@ def load_model(
         ValueError: the architecture is not supported; the message lists those that are.
         OSError: nothing was found under that name.
     """
+    if not shown():
+        disable_progress_bar()
     folder = embedded_model_dir() if str(name) == EMBEDDED else name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)

@@ -121,8 +121,8 @@ def through_depth(
     ax = ax or plt.gca()
     for name, values in curves.items():
         y = np.asarray(values, dtype=float)
-        style = {"color": COLORS[name]} if name in COLORS else {}
-        ax.plot(first + np.arange(len(y)), y, marker="o", markersize=4, label=name, **style)
+        known = COLORS.get(name)
+        ax.plot(first + np.arange(len(y)), y, marker="o", markersize=4, label=name, color=known)
     if len(removed):
         ax.axvspan(min(removed), max(removed) + 1, color="#c0392b", alpha=0.10, label="removed")
     if log:

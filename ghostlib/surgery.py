@@ -13,13 +13,13 @@ from ghostlib.calibration import calibrate
 from ghostlib.ghosted import ghosted_class, install_boundaries
 from ghostlib.models import GHOSTED, fingerprint, hidden_size, keep_layers, num_layers, receiver
 from ghostlib.moments import Moments
-from ghostlib.operators import Operator, solve
+from ghostlib.operators import OPERATORS, Operator, solve
 
 
 def prune(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
     """A copy of ``model`` without ``layers`` and without any repair; see `recover`.
 
-    It is of the model's own stock class, shares every weight with ``model`` and leaves that as it is.
+    It is of the model's own class, shares every weight with ``model`` and leaves that as it is.
     """
     return _operate(model, runs(layers, num_layers(model)), {})
 
@@ -58,6 +58,7 @@ def recover(
     if isinstance(operator, Mapping):
         operators = {gap: _lookup(operator, gap, "operator") for gap in gaps}
     else:
+        OPERATORS[operator]  # an unknown name is refused before the long pass, not after it
         if isinstance(calibration, Tensor):
             calibration = calibrate(
                 model,

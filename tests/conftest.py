@@ -1,6 +1,7 @@
 """Tiny random models of every supported architecture, and the embedded model loaded once."""
 
 import os
+from typing import Any
 
 os.environ.setdefault("GHOSTLIB_PROGRESS", "0")
 
@@ -26,7 +27,7 @@ _SIZES = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-_SPECIFIC = {
+_SPECIFIC: dict[str, dict[str, Any]] = {
     "gemma2": dict(sliding_window=8),
     "gemma3_text": dict(
         sliding_window=8,
@@ -39,7 +40,7 @@ _SPECIFIC = {
 }
 
 
-def tiny_model(model_type: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model of ``model_type``: 6 layers, width 16, 97 words, weights of order one.
 
     Weights are larger than a fresh initialisation's, so that every layer matters.

@@ -1,0 +1,7 @@
+"""``python -m ghostlib`` is the command ``ghostlib``."""
+
+import sys
+
+from ghostlib.cli import main
+
+sys.exit(main())

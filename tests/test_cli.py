@@ -1,0 +1,70 @@
+"""The command line on a tiny model, and its one-line errors."""
+
+import runpy
+
+import pytest
+from conftest import LAYERS, VOCABULARY, tiny_model
+from transformers import AutoModelForCausalLM
+
+from ghostlib import assets
+from ghostlib.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path, embedded):
+    """A tiny model on disk whose vocabulary fits the embedded tokenizer."""
+    _, tokenizer = embedded
+    assert len(tokenizer) > VOCABULARY
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path
+
+
+def test_recover_saves_a_model_that_loads(folder, capsys):
+    out = folder / "out"
+    options = ["--n", "2", "--windows", "4", "--length", "64", "--test-windows", "2"]
+    options += ["--relative-ridge", "1e-3", "--dtype", "float32"]
+    assert main(["recover", str(folder / "tiny"), str(out), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "removing layers" in printed and printed.count("held-out perplexity") == 3
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert again.config.num_hidden_layers == LAYERS - 2
+    assert again.config.ghost[0]["operator"] == "ghost"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--operator", "gost"], "did you mean 'ghost'"),
+        (["--criterion", "cosin"], "did you mean 'cosine'"),
+        (["--corpus", "wikki"], "wiki"),
+        (["--layers", "99"], "out of range"),
+        (["--n", "0"], "n = 0"),
+    ],
+)
+def test_bad_input_ends_in_one_line(folder, capsys, options, message):
+    options = ["--n", "2", "--windows", "1", "--length", "64", *options]
+    assert main(["recover", str(folder / "tiny"), str(folder / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ghostlib: ") and message in error and error.count("\n") == 1
+    assert not (folder / "out").exists()
+
+
+def test_an_output_folder_in_use_is_refused_before_any_work(folder, capsys):
+    assert main(["recover", "no-such-model", str(folder)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_fetch_names_the_files(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(assets, "fetch_all", lambda: {"wiki": tmp_path / "wiki.json"})
+    assert main(["fetch"]) == 0
+    assert "wiki.json" in capsys.readouterr().out
+
+
+def test_help_and_module_entry(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ghostlib", "recover", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("ghostlib", run_name="__main__")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--operator" in shown and "linearpatch-d" in shown
