@@ -8,9 +8,11 @@ from ghostlib.boundaries import Boundary, contiguous, runs
 from ghostlib.calibration import Calibration, Similarity, calibrate
 from ghostlib.corpora import CORPORA, documents, token_windows
 from ghostlib.evaluation import gap_closed, generate, perplexity, window_losses
+from ghostlib.gram import SingularGramWarning
 from ghostlib.models import ARCHITECTURES, load_model
 from ghostlib.moments import Moments
-from ghostlib.operators import OPERATORS, Operator, solve
+from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
+from ghostlib.ridge import choose_ridge, cross_validate, ridge_path
 from ghostlib.selection import CRITERIA, Selection, select_layers
 from ghostlib.surgery import prune, recover
 
@@ -25,8 +27,12 @@ __all__ = [
     "Operator",
     "Selection",
     "Similarity",
+    "SingularGramWarning",
+    "antisymmetric_share",
     "calibrate",
+    "choose_ridge",
     "contiguous",
+    "cross_validate",
     "documents",
     "gap_closed",
     "generate",
@@ -34,6 +40,7 @@ __all__ = [
     "perplexity",
     "prune",
     "recover",
+    "ridge_path",
     "runs",
     "select_layers",
     "solve",

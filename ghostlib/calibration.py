@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, check_boundary
 from ghostlib.models import fingerprint, hidden_size, num_layers, receiver
-from ghostlib.moments import Moments, Stream
+from ghostlib.moments import Moments
 from ghostlib.progress import track
+from ghostlib.streams import Stream
 
 
 class Similarity(NamedTuple):

@@ -7,13 +7,14 @@ those dropped, the normal equations of its code (appendix H) have ``gain = 1/(s 
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ghostlib.moments import Moments
+if TYPE_CHECKING:
+    from ghostlib.moments import Moments
 
 RCOND = 1e-6
 # A ridge below this multiple of the mean eigenvalue regularises nothing that can be measured.
@@ -148,7 +149,7 @@ class Regularised:
 _decomposed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def gram(moments: Moments) -> Gram:
+def gram(moments: "Moments") -> Gram:
     """The decomposition of ``moments.G``, computed once for as long as that tensor lives.
 
     `Moments` rebind their sums and never change them in place, and boundaries that start at the
@@ -167,7 +168,7 @@ def check_ridge(ridge: float) -> float:
     return float(ridge)
 
 
-def check_moments(moments: Moments) -> None:
+def check_moments(moments: "Moments") -> None:
     """Refuse moments that no operator can be solved from.
 
     Raises:
@@ -190,7 +191,7 @@ def check_moments(moments: Moments) -> None:
         )
 
 
-def check_square(moments: Moments, what: str) -> None:
+def check_square(moments: "Moments", what: str) -> None:
     """Refuse moments of two different widths for ``what``, which needs an identity.
 
     Raises:

@@ -12,7 +12,7 @@ tokens (paper, appendix H, eqs. A15-A16). The moments of two sets of tokens add 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -20,56 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ghostlib.boundaries import Boundary
-from ghostlib.hadamard import has_hadamard, rotate
+from ghostlib.gram import gram
+from ghostlib.streams import Stream, ratio
 
 if TYPE_CHECKING:
     from ghostlib.operators import Operator
 
+_FORMAT = "ghostlib-moments-1"
 _SUMS = ("G", "B", "y2", "x1", "y1", "x_abs", "y_abs", "ratio", "ratio_rotated")
-
-
-class Stream(NamedTuple):
-    """One sequence of activations (tokens, width) in float64 with its weighted column sums.
-
-    Computed once a sequence, it serves every boundary that begins or ends there.
-    """
-
-    values: Tensor
-    weighted: Tensor
-    weight: float
-    sum: Tensor
-    abs: Tensor
-    square: Tensor
-    rotated: Tensor | None
-
-    @classmethod
-    def of(cls, activations: Tensor, weight: Tensor | None = None) -> "Stream":
-        """Sums over ``activations`` (tokens, width), each row multiplied by its ``weight``."""
-        values = activations.double()
-        if weight is None:
-            weight = torch.ones(len(values), device=values.device)
-            weighted = values
-        else:
-            weight = weight.to(values.device)
-            weighted = weight.double()[:, None] * values
-        w = weight.double()
-        # The rotation feeds a mean of absolute values only: the activations' own precision will do.
-        rotated = None
-        if has_hadamard(values.shape[1]):
-            rotated = weight.to(activations.dtype) @ rotate(activations).abs()
-        return cls(
-            values=values,
-            weighted=weighted,
-            weight=float(w.sum()),
-            sum=w @ values,
-            abs=w @ values.abs(),
-            square=(weighted * values).sum(0),
-            rotated=None if rotated is None else rotated.double(),
-        )
-
-    def gram(self) -> Tensor:
-        """``X' diag(w) X``, (width, width)."""
-        return self.weighted.T @ self.values
 
 
 class Moments:
@@ -172,9 +130,9 @@ class Moments:
         self.x1, self.y1 = self.x1 + x.sum, self.y1 + y.sum
         self.x_abs, self.y_abs = self.x_abs + x.abs, self.y_abs + y.abs
         if self.width == self.out_width:
-            self.ratio = self.ratio + _ratio(x.abs, y.abs)
+            self.ratio = self.ratio + ratio(x.abs, y.abs)
             if x.rotated is not None and y.rotated is not None:
-                self.ratio_rotated = self.ratio_rotated + _ratio(x.rotated, y.rotated)
+                self.ratio_rotated = self.ratio_rotated + ratio(x.rotated, y.rotated)
         self.tokens += len(x.values)
         self.weight += x.weight
         self.sequences += 1
@@ -280,7 +238,8 @@ class Moments:
         if self.width != self.out_width:
             raise ValueError("relative_error compares with the identity, which needs equal widths")
         nothing = self.error(torch.eye(self.width, dtype=torch.float64))
-        if nothing == 0:
+        rounding = self.width * torch.finfo(torch.float64).eps * (self.t + float(self.G.trace()))
+        if nothing <= rounding:
             raise ValueError("X_post equals X_pre: the removed layers did nothing to recover")
         return self.error(operator) / nothing
 
@@ -292,14 +251,13 @@ class Moments:
         """
         if not 0 < rcond < 1:
             raise ValueError(f"rcond must lie between 0 and 1, got {rcond}")
-        eigenvalues = torch.linalg.eigvalsh(self.G)
-        return int((eigenvalues > rcond**2 * eigenvalues[-1]).sum()) if eigenvalues[-1] > 0 else 0
+        return int(gram(self).seen(rcond).sum())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; an old file is replaced only once the new one is whole."""
         path = Path(path)
         meta = {
-            "format": "ghostlib-moments-1",
+            "format": _FORMAT,
             "tokens": str(self.tokens),
             "weight": repr(self.weight),
             "sequences": str(self.sequences),
@@ -324,22 +282,20 @@ class Moments:
         try:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
-                if meta.get("format") != "ghostlib-moments-1":
+                if meta.get("format") != _FORMAT:
                     raise ValueError("not a ghostlib moments file")
                 sums = {name: file.get_tensor(name) for name in _SUMS}
+            boundary, model = (json.loads(meta[key]) for key in ("boundary", "model"))
+            moments = cls(*sums["B"].shape, boundary=boundary, model=model)
+            moments.tokens, moments.sequences = int(meta["tokens"]), int(meta["sequences"])
+            moments.weight = float(meta["weight"])
+            for name, value in sums.items():
+                empty = getattr(moments, name)
+                if (value.shape, value.dtype) != (empty.shape, empty.dtype):
+                    raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}")
+                setattr(moments, name, value)
         except FileNotFoundError:
             raise
         except Exception as error:
             raise ValueError(f"{path} cannot be read as moments: {error}") from error
-        boundary = json.loads(meta["boundary"])
-        moments = cls(*sums["B"].shape, boundary=boundary, model=json.loads(meta["model"]))
-        for name, value in sums.items():
-            setattr(moments, name, value)
-        moments.tokens, moments.sequences = int(meta["tokens"]), int(meta["sequences"])
-        moments.weight = float(meta["weight"])
         return moments
-
-
-def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    """``y / x`` by channel, 1 where ``x`` is zero: a channel without signal stays as it is."""
-    return torch.where(x > 0, y / x.clamp_min(torch.finfo(x.dtype).tiny), torch.ones_like(x))
