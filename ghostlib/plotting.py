@@ -159,3 +159,94 @@ def token_depth_heatmap(
     ax.set_xticklabels(ax.get_xticklabels(), rotation=60, ha="right", fontsize=9)
     ax.set(xlabel="token", ylabel="position in the stream", title=title)
     return ax
+
+
+def lattice(
+    places: Mapping[str, tuple[float, float]],
+    inclusions: Sequence[tuple[str, str]],
+    notes: Mapping[str, str] | None = None,
+    *,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Sets of operators as a Hasse diagram: a line leads up from a set to one that contains it.
+
+    Args:
+        places: ``{operator: (x, y)}``, where its box stands. inclusions: (smaller, larger) pairs.
+        notes: a second line for some of the boxes.
+    """
+    ax = ax or plt.gca()
+    for pair in inclusions:
+        (x0, y0), (x1, y1) = (places[name] for name in pair)
+        ax.plot([x0, x1], [y0, y1], color="#b0b0b0", linewidth=1.5, zorder=1)
+    for name, (x, y) in places.items():
+        text = "\n".join(filter(None, [name, (notes or {}).get(name, "")]))
+        box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": color(name), "linewidth": 2.5}
+        ax.text(x, y, text, ha="center", va="center", fontsize=11, bbox=box, zorder=2)
+    xs, ys = zip(*places.values(), strict=True)
+    ax.set(xlim=(min(xs) - 0.6, max(xs) + 0.6), ylim=(min(ys) - 0.5, max(ys) + 0.5), title=title)
+    ax.set_axis_off()
+    return ax
+
+
+def train_and_held_out(
+    errors: Mapping[str, tuple[float, float]],
+    *,
+    xlabel: str = "error relative to doing nothing (1 = no better than pruning)",
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Two horizontal bars for each operator: training tokens (pale) and held-out ones.
+
+    Args:
+        errors: ``{operator: (training, held out)}``, drawn from top to bottom.
+    """
+    ax = ax or plt.gca()
+    for row, (name, (train, held_out)) in enumerate(errors.items()):
+        for y, value, alpha in ((row - 0.2, train, 0.45), (row + 0.2, held_out, 1.0)):
+            ax.barh(y, value, 0.38, color=color(name), alpha=alpha)
+            ax.annotate(f"{value:.3f}", (value, y), (4, 0), textcoords="offset points", va="center")
+    for label, alpha in (("training tokens", 0.45), ("held-out tokens", 1.0)):
+        ax.barh(np.nan, np.nan, color="#606060", alpha=alpha, label=label)
+    ax.set_yticks(range(len(errors)), list(errors))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel=xlabel, title=title)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax
+
+
+def against_tokens(
+    curves: Mapping[str, Mapping[int, ArrayLike]],
+    *,
+    width: int | None = None,
+    ylabel: str = "error relative to doing nothing",
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Curves against the number of calibration tokens, both axes logarithmic.
+
+    Args:
+        curves: ``{label: {tokens: values}}``, one value or one for each independent draw: the line
+            is their median, the band runs from the least to the greatest. A label is the name of an
+            operator, or ``"name, note"``; the note ``"training"`` is dashed, any other dotted.
+        width: marked by a vertical line.
+    """
+    ax = ax or plt.gca()
+    for label, curve in curves.items():
+        name, _, note = label.partition(", ")
+        tokens = sorted(curve)
+        values = [np.atleast_1d(np.asarray(curve[n], dtype=float)) for n in tokens]
+        style = {"": "-", "training": "--"}.get(note, ":")
+        middle = [float(np.median(v)) for v in values]
+        ax.plot(tokens, middle, style, color=color(name), marker="o", markersize=4, label=label)
+        low, high = [v.min() for v in values], [v.max() for v in values]
+        ax.fill_between(tokens, low, high, color=color(name), alpha=0.18, linewidth=0)
+    if width is not None:
+        ax.axvline(width, color="#404040", linewidth=1, linestyle="-.", label=f"width {width}")
+    ax.set(xscale="log", yscale="log", xlabel="calibration tokens", ylabel=ylabel, title=title)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax

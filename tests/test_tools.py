@@ -7,9 +7,11 @@ from pathlib import Path
 
 import install
 import nbformat
-import notebooks as tool
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+import notebooks as tool
+from ghostlib.claims import CLAIMS
 
 FIRST = """# Prune a toy
 
@@ -130,6 +132,21 @@ def test_the_figure_of_the_readme_comes_from_the_stored_output(root):
     assert "(docs/effect.png)" in (root / "README.md").read_text()
     (root / "docs" / "effect.png").write_bytes(b"old")
     assert [p.name for p in tool.stale(root)] == ["effect.png"]
+
+
+def test_the_ledger_of_the_readme_comes_from_the_stored_outputs(root):
+    (root / "README.md").write_text("<!-- begin:claims -->\n<!-- end:claims -->\n")
+    entry = 'from ghostlib.claims import record\nrecord(1, "off by | 1e-7", holds=1 < 2)'
+    put(root, good(new_code_cell(entry)))
+    tool.main(["fill"], root)
+    assert "| 1 | The boundary" in (root / "README.md").read_text()
+    assert (root / "README.md").read_text().count("not measured here yet") == len(CLAIMS)
+    assert tool.main(["execute"], root) == 0
+    rows = (root / "README.md").read_text()
+    assert rows.count("not measured here yet") == len(CLAIMS) - 1
+    assert r"off by \| 1e-7 | holds | [00](notebooks/00_toy.ipynb), cell 2 |" in rows
+    (root / "README.md").write_text(rows.replace("1e-7", "1e-9"))
+    assert [p.name for p in tool.stale(root)] == ["README.md"]
 
 
 @pytest.mark.parametrize("url", ["", "https://example.com/a/b", "https://github.com/a"])

@@ -192,7 +192,7 @@ def execute(path: Path, root: Path, timeout: int | None = None) -> Notebook:
         word = "" if execute_reply["content"]["status"] == "ok" else "  failed"
         print(f"{time.monotonic() - begin:.1f} s{word}", flush=True)
 
-    environment = os.environ | {
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ} | {
         "GHOSTLIB_PROGRESS": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
@@ -333,6 +333,38 @@ def table(root: Path, repository: str) -> str:
     return "\n".join(rows)
 
 
+def claims(root: Path) -> list[tuple[Path, int, dict[str, Any]]]:
+    """(notebook, execution count, facts) of every claim that stored outputs record."""
+    from ghostlib.claims import MIME
+
+    return [
+        (path, cell.execution_count, dict(output.data[MIME]))
+        for path in notebooks(root)
+        for cell in read(path).cells
+        for output in cell.get("outputs", [])
+        if MIME in output.get("data", {})
+    ]
+
+
+def ledger(root: Path) -> str:
+    """The README's table of claims: every row of `CLAIMS`, with what the notebooks measured."""
+    from ghostlib.claims import CLAIMS
+
+    measured = claims(root)
+    rows = ["| # | claim | from | measured here | verdict | where |", "|---|---|---|---|---|---|"]
+    for number, claim in CLAIMS.items():
+        found = [(p, count, facts) for p, count, facts in measured if facts["claim"] == number]
+        for path, count, facts in found:
+            where = f"[{path.stem[:2]}](notebooks/{path.name}), cell {count}"
+            row = (number, claim.text, claim.source, facts["figure"], facts["verdict"], where)
+            rows.append("| " + " | ".join(str(part).replace("|", "\\|") for part in row) + " |")
+        if not found:
+            rows.append(
+                f"| {number} | {claim.text} | {claim.source} | – | not measured here yet | |"
+            )
+    return "\n".join(rows)
+
+
 def figure(root: Path) -> bytes | None:
     """The picture of the first cell tagged effect-figure, if a notebook has one."""
     for path in notebooks(root):
@@ -382,6 +414,7 @@ def generated(root: Path) -> dict[Path, str | bytes]:
             "[![Open in Binder](https://mybinder.org/badge_logo.svg)]"
             f"(https://mybinder.org/v2/gh/{repository}/{BRANCH}?labpath=notebooks)"
         ),
+        "claims": ledger(root),
         "clone": f"```bash\ngit clone {url} && cd {repository.split('/')[1]}\nmake run\n```",
         "figure": shown if picture is not None else "",
         "install": f"```bash\npip install git+{url}\n```",
