@@ -83,15 +83,18 @@ def perplexity_bars(
             value = table[name][corpus]
             bar = ax.bar(x, value - floor, width * 0.92, bottom=floor, color=color(name))
             bar.set_label(name if group == 0 else "_")
-            ax.annotate(f"{value:.3g}", (x, value), (0, 3), textcoords="offset points", ha="center")
+            ax.annotate(_short(value), (x, value), (0, 3), textcoords="offset points", ha="center")
         ax.hlines(floor, group - 0.46, group + 0.46, color=color(reference), linewidth=2.5)
         ax.annotate(
-            f"{reference} {floor:.3g}", (group - 0.46, floor), (0, -14), textcoords="offset points"
+            f"{reference} {_short(floor)}",
+            (group - 0.46, floor),
+            (0, -14),
+            textcoords="offset points",
         )
     ax.set_yscale("log")
     values = [v for row in table.values() for v in row.values()]
     ax.set_ylim(min(values) * 0.8, max(values) * 1.2)
-    ax.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(base=10, subs=(1, 2, 5)))
+    ax.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(base=10, subs=(1, 1.5, 2, 3, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xticks(range(len(corpora)), corpora)
@@ -99,6 +102,11 @@ def perplexity_bars(
     ax.set(ylabel="perplexity (log scale, lower is better)")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
+
+
+def _short(value: float) -> str:
+    """Three significant digits, trailing zeros kept, without an exponent."""
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
 
 
 def through_depth(
@@ -205,9 +213,10 @@ def train_and_held_out(
     for row, (name, (train, held_out)) in enumerate(errors.items()):
         for y, value, alpha in ((row - 0.2, train, 0.45), (row + 0.2, held_out, 1.0)):
             ax.barh(y, value, 0.38, color=color(name), alpha=alpha)
-            ax.annotate(f"{value:.3f}", (value, y), (4, 0), textcoords="offset points", va="center")
+            ax.annotate(f"{value:.2f}", (value, y), (4, 0), textcoords="offset points", va="center")
     for label, alpha in (("training tokens", 0.45), ("held-out tokens", 1.0)):
         ax.barh(np.nan, np.nan, color="#606060", alpha=alpha, label=label)
+    ax.set_xlim(0, 1.12 * max(max(pair) for pair in errors.values()))
     ax.set_yticks(range(len(errors)), list(errors))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)

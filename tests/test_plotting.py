@@ -49,7 +49,7 @@ def test_perplexity_bars_rise_from_the_reference():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["wiki", "pydoc"]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["pruned", "ghost"]
     shown = {t.get_text() for t in ax.texts}
-    assert {"33", "18", "dense 12", "dense 11"} <= shown
+    assert {"33.0", "18.0", "dense 12.0", "dense 11.0"} <= shown
 
 
 def test_through_depth_places_values_and_shades_the_removed_layers():

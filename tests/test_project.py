@@ -7,10 +7,11 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-import notebooks as tool
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+import notebooks as tool
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -69,7 +70,7 @@ def test_pip_can_fetch_the_embedded_wheels():
 
 def test_every_import_of_the_package_is_a_dependency():
     own = {"ghostlib", "pydoc_data"}
-    names = {"PIL": "pillow", "lm_eval": "lm-eval", "yaml": "pyyaml"}
+    names = {"IPython": "ipython", "PIL": "pillow", "lm_eval": "lm-eval", "yaml": "pyyaml"}
     extras = [r for group in PROJECT["optional-dependencies"].values() for r in group]
     known = set(RANGES) | {Requirement(r).name for r in extras}
     import sys

@@ -5,11 +5,11 @@ import json
 import sys
 from pathlib import Path
 
-import install
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+import install
 import notebooks as tool
 from ghostlib.claims import CLAIMS
 
