@@ -213,7 +213,7 @@ def train_and_held_out(
     for row, (name, (train, held_out)) in enumerate(errors.items()):
         for y, value, alpha in ((row - 0.2, train, 0.45), (row + 0.2, held_out, 1.0)):
             ax.barh(y, value, 0.38, color=color(name), alpha=alpha)
-            ax.annotate(f"{value:.2f}", (value, y), (4, 0), textcoords="offset points", va="center")
+            ax.text(value, y, f" {value:.2f}", fontsize=10, va="center")
     for label, alpha in (("training tokens", 0.45), ("held-out tokens", 1.0)):
         ax.barh(np.nan, np.nan, color="#606060", alpha=alpha, label=label)
     ax.set_xlim(0, 1.12 * max(max(pair) for pair in errors.values()))
