@@ -5,6 +5,7 @@ Every function takes moments of ``X`` (tokens, p) and ``Y`` (tokens, q) and retu
 
     identity ⊂ scalar ⊂ diagonal, hadamard-diagonal ⊂ symmetric ⊂ ghost ⊂ affine,
     identity ⊂ orthogonal ⊂ scaled-orthogonal ⊂ ghost,
+    scalar ⊂ scaled-orthogonal,
     identity ⊂ low-rank (any rank) ⊂ ghost,
 
 so their training errors are ordered. Only the two `linearpatch` functions are no least-squares
