@@ -122,11 +122,11 @@ def main() -> None:
             f"{way:16} {took:8.1f} {took / median['plain forward']:8.2f} {memory:8.2f}", flush=True
         )
 
-    few, many = 8, options.many
-    for way in ("one boundary", "naive"):
-        low, high = (peak(way, count, options.threads) for count in (few, many))
-        growth = f"{high / low - 1:+.1%}"
-        print(f"{way}: peak {low:.2f} GB at {few} windows, {high:.2f} GB at {many}: {growth}")
+    low, high = (peak("one boundary", count, options.threads) for count in (8, options.many))
+    growth = f"{high / low - 1:+.1%}"
+    print(
+        f"one boundary: peak {low:.2f} GB at 8 windows, {high:.2f} GB at {options.many}: {growth}"
+    )
 
 
 if __name__ == "__main__":
