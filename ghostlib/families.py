@@ -19,7 +19,8 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from ghostlib.gram import Gram, Regularisation, Regularised, check_square, gram
+from ghostlib.checks import check_square
+from ghostlib.gram import Gram, Regularisation, Regularised, gram
 from ghostlib.hadamard import rotate
 from ghostlib.moments import Moments
 
@@ -114,7 +115,7 @@ def symmetric(moments: Moments, **how: Unpack[Regularisation]) -> Fit:
         how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
     """
     check_square(moments, "symmetric")
-    inverse = gram(moments).regularise(**how)
+    inverse = gram(moments.G).regularise(**how)
     V = inverse.gram.vectors
     # X v = 0 forces v' X' Delta = 0: on dropped directions both are rounding, and must go together.
     C = V.T @ (moments.B - moments.G) @ V * inverse.kept[:, None]
@@ -141,7 +142,7 @@ def low_rank(moments: Moments, *, rank: int, **how: Unpack[Regularisation]) -> F
     C, r = moments.width, operator.index(rank)
     if not 1 <= r <= C:
         raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
-    inverse = gram(moments).regularise(**how)
+    inverse = gram(moments.G).regularise(**how)
     V, root = inverse.gram.vectors, inverse.gain.sqrt()[:, None]
     A = root * (V.T @ (moments.B - moments.G))
     if r < C:
@@ -176,7 +177,7 @@ def ghost(
             are; ``"zero"`` for the smallest ``W``, which erases them, and which fits any pair of
             widths. The two agree without a ridge where ``X`` has full column rank.
     """
-    inverse = gram(moments).regularise(rcond, ridge, relative_ridge)
+    inverse = gram(moments.G).regularise(rcond, ridge, relative_ridge)
     W = _solve(inverse, moments, moments.G, moments.B, around, "ghost")
     return _full(W, moments, inverse, W.numel())
 

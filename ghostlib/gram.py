@@ -7,14 +7,11 @@ those dropped, the normal equations of its code (appendix H) have ``gain = 1/(s 
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-
-if TYPE_CHECKING:
-    from ghostlib.moments import Moments
 
 RCOND = 1e-6
 # A ridge below this multiple of the mean eigenvalue regularises nothing that can be measured.
@@ -149,15 +146,15 @@ class Regularised:
 _decomposed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def gram(moments: "Moments") -> Gram:
-    """The decomposition of ``moments.G``, computed once for as long as that tensor lives.
+def gram(G: Tensor) -> Gram:
+    """The decomposition of ``G`` (p, p), computed once for as long as that tensor lives.
 
     `Moments` rebind their sums and never change them in place, and boundaries that start at the
     same layer share one ``G``: keyed by the tensor, they share its decomposition as well.
     """
-    if moments.G not in _decomposed:
-        _decomposed[moments.G] = Gram.decompose(moments.G)
-    found: Gram = _decomposed[moments.G]
+    if G not in _decomposed:
+        _decomposed[G] = Gram.decompose(G)
+    found: Gram = _decomposed[G]
     return found
 
 
@@ -166,39 +163,3 @@ def check_ridge(ridge: float) -> float:
     if not 0 < ridge < math.inf:
         raise ValueError(f"a ridge must be positive and finite, got {ridge}; for none use rcond")
     return float(ridge)
-
-
-def check_moments(moments: "Moments") -> None:
-    """Refuse moments that no operator can be solved from.
-
-    Raises:
-        ValueError: no tokens, another dtype than float64, or a Gram matrix that is not symmetric
-            or not finite.
-    """
-    if moments.tokens < 1 or moments.weight <= 0:
-        raise ValueError("these moments hold no tokens: call update(X_pre, X_post) first")
-    G, B = moments.G, moments.B
-    if G.dtype != torch.float64 or B.dtype != torch.float64:
-        raise ValueError(
-            f"moments must be float64, got G in {G.dtype} and B in {B.dtype}: "
-            f"forming X'X squares the condition number, which float32 cannot hold"
-        )
-    asymmetry = float((G - G.T).abs_().max())
-    if not asymmetry <= 1e-9 * float(G.diagonal().abs().max()) or not torch.isfinite(B).all():
-        raise ValueError(
-            f"moments must be finite with a symmetric Gram matrix, "
-            f"got max|G - G'| = {asymmetry:.2g}: were the sums edited by hand?"
-        )
-
-
-def check_square(moments: "Moments", what: str) -> None:
-    """Refuse moments of two different widths for ``what``, which needs an identity.
-
-    Raises:
-        ValueError: ``p != q``.
-    """
-    if moments.width != moments.out_width:
-        raise ValueError(
-            f"{what} needs X and Y of one width, got {moments.width} and {moments.out_width}; "
-            f"solve(moments, 'ghost', around='zero') and 'affine' fit any pair of widths"
-        )

@@ -12,7 +12,7 @@ tokens (paper, appendix H, eqs. A15-A16). The moments of two sets of tokens add 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -23,11 +23,20 @@ from ghostlib.boundaries import Boundary
 from ghostlib.gram import gram
 from ghostlib.streams import Stream, ratio
 
-if TYPE_CHECKING:
-    from ghostlib.operators import Operator
-
 _FORMAT = "ghostlib-moments-1"
 _SUMS = ("G", "B", "y2", "x1", "y1", "x_abs", "y_abs", "ratio", "ratio_rotated")
+
+
+class Linear(Protocol):
+    """Anything that maps ``X`` to ``X @ W + bias``, such as an `Operator`."""
+
+    @property
+    def W(self) -> Tensor:
+        """(p, q) matrix."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(q,) or None."""
 
 
 class Moments:
@@ -204,14 +213,14 @@ class Moments:
         moved.tokens, moved.weight, moved.sequences = self.tokens, self.weight, self.sequences
         return moved
 
-    def error(self, operator: "Tensor | Operator") -> float:
+    def error(self, operator: Tensor | Linear) -> float:
         """Squared error ``||X W + 1 b' - Y||_F^2`` of any operator on these tokens.
 
         On training moments this is the training residual, on held-out moments the held-out error.
         Below about 1e-15 ``t`` the value is rounding; it is clipped at zero.
 
         Args:
-            operator: W of shape (p, q), or an `Operator` (with a bias where it has one).
+            operator: W of shape (p, q), or an `Operator` with its W and bias.
 
         Raises:
             ValueError: W has another shape.
@@ -229,7 +238,7 @@ class Moments:
             total = total + 2 * b @ (W.T @ self.x1 - self.y1) + self.weight * (b @ b)
         return max(float(total), 0.0)
 
-    def relative_error(self, operator: "Tensor | Operator") -> float:
+    def relative_error(self, operator: Tensor | Linear) -> float:
         """`error` divided by that of doing nothing, ``||Y - X||_F^2`` (1 = no better than pruning).
 
         Raises:
@@ -251,7 +260,7 @@ class Moments:
         """
         if not 0 < rcond < 1:
             raise ValueError(f"rcond must lie between 0 and 1, got {rcond}")
-        return int(gram(self).seen(rcond).sum())
+        return int(gram(self.G).seen(rcond).sum())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; an old file is replaced only once the new one is whole."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ghostlib import families
+from ghostlib.checks import check_moments
 from ghostlib.families import Fit
-from ghostlib.gram import SingularGramWarning, check_moments
+from ghostlib.gram import SingularGramWarning
 from ghostlib.moments import Moments
 from ghostlib.registry import Registry
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostlib.gram import check_moments, check_ridge, check_square, gram
+from ghostlib.checks import check_moments, check_square
+from ghostlib.gram import check_ridge, gram
 from ghostlib.moments import Moments
 
 RIDGES: tuple[float, ...] = tuple(10 ** (k / 5) for k in range(-40, 11))
@@ -68,7 +69,7 @@ def ridge_path(
         raise ValueError("no ridge to try: name at least one")
     check_moments(train)
     check_square(train, "a ridge path around the identity")
-    found = gram(train)
+    found = gram(train.G)
     s, V = found.values, found.vectors
     gains = [found.regularise(relative_ridge=float(ridge)).gain for ridge in values]
     f = torch.stack(gains)  # (k, p)
