@@ -1,6 +1,5 @@
 """A dictionary of named choices whose error for an unknown name suggests the known ones."""
 
-from collections.abc import Callable
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -18,15 +17,6 @@ class Registry(dict[str, T]):
     def __init__(self, kind: str, **entries: T) -> None:
         super().__init__(**entries)
         self.kind = kind
-
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that enters a function or class under ``name``."""
-
-        def enter(entry: T) -> T:
-            self[name] = entry
-            return entry
-
-        return enter
 
     def __missing__(self, name: str) -> T:
         close = get_close_matches(str(name), self, n=1)

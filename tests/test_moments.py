@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -283,6 +284,34 @@ def test_load_refuses_something_else(tmp_path: Path) -> None:
         Moments.load(path)
     with pytest.raises(FileNotFoundError):
         Moments.load(tmp_path / "absent.safetensors")
+
+
+def test_load_refuses_sums_of_another_precision_or_without_their_counts(tmp_path: Path) -> None:
+    path = tmp_path / "edited.safetensors"
+    Moments(8).update(*pair(20)).save(path)
+    sums = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata()
+    save_file(sums | {"G": sums["G"].float()}, path, metadata=meta)
+    with pytest.raises(ValueError, match=r"G is \(8, 8\) torch.float32"):
+        Moments.load(path)
+    save_file(sums, path, metadata={k: v for k, v in meta.items() if k != "tokens"})
+    with pytest.raises(ValueError, match="cannot be read as moments: 'tokens'"):
+        Moments.load(path)
+
+
+def test_half_precision_activations_do_not_overflow_the_rotated_sums() -> None:
+    X = torch.ones(2048, 8, dtype=torch.float16)
+    X[:, 0] = 300.0
+    moments = Moments(8).update(X, 2 * X)
+    torch.testing.assert_close(moments.ratio_rotated, torch.full((8,), 2.0, dtype=torch.float64))
+
+
+def test_a_difference_that_is_rounding_leaves_nothing_to_recover() -> None:
+    X, _ = pair(200)
+    X = X.double() / 3
+    with pytest.raises(ValueError, match="nothing to recover"):
+        Moments(8).update(X, X).relative_error(torch.eye(8))
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
