@@ -57,7 +57,7 @@ format: $(STAMP) ## let ruff format and fix what it can
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
 
 bench: $(STAMP) assets ## run the benchmarks
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
 
 assets: $(STAMP) ## fetch and check the embedded model and corpora (once)
 	@echo 'Checking the embedded model and corpus …'

@@ -13,7 +13,6 @@ memory is measured in a process of its own and includes interpreter, torch and t
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from memory import peak_gigabytes
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -101,9 +101,7 @@ def main() -> None:
     model, windows = windows_of(options.windows)
     if options.case:
         WAYS[options.case](model, windows)
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # Kilobytes on Linux, bytes on macOS.
-        print(json.dumps(used / (1e9 if sys.platform == "darwin" else 1e6)))
+        print(json.dumps(peak_gigabytes()))
         return
 
     plain(model, windows[:1])  # warm-up

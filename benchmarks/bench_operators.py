@@ -10,13 +10,13 @@ is the one to compare on a busy machine, and with one thread it hardly depends o
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+from memory import peak_gigabytes
 
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, solve
@@ -62,9 +62,7 @@ def run_case(name: str, width: int) -> dict[str, float]:
     else:
         options = {"rank": max(1, width // 8)} if name == "low-rank" else {}
         found = best(lambda: solve(moments, name, **options), moments, repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kilobytes on Linux, bytes on macOS.
-    return found | {"gigabytes": peak / (1e9 if sys.platform == "darwin" else 1e6)}
+    return found | {"gigabytes": peak_gigabytes()}
 
 
 def measure(name: str, width: int, threads: int) -> dict[str, float]:

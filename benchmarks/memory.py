@@ -1,0 +1,19 @@
+"""Peak memory of this process."""
+
+import resource
+import sys
+from pathlib import Path
+
+
+def peak_gigabytes() -> float:
+    """Largest resident memory of this process since it started its program, in GB.
+
+    On Linux ``ru_maxrss`` of a child begins at what its parent held when it was forked; the high
+    water mark of the address space does not.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e6
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on macOS, else kilobytes
