@@ -180,6 +180,9 @@ class _Collector:
         self.boundaries = list(asked)
         self.moments = moments
         self.indices = {index for boundary in self.boundaries for index in boundary}
+        self.last_stop: dict[int, int] = {}  # where the stream of each start is no longer needed
+        for start, stop in self.boundaries:
+            self.last_stop[start] = max(stop, self.last_stop.get(start, stop))
         self.calibration = Calibration(fingerprint(model))
         width = hidden_size(model)
         for boundary in self.boundaries if moments else ():
@@ -215,16 +218,12 @@ class _Collector:
         for boundary in self.boundaries:
             if boundary.stop == index:
                 self._close(boundary, self.open[boundary.start], stream)
-        last_stop = max((b.stop for b in self.boundaries if b.start == index), default=None)
-        if last_stop is not None:
+        if index in self.last_stop:
             self.open[index] = stream
             if stream.sequences:
                 gram = torch.stack([x.gram() for x in stream.sequences]).sum(0)
                 self.grams[index] = self.grams[index] + gram if index in self.grams else gram
-        for start in [
-            s for s in self.open if all(b.stop <= index for b in self.boundaries if b.start == s)
-        ]:
-            del self.open[start]
+        self.open = {s: waiting for s, waiting in self.open.items() if self.last_stop[s] > index}
 
     def _close(self, boundary: Boundary, before: _Open, after: _Open) -> None:
         directions = after.directions.to(before.directions.device)
