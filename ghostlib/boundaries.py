@@ -82,6 +82,8 @@ def contiguous(n: int, num_layers: int) -> list[Boundary]:
     Raises:
         ValueError: ``n`` is not between 1 and ``num_layers - 1``.
     """
+    if num_layers < 2:
+        raise ValueError("a model of one layer has none to spare: nothing can be removed")
     if not 1 <= n < num_layers:
         raise ValueError(
             f"n = {n} layers cannot be removed from a model of {num_layers}: "

@@ -7,14 +7,14 @@ never computes the language-model head.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, check_boundary
-from ghostlib.models import fingerprint, hidden_size, num_layers, receiver
+from ghostlib.models import fingerprint, hidden_size, mlp_output, num_layers, receiver
 from ghostlib.moments import Moments
 from ghostlib.progress import track
 from ghostlib.streams import Stream
@@ -38,6 +38,8 @@ class Calibration(dict[Boundary, Moments]):
 
     Attributes:
         similarities: ``{Boundary: Similarity}``.
+        mlp: ``{Boundary: Moments}`` for `replaceme`, with the output of the last MLP before the
+            boundary in place of ``X``; filled by ``calibrate(…, mlp=True)``.
         model: fingerprint of the model the activations come from.
         tokens: number of tokens used.
     """
@@ -45,6 +47,7 @@ class Calibration(dict[Boundary, Moments]):
     def __init__(self, model: str) -> None:
         super().__init__()
         self.similarities: dict[Boundary, Similarity] = {}
+        self.mlp: dict[Boundary, Moments] = {}
         self.model = model
         self.tokens = 0
 
@@ -101,6 +104,7 @@ def calibrate(
     skip_leading: int = 0,
     batch_size: int = 1,
     moments: bool = True,
+    mlp: bool = False,
 ) -> Calibration:
     """Collect the moments and similarities of every boundary in one pass over ``windows``.
 
@@ -113,6 +117,8 @@ def calibrate(
             instance 1 for the token that carries a massive activation.
         batch_size: windows per forward pass.
         moments: collect second moments; without them the pass gives similarities only.
+        mlp: collect the moments that `replaceme` needs as well, for every boundary with a layer
+            before it.
 
     Returns:
         `Calibration`, a dictionary from `Boundary` to `Moments` (on the CPU, float64).
@@ -133,9 +139,12 @@ def calibrate(
         attention_mask = torch.ones_like(windows)
     used = attention_mask.bool() & (attention_mask.cumsum(1) > skip_leading)
 
-    collector = _Collector(model, dict.fromkeys(asked), moments)
+    collector = _Collector(model, dict.fromkeys(asked), moments, mlp)
     starts = range(0, len(windows), batch_size)
-    with tap(model, collector.indices, collector.on_stream) as run:
+    with (
+        tap(model, collector.indices, collector.on_stream) as run,
+        _listen(model, collector.mlps, collector.on_mlp),
+    ):
         for first in track(starts, "calibrating", unit="batch"):
             rows = slice(first, first + batch_size)
             collector.begin(first, used[rows])
@@ -166,19 +175,48 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
         )
 
 
+@contextmanager
+def _listen(
+    model: PreTrainedModel, starts: Iterable[int], on_mlp: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Watch what the last MLP before each of ``starts`` adds to the stream."""
+    handles = []
+    try:
+        for start in starts:
+            handles.append(
+                mlp_output(model, start - 1).register_forward_hook(
+                    lambda module, args, output, start=start: on_mlp(start, output)
+                )
+            )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Open(NamedTuple):
     """A stream waiting for the boundaries that start there, one entry a sequence of the batch."""
 
     sequences: list[Stream] | None
     directions: Tensor
+    mlp: list[Stream] | None
+
+
+def _add_grams(grams: dict[int, Tensor], index: int, sequences: list[Stream] | None) -> None:
+    if sequences:
+        gram = torch.stack([x.gram() for x in sequences]).sum(0)
+        grams[index] = grams[index] + gram if index in grams else gram
 
 
 class _Collector:
     """Turns streams, as they pass, into moments and similarities."""
 
-    def __init__(self, model: PreTrainedModel, asked: Iterable[Boundary], moments: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, asked: Iterable[Boundary], moments: bool, mlp: bool
+    ) -> None:
         self.boundaries = list(asked)
         self.moments = moments
+        self.mlps = {b.start for b in self.boundaries if b.start > 0 and moments and mlp}
         self.indices = {index for boundary in self.boundaries for index in boundary}
         self.last_stop: dict[int, int] = {}  # where the stream of each start is no longer needed
         for start, stop in self.boundaries:
@@ -186,10 +224,12 @@ class _Collector:
         self.calibration = Calibration(fingerprint(model))
         width = hidden_size(model)
         for boundary in self.boundaries if moments else ():
-            self.calibration[boundary] = Moments(
-                width, boundary=boundary, model=self.calibration.model
-            )
+            about: dict[str, Any] = {"boundary": boundary, "model": self.calibration.model}
+            self.calibration[boundary] = Moments(width, **about)
+            if boundary.start in self.mlps:
+                self.calibration.mlp[boundary] = Moments(width, regressor="mlp", **about)
         self.grams: dict[int, Tensor] = {}
+        self.mlp_grams: dict[int, Tensor] = {}
         self.cosines = dict.fromkeys(self.boundaries, 0.0)
         self.angles = dict.fromkeys(self.boundaries, 0.0)
 
@@ -197,6 +237,7 @@ class _Collector:
         """Prepare for the batch whose first window has number ``first``."""
         self.first, self.used = first, used
         self.open: dict[int, _Open] = {}
+        self.heard: dict[int, list[Stream]] = {}
         self.calibration.tokens += int(used.sum())
 
     def on_stream(self, index: int, hidden: Tensor) -> None:
@@ -207,23 +248,29 @@ class _Collector:
                 f"the input of layer {index} has NaN or infinite activations in window "
                 f"{self.first + bad}: use a wider dtype (bfloat16 or float32) or another window"
             )
-        hidden = hidden.to("cpu") if hidden.device.type == "mps" else hidden  # MPS has no float64
-        used = self.used.to(hidden.device)
         stream = _Open(
-            [Stream.of(h[u]) for h, u in zip(hidden, used, strict=True) if u.any()]
-            if self.moments
-            else None,
-            nn.functional.normalize(hidden[used].float(), dim=-1),
+            self._sequences(hidden) if self.moments else None,
+            nn.functional.normalize(hidden[self.used.to(hidden.device)].float(), dim=-1),
+            self.heard.pop(index, None),
         )
         for boundary in self.boundaries:
             if boundary.stop == index:
                 self._close(boundary, self.open[boundary.start], stream)
         if index in self.last_stop:
             self.open[index] = stream
-            if stream.sequences:
-                gram = torch.stack([x.gram() for x in stream.sequences]).sum(0)
-                self.grams[index] = self.grams[index] + gram if index in self.grams else gram
+            _add_grams(self.grams, index, stream.sequences)
+            _add_grams(self.mlp_grams, index, stream.mlp)
         self.open = {s: waiting for s, waiting in self.open.items() if self.last_stop[s] > index}
+
+    def on_mlp(self, start: int, output: Tensor) -> None:
+        """Keep what the MLP before layer ``start`` returned until the stream gets there."""
+        # OPT flattens the batch before its MLP.
+        self.heard[start] = self._sequences(output.view(*self.used.shape, -1))
+
+    def _sequences(self, hidden: Tensor) -> list[Stream]:
+        hidden = hidden.to("cpu") if hidden.device.type == "mps" else hidden  # MPS has no float64
+        used = self.used.to(hidden.device)
+        return [Stream.of(h[u]) for h, u in zip(hidden, used, strict=True) if u.any()]
 
     def _close(self, boundary: Boundary, before: _Open, after: _Open) -> None:
         directions = after.directions.to(before.directions.device)
@@ -232,16 +279,23 @@ class _Collector:
         self.angles[boundary] += float(cosine.double().arccos().sum() / torch.pi)
         for x, y in zip(before.sequences or (), after.sequences or (), strict=True):
             self.calibration[boundary].add_sequence(x, y)
+        if before.mlp is not None and boundary in self.calibration.mlp:
+            for F, x, y in zip(
+                before.mlp, before.sequences or (), after.sequences or (), strict=True
+            ):
+                target = Stream.of(F.values + (y.values - x.values))
+                self.calibration.mlp[boundary].add_sequence(F, target)
 
     def result(self) -> Calibration:
         """The finished `Calibration`, its moments on the CPU."""
         calibration = self.calibration
         if calibration.tokens == 0:
             raise ValueError("the attention mask and skip_leading leave no token to calibrate with")
-        grams = {start: gram.cpu() for start, gram in self.grams.items()}
-        for boundary, moments in calibration.items():
-            moments = calibration[boundary] = moments.to("cpu")
-            moments.G = grams[boundary.start]  # shared between boundaries with the same start
+        for collected, grams in ((calibration, self.grams), (calibration.mlp, self.mlp_grams)):
+            shared = {start: gram.cpu() for start, gram in grams.items()}
+            for boundary, moments in collected.items():
+                moments = collected[boundary] = moments.to("cpu")
+                moments.G = shared[boundary.start]  # by all boundaries with the same start
         for boundary in self.boundaries:
             calibration.similarities[boundary] = Similarity(
                 self.cosines[boundary] / calibration.tokens,

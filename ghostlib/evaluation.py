@@ -37,17 +37,26 @@ def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 
         raise ValueError("windows of one token predict nothing: use a length of at least 2")
     losses = []
     for ids in track(windows.split(batch_size), "scoring", unit="batch"):
-        hidden = final_hidden(model, ids)[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten().to(hidden.device)
-        with torch.no_grad():
-            tokens = [
-                nn.functional.cross_entropy(
-                    head(model, h).float(), y.to(h.device), reduction="none"
-                )
-                for h, y in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
-            ]
-        losses.append(torch.cat(tokens).double().view(len(ids), -1).mean(1).cpu())
+        losses.append(token_losses(model, final_hidden(model, ids), ids).mean(1))
     return torch.cat(losses)
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Negative log-likelihood (nats) of every token but the first, from what the head receives.
+
+    Args:
+        hidden: (windows, length, hidden), see `final_hidden`. ids: (windows, length) token ids.
+
+    Returns:
+        float64 tensor (windows, length - 1) on the CPU.
+    """
+    flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(hidden.device)
+    losses = [
+        nn.functional.cross_entropy(head(model, h).float(), y.to(h.device), reduction="none")
+        for h, y in zip(flat.split(_CHUNK), targets.split(_CHUNK), strict=True)
+    ]
+    return torch.cat(losses).double().view(len(ids), -1).cpu()
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> float:

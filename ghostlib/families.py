@@ -8,9 +8,10 @@ Every function takes moments of ``X`` (tokens, p) and ``Y`` (tokens, q) and retu
     scalar ⊂ scaled-orthogonal,
     identity ⊂ low-rank (any rank) ⊂ ghost,
 
-so their training errors are ordered. Only the two `linearpatch` functions are no least-squares
-fits. Directions the calibration tokens never visit stay untouched: each family returns, among
-equally good fits, the one closest to the identity.
+so their training errors are ordered. The two `linearpatch` functions and `magnitude` are no
+least-squares fits; `replaceme` is the fit of another regressor, the last MLP's output. Directions
+the calibration tokens never visit stay untouched: each family returns, among equally good fits, the
+one closest to the identity.
 """
 
 import operator
@@ -87,6 +88,16 @@ def hadamard_diagonal(moments: Moments) -> Fit:
     H = rotate(_eye(moments, "hadamard-diagonal"))
     g, b = _rotated_diagonal(moments.G, H), _rotated_diagonal(moments.B, H)
     return Fit(rotate(H * _ratio(b, g), inverse=True), len(g), None, *_conditioning(g))
+
+
+def magnitude(moments: Moments) -> Fit:
+    """Prune&Comp: ``W = a I`` with ``a`` the mean over channels of ``mean|Y_j| / mean|X_j|``.
+
+    That is the mean of `linearpatch_d`'s diagonal (arXiv 2507.18212, whose code averages the ratios
+    of channels and sequences). It is folded into the weights before the gap.
+    """
+    a = linearpatch_d(moments).W.diagonal().mean()
+    return Fit(a * _eye(moments, "magnitude"), 1)
 
 
 def orthogonal(moments: Moments) -> Fit:
@@ -180,6 +191,19 @@ def ghost(
     inverse = gram(moments.G).regularise(rcond, ridge, relative_ridge)
     W = _solve(inverse, moments, moments.G, moments.B, around, "ghost")
     return _full(W, moments, inverse, W.numel())
+
+
+def replaceme(moments: Moments, **how: Unpack[Regularisation]) -> Fit:
+    """ReplaceMe, least squares: ``T`` on the last kept MLP's output alone (arXiv 2505.02819).
+
+    With ``F`` that output, the stream before the gap is ``X = R + F`` and becomes ``R + F T``; the
+    best ``T`` regresses ``X_post - R = F + Delta`` on ``F``. These moments (``calibrate(…,
+    mlp=True).mlp``) have ``F`` for ``X`` and ``F + Delta`` for ``Y``, so it is `ghost` on them.
+
+    Args:
+        how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
+    """
+    return ghost(moments, **how)
 
 
 def affine(moments: Moments, *, around: str = "identity", **how: Unpack[Regularisation]) -> Fit:

@@ -47,6 +47,20 @@ class LinearBoundary(nn.Module):
         return y if self.b is None else y + self.b
 
 
+class LowRankBoundary(nn.Module):
+    """``x -> x + (x A) B`` with ``M = A B`` of rank r: ``2 C r`` parameters in place of ``C^2``."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(width, rank))
+        self.B = nn.Parameter(torch.zeros(rank, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to ``x`` (…, width)."""
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(flat, flat @ self.A, self.B).view(x.shape)
+
+
 @cache
 def _receiving(cls: Any) -> Any:
     """Subclass of a decoder layer or norm that passes its input through ``self.boundary`` first.
@@ -71,7 +85,10 @@ def install_boundaries(model: PreTrainedModel) -> None:
             vars(module).pop("forward", None)
         plain: Any = type(module)
         module.__class__ = _receiving(plain)
-        module.boundary = LinearBoundary(hidden_size(model), bias=entry["bias"])
+        width, rank = hidden_size(model), entry.get("rank")
+        module.boundary = (
+            LowRankBoundary(width, rank) if rank else LinearBoundary(width, bias=entry["bias"])
+        )
         if placement is not None:
             add_hook_to_module(module, placement)
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from ghostlib.assets import embedded_model_dir
@@ -29,13 +30,32 @@ GHOSTED = "ghosted_"  # what `surgery` puts before the model type of a recovered
 
 
 class Architecture(NamedTuple):
-    """Where a causal LM keeps its decoder layers and the norm after the last of them."""
+    """Where a causal LM keeps what this package touches.
+
+    Attributes:
+        layers: the decoder layers. norm: the norm after the last of them.
+        embeddings: what the stream begins with.
+        writers: inside a layer, the modules whose output is added to the stream; the MLP's last.
+        norm_offset: what a norm adds to its weight before it multiplies (Gemma: 1).
+    """
 
     layers: str
     norm: str
+    embeddings: tuple[str, ...]
+    writers: tuple[str, ...]
+    norm_offset: float = 0.0
 
 
-_LLAMA_LIKE = Architecture("model.layers", "model.norm")
+_LLAMA_LIKE = Architecture(
+    "model.layers",
+    "model.norm",
+    ("model.embed_tokens",),
+    ("self_attn.o_proj", "mlp.down_proj"),
+)
+# What attention and MLP return is normalised before it is added.
+_NORM_AFTER = _LLAMA_LIKE._replace(
+    writers=("post_attention_layernorm", "post_feedforward_layernorm")
+)
 
 ARCHITECTURES: Registry[Architecture] = Registry(
     "architecture",
@@ -43,13 +63,28 @@ ARCHITECTURES: Registry[Architecture] = Registry(
     mistral=_LLAMA_LIKE,
     qwen2=_LLAMA_LIKE,
     qwen3=_LLAMA_LIKE,
-    gemma2=_LLAMA_LIKE,
-    gemma3_text=_LLAMA_LIKE,
-    olmo2=_LLAMA_LIKE,
+    gemma2=_NORM_AFTER._replace(norm_offset=1.0),
+    gemma3_text=_NORM_AFTER._replace(norm_offset=1.0),
+    olmo2=_NORM_AFTER,
     phi3=_LLAMA_LIKE,
-    gpt_neox=Architecture("gpt_neox.layers", "gpt_neox.final_layer_norm"),
-    opt=Architecture("model.decoder.layers", "model.decoder.final_layer_norm"),
-    gpt2=Architecture("transformer.h", "transformer.ln_f"),
+    gpt_neox=Architecture(
+        "gpt_neox.layers",
+        "gpt_neox.final_layer_norm",
+        ("gpt_neox.embed_in",),
+        ("attention.dense", "mlp.dense_4h_to_h"),
+    ),
+    opt=Architecture(
+        "model.decoder.layers",
+        "model.decoder.final_layer_norm",
+        ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+        ("self_attn.out_proj", "fc2"),
+    ),
+    gpt2=Architecture(
+        "transformer.h",
+        "transformer.ln_f",
+        ("transformer.wte", "transformer.wpe"),
+        ("attn.c_proj", "mlp.c_proj"),
+    ),
 )
 
 
@@ -128,6 +163,54 @@ def receiver(model: PreTrainedModel, index: int) -> nn.Module:
             f"keep layer {len(layers) - 1}"
         )
     return norm
+
+
+def mlp_output(model: PreTrainedModel, index: int) -> nn.Module:
+    """The projection whose output is what layer ``index``'s MLP adds to the stream.
+
+    Raises:
+        ValueError: the architecture normalises that output, or the whole stream, before it goes on.
+    """
+    module = attrgetter(architecture(model).writers[-1])(decoder_layers(model)[index])
+    if not isinstance(module, nn.Linear | Conv1D) or not _pre_norm(model):
+        raise ValueError(
+            f"{model.config.model_type} normalises what its MLP returns before the next layer "
+            "reads it: nothing can be folded into the MLP's last matrix; use a stream operator"
+        )
+    return module
+
+
+def embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose outputs make up the stream that enters the first layer.
+
+    Raises:
+        ValueError: the stream begins with more than these (OPT-350m projects and normalises).
+    """
+    if not _pre_norm(model):
+        raise ValueError(f"{type(model).__name__} normalises its stream: it cannot be rescaled")
+    return [attrgetter(path)(model) for path in architecture(model).embeddings]
+
+
+def writers(model: PreTrainedModel, index: int) -> list[nn.Module]:
+    """The modules of layer ``index`` whose outputs are added to the stream."""
+    return [attrgetter(path)(decoder_layers(model)[index]) for path in architecture(model).writers]
+
+
+def scale_output(model: PreTrainedModel, module: nn.Module, factor: float) -> None:
+    """Multiply what ``module`` (a projection, an embedding or a norm) returns, by new weights.
+
+    The old parameters, which other models may share, stay as they are.
+    """
+    projects = isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+    offset = 0.0 if projects else architecture(model).norm_offset
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        shift = offset if name == "weight" else 0.0
+        setattr(module, name, nn.Parameter((parameter + shift) * factor - shift))
+
+
+def _pre_norm(model: PreTrainedModel) -> bool:
+    """Whether layers only add to the stream (all here do, but some sizes of OPT)."""
+    return getattr(model.config, "do_layer_norm_before", True)
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:

@@ -57,6 +57,8 @@ class Moments:
         tokens: number of rows seen. weight: sum of their weights. sequences: number of updates.
         boundary: the `Boundary` they belong to, or None.
         model: fingerprint of the model they come from, or None.
+        regressor: what ``X`` is: ``"stream"``, or ``"mlp"`` for the output of the last MLP before
+            the boundary (then ``Y`` is that output plus Delta).
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Moments:
         *,
         boundary: Boundary | tuple[int, int] | None = None,
         model: str | None = None,
+        regressor: str = "stream",
         device: torch.device | str = "cpu",
     ) -> None:
         p, q = int(width), int(width if out_width is None else out_width)
@@ -80,6 +83,7 @@ class Moments:
         self.sequences = 0
         self.boundary = None if boundary is None else Boundary(*boundary)
         self.model = model
+        self.regressor = regressor
 
     G: Tensor
     B: Tensor
@@ -180,7 +184,7 @@ class Moments:
         """
         if not isinstance(other, Moments):
             return NotImplemented
-        for what in ("width", "out_width", "boundary", "model"):
+        for what in ("width", "out_width", "boundary", "model", "regressor"):
             mine, theirs = getattr(self, what), getattr(other, what)
             if mine != theirs:
                 raise ValueError(
@@ -202,6 +206,7 @@ class Moments:
             self.out_width,
             boundary=self.boundary,
             model=self.model,
+            regressor=self.regressor,
             device=self.G.device,
         )
 
@@ -272,6 +277,7 @@ class Moments:
             "sequences": str(self.sequences),
             "boundary": json.dumps(self.boundary),
             "model": json.dumps(self.model),
+            "regressor": self.regressor,
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -295,7 +301,8 @@ class Moments:
                     raise ValueError("not a ghostlib moments file")
                 sums = {name: file.get_tensor(name) for name in _SUMS}
             boundary, model = (json.loads(meta[key]) for key in ("boundary", "model"))
-            moments = cls(*sums["B"].shape, boundary=boundary, model=model)
+            regressor = meta.get("regressor", "stream")  # files of version 0.1 do not say
+            moments = cls(*sums["B"].shape, boundary=boundary, model=model, regressor=regressor)
             moments.tokens, moments.sequences = int(meta["tokens"]), int(meta["sequences"])
             moments.weight = float(meta["weight"])
             for name, value in sums.items():

@@ -76,6 +76,7 @@ class Operator:
 _FAMILIES: dict[str, Callable[..., Fit]] = {
     "identity": families.identity,
     "scalar": families.scalar,
+    "magnitude": families.magnitude,
     "diagonal": families.diagonal,
     "linearpatch-d": families.linearpatch_d,
     "linearpatch-r": families.linearpatch_r,
@@ -86,7 +87,10 @@ _FAMILIES: dict[str, Callable[..., Fit]] = {
     "low-rank": families.low_rank,
     "ghost": families.ghost,
     "affine": families.affine,
+    "replaceme": families.replaceme,
 }
+REGRESSORS = {"replaceme": "mlp"}
+"""What a family acts on, where it is not the stream; see `Moments.regressor`."""
 OPERATORS: Registry[Callable[..., Fit]] = Registry("operator", **_FAMILIES)
 
 
@@ -96,13 +100,14 @@ def solve(moments: Moments, name: str = "ghost", **options: Any) -> Operator:
     Args:
         moments: of ``X`` (tokens, p) and ``Y`` (tokens, q).
         name: one of `OPERATORS`; its function in `ghostlib.families` documents the options.
-        options: ``rcond``, ``ridge`` or ``relative_ridge`` for `ghost`, `affine`, `symmetric` and
-            `low-rank`; ``around`` for `ghost` and `affine`; ``rank`` for `low-rank`; ``pooled`` for
-            `linearpatch-d`.
+        options: ``rcond``, ``ridge`` or ``relative_ridge`` for `ghost`, `affine`, `symmetric`,
+            `low-rank` and `replaceme`; ``around`` for `ghost` and `affine`; ``rank`` for
+            `low-rank`; ``pooled`` for `linearpatch-d`.
 
     Raises:
         ValueError: an unknown name, no tokens, moments that are not float64 or not symmetric, two
-            widths in a family that needs one, or an option out of range.
+            widths in a family that needs one, moments of another regressor, or an option out of
+            range.
         TypeError: an option the family does not have.
 
     Warns:
@@ -114,6 +119,12 @@ def solve(moments: Moments, name: str = "ghost", **options: Any) -> Operator:
     """
     family = OPERATORS[name]
     check_moments(moments)
+    regressor = REGRESSORS.get(name, "stream")
+    if moments.regressor != regressor:
+        raise ValueError(
+            f"{name} is solved from moments of the {regressor}, these are of the "
+            f"{moments.regressor}: calibrate(…, mlp=True) collects both, the second as .mlp"
+        )
     fit = family(moments, **options)
     if fit.trouble:
         warnings.warn(f"{name}: {fit.trouble}", SingularGramWarning, stacklevel=2)

@@ -7,9 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, contiguous
-from ghostlib.calibration import Calibration, Similarity, calibrate
+from ghostlib.calibration import Calibration, calibrate
+from ghostlib.evidence import Evidence
 from ghostlib.models import num_layers
+from ghostlib.progress import track
 from ghostlib.registry import Registry
+
+Layers = tuple[int, ...]
 
 
 class Selection(tuple[int, ...]):
@@ -18,40 +22,68 @@ class Selection(tuple[int, ...]):
     Attributes:
         criterion: name of the criterion.
         n: how many layers were asked for.
-        scores: ``{Boundary: score}`` of every candidate block or layer.
+        scores: ``{layers: score}`` of every candidate, named by the layers it removes: a block, a
+            single layer, or what a greedy search tried at any of its steps. Lowest removed.
     """
 
     criterion: str
-    scores: dict[Boundary, float]
+    n: int
+    scores: dict[Layers, float]
 
-    def __new__(
-        cls, layers: range | list[int], criterion: str, scores: Mapping[Boundary, float]
-    ) -> "Selection":
+    def __new__(cls, layers: Layers, criterion: str, scores: Mapping[Layers, float]) -> "Selection":
         selection = super().__new__(cls, sorted(layers))
         selection.criterion = criterion
+        selection.n = len(selection)
         selection.scores = dict(scores)
         return selection
 
+    def first(self, n: int) -> "Selection":
+        """The best set of ``n`` layers that was scored: where a greedy search stood at step ``n``.
+
+        Raises:
+            ValueError: none of that size was scored.
+        """
+        scored = [(score, layers) for layers, score in self.scores.items() if len(layers) == n]
+        if not scored:
+            raise ValueError(f"no set of {n} layers was scored: choose n <= {self.n}")
+        return Selection(min(scored)[1], self.criterion, self.scores)
+
 
 class Criterion(NamedTuple):
-    """The candidates a criterion must see, and the score it gives each; low is removed first."""
+    """How candidates are searched, what must be known of them, and the score; low is removed first.
 
-    candidates: Callable[[int, int], list[Boundary]]
-    score: Callable[[Similarity], float]
+    Attributes:
+        search: ``"block"``: the best run of n layers; ``"each"``: the n best single layers;
+            ``"greedy"``: one layer after another, each the best beside those chosen before.
+        needs: what the score is computed from: ``"similarity"``, ``"moments"``, ``"windows"``.
+        score: from `Evidence` and the layers a candidate removes to a number.
+    """
+
+    search: str
+    needs: frozenset[str]
+    score: Callable[[Evidence, Layers], float]
 
 
-def _each_layer(n: int, total: int) -> list[Boundary]:
-    contiguous(n, total)  # checks n
-    return contiguous(1, total)
-
+_SIMILARITY, _MOMENTS, _WINDOWS = (frozenset({n}) for n in ("similarity", "moments", "windows"))
 
 CRITERIA: Registry[Criterion] = Registry("criterion")
 # The block whose ends point the same way does least (LLM-Streamline, arXiv 2403.19135).
-CRITERIA["cosine"] = Criterion(contiguous, lambda s: -s.cosine)
+CRITERIA["cosine"] = Criterion("block", _SIMILARITY, lambda e, ls: -e.similarity(ls).cosine)
 # The same by mean angle (Gromov et al., arXiv 2403.17887).
-CRITERIA["angular"] = Criterion(contiguous, lambda s: s.angular)
+CRITERIA["angular"] = Criterion("block", _SIMILARITY, lambda e, ls: e.similarity(ls).angular)
 # Single layers anywhere, by how little each turns the stream (ShortGPT, arXiv 2403.03853).
-CRITERIA["block-influence"] = Criterion(_each_layer, lambda s: 1 - s.cosine)
+CRITERIA["block-influence"] = Criterion(
+    "each", _SIMILARITY, lambda e, ls: 1 - e.similarity(ls).cosine
+)
+# Single layers by first-order weight importance (Shortened LLaMA, arXiv 2402.02834).
+CRITERIA["taylor"] = Criterion("each", _WINDOWS, lambda e, ls: e.importance(ls))
+# One layer at a time, by the loss of the pruned model (SLEB, arXiv 2402.09025).
+CRITERIA["perplexity"] = Criterion("greedy", _WINDOWS, lambda e, ls: e.loss(ls))
+# The block whose repair leaves least behind; and one layer at a time, with every repair in place.
+CRITERIA["residual"] = Criterion("block", _MOMENTS, lambda e, ls: e.residual(ls))
+CRITERIA["greedy-recovered"] = Criterion(
+    "greedy", _MOMENTS | _WINDOWS, lambda e, ls: e.recovered_loss(ls)
+)
 
 
 def select_layers(
@@ -60,6 +92,9 @@ def select_layers(
     n: int,
     criterion: str = "cosine",
     *,
+    windows: Tensor | None = None,
+    operator: str = "ghost",
+    beam: int = 1,
     attention_mask: Tensor | None = None,
     skip_leading: int = 0,
     batch_size: int = 1,
@@ -68,36 +103,106 @@ def select_layers(
 
     Args:
         model: the dense model.
-        calibration: (windows, length) token ids, or a `Calibration` that holds the similarities.
+        calibration: (windows, length) token ids, for one streaming pass; or a `Calibration` that
+            holds what the criterion needs.
         n: number of layers to remove.
         criterion: a name from `CRITERIA`. Every candidate is considered, first and last layers
             included; ties go to the lower index.
+        windows: (windows, length) ids that ``taylor``, ``perplexity`` and ``greedy-recovered``
+            score, without padding; the calibration windows by default. Never test text.
+        operator: the repair in place while ``residual`` and ``greedy-recovered`` score.
+        beam: how many of the best sets a greedy search keeps at every step.
         attention_mask, skip_leading, batch_size: as in `calibrate`, when windows are given.
 
     Returns:
-        `Selection`: a tuple of layer indices with ``.scores``, lowest removed.
+        `Selection`: a tuple of layer indices with ``.scores``.
 
     Raises:
-        ValueError: unknown criterion, ``n`` out of range, or a calibration that lacks candidates.
+        ValueError: unknown criterion, ``n`` out of range, a calibration without the statistics the
+            criterion needs, or a score that is not a number.
     """
-    rule = CRITERIA[criterion]
-    candidates = rule.candidates(n, num_layers(model))
-    if isinstance(calibration, Tensor):
+    rule, total = CRITERIA[criterion], num_layers(model)
+    contiguous(n, total)  # checks n
+    if beam < 1:
+        raise ValueError(f"beam must be at least 1, got {beam}")
+    if windows is None and isinstance(calibration, Tensor):
+        windows = calibration
+    if "windows" in rule.needs and windows is None:
+        raise ValueError(f"criterion {criterion!r} scores token windows: pass windows=…")
+    boundaries = needed(criterion, n, total)
+    if isinstance(calibration, Tensor) and boundaries:
         calibration = calibrate(
             model,
             calibration,
-            candidates,
+            boundaries,
             attention_mask=attention_mask,
             skip_leading=skip_leading,
             batch_size=batch_size,
-            moments=False,
+            moments="moments" in rule.needs,
         )
-    if missing := [b for b in candidates if b not in calibration.similarities]:
+    known = calibration if isinstance(calibration, Calibration) else None
+    evidence = Evidence(model, known, windows, operator=operator, batch_size=batch_size)
+    if known is not None:
+        _check(criterion, n, known, boundaries)
+    chosen, scores = _search(rule, evidence, n, total, beam, criterion)
+    return Selection(chosen, criterion, scores)
+
+
+def needed(criterion: str, n: int, total: int) -> list[Boundary]:
+    """The boundaries a calibration must hold for ``criterion`` to choose ``n`` of ``total`` layers.
+
+    >>> [len(needed(c, 7, 30)) for c in ("residual", "greedy-recovered", "taylor")]
+    [24, 189, 0]
+    """
+    rule = CRITERIA[criterion]
+    if rule.needs == _WINDOWS:
+        return []
+    lengths = {"block": [n], "each": [1], "greedy": range(1, n + 1)}[rule.search]
+    return [boundary for length in lengths for boundary in contiguous(length, total)]
+
+
+def _check(criterion: str, n: int, known: Calibration, boundaries: list[Boundary]) -> None:
+    if missing := [b for b in boundaries if b not in known.similarities]:
         raise ValueError(
             f"criterion {criterion!r} with n = {n} needs boundaries the calibration lacks, "
-            f"such as {missing[0]}: calibrate with boundaries=… all {len(candidates)} of them"
+            f"such as {missing[0]}: calibrate with boundaries=… all {len(boundaries)} of them"
         )
-    scores = {b: rule.score(calibration.similarities[b]) for b in candidates}
-    ranked = sorted(candidates, key=lambda b: (scores[b], b))
-    chosen = ranked[:1] if len(ranked[0].removed) == n else ranked[:n]
-    return Selection([layer for b in chosen for layer in b.removed], criterion, scores)
+    if "moments" in CRITERIA[criterion].needs and (unsolved := set(boundaries) - set(known)):
+        raise ValueError(
+            f"criterion {criterion!r} needs second moments, which this calibration lacks for "
+            f"{min(unsolved)}: calibrate with moments=True"
+        )
+
+
+def _search(
+    rule: Criterion, evidence: Evidence, n: int, total: int, beam: int, criterion: str
+) -> tuple[Layers, dict[Layers, float]]:
+    scores: dict[Layers, float] = {}
+
+    def ranked(candidates: list[Layers]) -> list[Layers]:
+        for layers in candidates:
+            if layers not in scores:
+                scores[layers] = rule.score(evidence, layers)
+                if scores[layers] != scores[layers]:
+                    raise ValueError(
+                        f"criterion {criterion!r} scores NaN without layers {layers}: try a wider "
+                        "dtype (bfloat16 or float32), or other windows"
+                    )
+        return sorted(candidates, key=lambda layers: (scores[layers], layers))
+
+    if rule.search == "block":
+        return ranked([tuple(b.removed) for b in contiguous(n, total)])[0], scores
+    if rule.search == "each":
+        singles = ranked([(layer,) for layer in range(total)])
+        return tuple(sorted(layer for (layer,) in singles[:n])), scores
+    parents: list[Layers] = [()]
+    for _ in track(range(n), "removing", unit="layer"):
+        children: set[Layers] = set()
+        for parent in parents:
+            evidence.grow_from(parent)
+            mine = [
+                tuple(sorted({*parent, layer})) for layer in range(total) if layer not in parent
+            ]
+            children.update(ranked(mine))
+        parents = ranked(list(children))[:beam]
+    return parents[0], scores

@@ -1,6 +1,5 @@
 """Surgery: remove decoder layers from a model and install operators at the gaps."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,11 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, runs
-from ghostlib.calibration import calibrate
+from ghostlib.calibration import Calibration, calibrate
+from ghostlib.excerpts import share
+from ghostlib.folding import fold
 from ghostlib.ghosted import ghosted_class, install_boundaries
 from ghostlib.models import GHOSTED, fingerprint, hidden_size, keep_layers, num_layers, receiver
 from ghostlib.moments import Moments
-from ghostlib.operators import OPERATORS, Operator, solve
+from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve
+from ghostlib.sequential import fit_sequential
 
 
 def prune(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
@@ -33,6 +35,7 @@ def recover(
     attention_mask: Tensor | None = None,
     skip_leading: int = 0,
     batch_size: int = 1,
+    fit: str = "teacher",
     **options: Any,
 ) -> PreTrainedModel:
     """Remove ``layers`` from a copy of ``model`` and repair each gap with a closed-form operator.
@@ -44,6 +47,9 @@ def recover(
         layers: decoder layers to remove; adjacent ones share one boundary.
         operator: a name from `ghostlib.operators.OPERATORS`, or solved operators by boundary.
         attention_mask, skip_leading, batch_size: as in `calibrate`, when windows are given.
+        fit: ``"teacher"``: every boundary from the dense model's streams, in one pass;
+            ``"sequential"``: each ``X_pre`` from the model as repaired so far, see
+            `fit_sequential`, which needs windows. With one boundary they are the same.
         options: passed on to the solver, such as ``relative_ridge=1e-3``.
 
     Returns:
@@ -55,24 +61,36 @@ def recover(
             boundary, an operator of the wrong shape, or a model that was recovered before.
     """
     gaps = runs(layers, num_layers(model))
+    if fit not in ("teacher", "sequential"):
+        raise ValueError(f"fit must be 'teacher' or 'sequential', got {fit!r}")
     if isinstance(operator, Mapping):
-        operators = {gap: _lookup(operator, gap, "operator") for gap in gaps}
-    else:
-        OPERATORS[operator]  # an unknown name is refused before the long pass, not after it
-        if isinstance(calibration, Tensor):
-            calibration = calibrate(
-                model,
-                calibration,
-                gaps,
-                attention_mask=attention_mask,
-                skip_leading=skip_leading,
-                batch_size=batch_size,
+        return _operate(model, gaps, {gap: _lookup(operator, gap, "operator") for gap in gaps})
+    OPERATORS[operator]  # an unknown name is refused before the long pass, not after it
+    how: dict[str, Any] = {
+        "attention_mask": attention_mask,
+        "skip_leading": skip_leading,
+        "batch_size": batch_size,
+    }
+    if fit == "sequential" and len(gaps) > 1:
+        if not isinstance(calibration, Tensor):
+            raise ValueError(
+                "fit='sequential' runs the model as repaired so far: give token windows, "
+                "not statistics of the dense model"
             )
-        _check_source(model, calibration)
-        operators = {
-            gap: solve(_lookup(calibration, gap, "moments"), operator, **options) for gap in gaps
-        }
-    return _operate(model, gaps, operators)
+        return _operate(
+            model, gaps, fit_sequential(model, calibration, gaps, operator, **how, **options)
+        )
+    regressor = REGRESSORS.get(operator, "stream")
+    if isinstance(calibration, Tensor):
+        calibration = calibrate(model, calibration, gaps, mlp=regressor == "mlp", **how)
+    if regressor == "mlp" and isinstance(calibration, Calibration):
+        calibration = calibration.mlp
+    _check_source(model, calibration)
+    return _operate(
+        model,
+        gaps,
+        {gap: solve(_lookup(calibration, gap, "moments"), operator, **options) for gap in gaps},
+    )
 
 
 def _lookup(known: Mapping[Boundary, Any], gap: Boundary, what: str) -> Any:
@@ -115,34 +133,57 @@ def _operate(
                 f"operator for boundary {gap} must have shape ({width}, {width}), "
                 f"got {tuple(operators[gap].W.shape)}"
             )
-    # Copying the modules but not what is in the memo shares every weight with the dense model.
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    recovered: PreTrainedModel = copy.deepcopy(model, memo)
+    recovered = share(model)
     removed = {layer for gap in gaps for layer in gap.removed}
     kept = [layer for layer in range(total) if layer not in removed]
     keep_layers(recovered, kept)
 
-    install = {gap: op for gap in gaps if (op := operators.get(gap)) and op.name != "identity"}
-    if not install:
-        return recovered
+    places = {gap: sum(layer < gap.stop for layer in kept) for gap in gaps}
+    folded = fold(recovered, operators, places)
+    install = {
+        gap: op
+        for gap in gaps
+        if (op := operators.get(gap)) and op.name != "identity" and gap not in folded
+    }
+    if install:
+        _install(recovered, install, places)
+    return recovered
+
+
+def _install(
+    recovered: PreTrainedModel, install: Mapping[Boundary, Operator], places: Mapping[Boundary, int]
+) -> None:
+    """Make ``recovered`` a ghosted model, in place, with a module for each operator."""
+    factors = {gap: _factors(op.M) for gap, op in install.items() if op.name == "low-rank"}
     cls = ghosted_class(recovered.config.model_type)
     recovered.__class__ = cls
     recovered.config.__class__ = cls.config_class  # type: ignore[assignment]
     recovered.config.ghost = [
         {
-            "receiver": sum(layer < gap.stop for layer in kept),
+            "receiver": places[gap],
             "removed": list(gap.removed),
             "operator": operator.name,
             "bias": operator.bias is not None,
+            "rank": factors[gap][0].shape[1] if gap in factors else None,
         }
         for gap, operator in install.items()
     ]
     install_boundaries(recovered)
-    for entry, operator in zip(recovered.config.ghost, install.values(), strict=True):
+    for (gap, operator), entry in zip(install.items(), recovered.config.ghost, strict=True):
         module: Any = receiver(recovered, entry["receiver"])
         like = next(p for name, p in module.named_parameters() if not name.startswith("boundary."))
-        identity = torch.eye(width, dtype=torch.float64)
-        module.boundary.M.data = (operator.W.cpu() - identity).to(like.device, like.dtype)
+        low_rank = gap in factors
+        values = dict(zip("AB", factors[gap], strict=True)) if low_rank else {"M": operator.M}
         if operator.bias is not None:
-            module.boundary.b.data = operator.bias.to(like.device, like.dtype)
-    return recovered
+            values["b"] = operator.bias
+        for name, value in values.items():
+            # on the CPU first: not every device has float64
+            getattr(module.boundary, name).data = value.cpu().to(like.dtype).to(like.device)
+
+
+def _factors(M: Tensor) -> tuple[Tensor, Tensor]:
+    """``M = A B`` with as few columns of ``A`` as the rank of ``M``, and both alike in size."""
+    U, s, Vh = torch.linalg.svd(M)
+    rank = max(int((s > 1e-10 * s[0]).sum()), 1)
+    root = s[:rank].sqrt()
+    return U[:, :rank] * root, root[:, None] * Vh[:rank]
