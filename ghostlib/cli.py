@@ -2,17 +2,23 @@
 
 ghostlib fetch
 ghostlib recover smollm2 out-folder --n 7 --operator ghost --corpus wiki
+ghostlib grid results/grid.json --n 3 5 7
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 
 import ghostlib as gl
 from ghostlib import assets
+from ghostlib.grid import REPAIRS, Grid, Plan, blocks, table
+from ghostlib.models import num_layers
+from ghostlib.results import Results
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +47,61 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=int, default=0, help="which windows are drawn")
     make.add_argument("--dtype", help="float32, bfloat16, …; by default as the model was saved")
     make.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    _add_grid(commands)
     return top
+
+
+def _add_grid(commands: Any) -> None:
+    plan = Plan()
+    make = commands.add_parser(
+        "grid",
+        help="score every criterion with every repair; a run that was stopped goes on",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    make.add_argument("output", help="results file, made or gone on with")
+    make.add_argument("--model", default="smollm2", help="smollm2, a local folder, or a hub id")
+    make.add_argument("--n", type=int, nargs="+", default=[3, 5, 7, 9, 11], help="layers to remove")
+    make.add_argument("--criteria", nargs="+", default=list(gl.CRITERIA), help="how to choose them")
+    make.add_argument("--repairs", nargs="+", default=list(REPAIRS), help="how to close the gaps")
+    make.add_argument("--starts", type=int, help="score every block of this many layers instead")
+    make.add_argument("--corpora", nargs="+", default=list(plan.corpora), help="for all windows")
+    for name, what in (
+        ("calibration", "the statistics are computed from"),
+        ("selection", "searches score, of the same split"),
+        ("test", "are held out"),
+    ):
+        for part, meaning in (
+            ("count", "windows of each corpus"),
+            ("length", "tokens of a window"),
+        ):
+            default = getattr(plan, f"{name}_{part}")
+            text = f"{meaning} that {what}"
+            make.add_argument(f"--{name}-{part}", type=int, default=default, help=text)
+    make.add_argument("--seed", type=int, default=0, help="which windows are drawn")
+    make.add_argument("--dtype", help="float32, bfloat16, …; by default as the model was saved")
+    make.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def grid(options: argparse.Namespace) -> None:
+    """Carry out ``ghostlib grid``; prints the table of perplexities."""
+    for criterion in options.criteria:
+        gl.CRITERIA[criterion]  # an unknown name is refused before the model is loaded
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    model, tokenizer = gl.load_model(options.model, dtype=dtype, device=options.device)
+    known = {field.name for field in fields(Plan)}
+    chosen = {name: value for name, value in vars(options).items() if name in known}
+    plan = Plan(**chosen | {"corpora": tuple(options.corpora)})
+    results = Results.open(options.output, plan.settings(model))
+    made = Grid(model, tokenizer, results, plan)
+    if options.starts:
+        made.score(blocks(options.starts, num_layers(model)), options.repairs)
+        print(f"{len(results.cells)} cells in {options.output}")
+        return
+    choices = made.select(options.criteria, options.n)
+    made.score(choices.values(), options.repairs)
+    rows = table(results.cells)
+    shown = rows.pivot_table("perplexity", ["corpus", "n", "criterion"], "repair")
+    print(shown.to_string(float_format=lambda value: f"{value:.1f}"))
 
 
 def recover(options: argparse.Namespace) -> None:
@@ -78,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, path in assets.fetch_all().items():
                 print(f"{name}: {path}")
         else:
-            recover(options)
+            {"recover": recover, "grid": grid}[options.command](options)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"ghostlib: {error}", file=sys.stderr)
         return 2

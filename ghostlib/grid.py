@@ -1,0 +1,255 @@
+"""The grid: every criterion with every repair at every depth, from one set of statistics.
+
+What is computed is kept in a `Results` file cell by cell, so that a run that was stopped goes on,
+and nothing of other settings is mixed in. `table` turns such a file into rows.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ghostlib.boundaries import Boundary, contiguous, runs
+from ghostlib.calibration import Calibration, calibrate
+from ghostlib.corpora import token_windows
+from ghostlib.models import fingerprint, num_layers
+from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve
+from ghostlib.progress import track
+from ghostlib.results import Results
+from ghostlib.selection import CRITERIA, Layers, needed, select_layers
+from ghostlib.sequential import dense_streams, fit_sequential
+from ghostlib.trials import Trials
+
+REPAIRS = (
+    "none",
+    "magnitude",
+    "linearpatch-d",
+    "linearpatch-r",
+    "replaceme",
+    "ghost",
+    "ghost sequential",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which windows a grid is computed from; `settings` says it all to a `Results` file.
+
+    Calibration and selection windows are consecutive windows of the train split, test windows are
+    of the test split; ``count`` windows of each corpus.
+    """
+
+    corpora: tuple[str, ...] = ("wiki", "pydoc")
+    calibration_count: int = 8
+    calibration_length: int = 2048
+    selection_count: int = 1
+    selection_length: int = 1024
+    test_count: int = 3
+    test_length: int = 1024
+    seed: int = 0
+
+    def settings(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Everything that decides the numbers."""
+        return {"model": fingerprint(model), "dtype": str(model.dtype), **asdict(self)}
+
+    def train(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        """(calibration windows, selection windows), which share no token."""
+        length, count = self.calibration_length, self.calibration_count
+        tokens = self.selection_count * self.selection_length
+        more = math.ceil(tokens / length)
+        calibration, selection = [], []
+        for corpus in self.corpora:
+            windows = token_windows(
+                corpus, tokenizer, length=length, count=count + more, seed=self.seed
+            )
+            calibration.append(windows[:count])
+            rest = windows[count:].flatten()[:tokens]
+            selection.append(rest.view(self.selection_count, self.selection_length))
+        return torch.cat(calibration), torch.cat(selection)
+
+    def test(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """(corpora x test_count, test_length) held-out windows."""
+        how: dict[str, Any] = {"length": self.test_length, "count": self.test_count}
+        return torch.cat(
+            [
+                token_windows(corpus, tokenizer, split="test", seed=self.seed, **how)
+                for corpus in self.corpora
+            ]
+        )
+
+
+class Grid:
+    """One model's grid, as far as it is computed.
+
+    Args:
+        model: the dense model; it is not changed. tokenizer: its tokenizer.
+        results: an open file with ``plan.settings(model)``.
+        plan: the windows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        results: Results,
+        plan: Plan,
+    ) -> None:
+        self.model, self.tokenizer, self.results, self.plan = model, tokenizer, results, plan
+        self.total = num_layers(model)
+        self._pass: Calibration | None = None
+        self._streams: dict[int, Tensor] = {}
+
+    @cached_property
+    def _train(self) -> tuple[Tensor, Tensor]:
+        return self.plan.train(self.tokenizer)
+
+    @cached_property
+    def _trials(self) -> Trials:
+        return Trials(self.model, self.plan.test(self.tokenizer))
+
+    def select(self, criteria: Sequence[str], ns: Sequence[int]) -> dict[tuple[str, int], Layers]:
+        """What each criterion removes for each n; one pass serves all that are missing."""
+        missing = [c for c in criteria if any(_chosen(c, n) not in self.results.cells for n in ns)]
+        deep = [c for c in missing if CRITERIA[c].search == "greedy"]
+        boundaries = {
+            boundary
+            for c in missing
+            for n in ([max(ns)] if c in deep else ns)
+            for boundary in needed(c, n, self.total)
+        }
+        windows, scored = self._train
+        stats = calibrate(self.model, windows, sorted(boundaries)) if boundaries else windows
+        for criterion in track(missing, "selecting", unit="criterion"):
+            begin = time.perf_counter()
+            # A greedy search for the most layers passes by all smaller choices.
+            steps = [max(ns)] if criterion in deep else ns
+            found = {
+                n: select_layers(self.model, stats, n, criterion, windows=scored) for n in steps
+            }
+            took = time.perf_counter() - begin
+            for n in ns:
+                layers = found[n] if n in found else found[max(ns)].first(n)
+                value = {"layers": list(layers), "seconds": round(took / len(steps), 1)}
+                self.results.cell(_chosen(criterion, n), partial(dict, value))
+        return {
+            (c, n): tuple(self.results.cells[_chosen(c, n)]["layers"]) for c in criteria for n in ns
+        }
+
+    def score(self, choices: Iterable[Layers], repairs: Sequence[str] = REPAIRS) -> None:
+        """Losses of every test window for every choice of layers with every repair."""
+        for repair in repairs:
+            if repair != "none":
+                OPERATORS[repair.removesuffix(" sequential")]  # refuses an unknown name
+        self.results.cell("dense", lambda: self._by_corpus(self._trials.losses(())))
+        todo = [
+            (layers, repair)
+            for layers in dict.fromkeys(choices)
+            for repair in repairs
+            if _scored(layers, repair) not in self.results.cells
+            # Without layer 0 no MLP is left before the first gap to repair it with.
+            and not (REGRESSORS.get(repair) == "mlp" and 0 in layers)
+        ]
+        self._prepare(todo)
+        for layers, repair in track(todo, "scoring", unit="cell"):
+            self.results.cell(_scored(layers, repair), partial(self._score, layers, repair))
+
+    def _prepare(self, todo: Sequence[tuple[Layers, str]]) -> None:
+        """One pass for the statistics, one for the streams, of all that is to be scored."""
+        gaps = {gap for layers, repair in todo if repair != "none" for gap in self._gaps(layers)}
+        mlp = any(REGRESSORS.get(repair) == "mlp" for _, repair in todo)
+        if gaps:
+            self._pass = calibrate(self.model, self._train[0], sorted(gaps), mlp=mlp)
+        indices = {
+            index
+            for layers, repair in todo
+            if repair.endswith(" sequential") and len(self._gaps(layers)) > 1
+            for index in (layers[0], *(gap.stop for gap in self._gaps(layers)))
+        }
+        if indices:
+            self._streams = dense_streams(self.model, self._train[0], indices)
+
+    def _score(self, layers: Layers, repair: str) -> dict[str, list[float]]:
+        return self._by_corpus(self._trials.losses(layers, self._operators(layers, repair)))
+
+    def _operators(self, layers: Layers, repair: str) -> Mapping[Boundary, Operator]:
+        if repair == "none":
+            return {}
+        assert self._pass is not None  # made by _prepare
+        name, gaps = repair.removesuffix(" sequential"), self._gaps(layers)
+        if name != repair and len(gaps) > 1:
+            return fit_sequential(self.model, self._train[0], gaps, name, streams=self._streams)
+        moments = self._pass.mlp if REGRESSORS.get(name) == "mlp" else self._pass
+        return {gap: solve(moments[gap], name) for gap in gaps}
+
+    def _by_corpus(self, losses: Tensor) -> dict[str, list[float]]:
+        parts = losses.view(len(self.plan.corpora), -1)
+        return {c: part.tolist() for c, part in zip(self.plan.corpora, parts, strict=True)}
+
+    def _gaps(self, layers: Layers) -> list[Boundary]:
+        return runs(layers, self.total)
+
+
+def blocks(n: int, total: int) -> list[Layers]:
+    """Every contiguous choice of ``n`` layers."""
+    return [tuple(gap.removed) for gap in contiguous(n, total)]
+
+
+def spell(layers: Iterable[int]) -> str:
+    """Layers in short: runs as ``first–last``.
+
+    >>> spell([12, 13, 14, 17, 25, 26])
+    '12–14, 17, 25–26'
+    """
+    gaps = runs(layers, max(layers := list(layers)) + 2)
+    return ", ".join(
+        f"{g.start}–{g.stop - 1}" if len(g.removed) > 1 else f"{g.start}" for g in gaps
+    )
+
+
+def _chosen(criterion: str, n: int) -> str:
+    return f"select {criterion} {n}"
+
+
+def _scored(layers: Layers, repair: str) -> str:
+    return f"{repair} without {spell(layers)}"
+
+
+def table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows of a grid: criterion, n, layers, repair, corpus, perplexity, dense perplexity.
+
+    Args:
+        results: the cells of a `Results` file.
+    """
+    dense = {corpus: _perplexity(losses) for corpus, losses in results["dense"].items()}
+    rows = []
+    for key, value in results.items():
+        if not key.startswith("select "):
+            continue
+        _, criterion, n = key.split()
+        suffix = f" without {spell(value['layers'])}"
+        for scored, by_corpus in results.items():
+            if scored.endswith(suffix):
+                rows += [
+                    {
+                        "criterion": criterion,
+                        "n": int(n),
+                        "layers": spell(value["layers"]),
+                        "repair": scored.removesuffix(suffix),
+                        "corpus": corpus,
+                        "perplexity": _perplexity(losses),
+                        "dense": dense[corpus],
+                    }
+                    for corpus, losses in by_corpus.items()
+                ]
+    return pd.DataFrame(rows)
+
+
+def _perplexity(losses: Sequence[float]) -> float:
+    return math.exp(sum(losses) / len(losses))

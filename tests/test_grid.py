@@ -1,0 +1,138 @@
+"""The grid on a tiny model: resumed, never mixed, and equal to the public functions."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import LAYERS, VOCABULARY, tiny_model
+
+import ghostlib as gl
+from ghostlib import grid as grids
+from ghostlib.grid import REPAIRS, Grid, Plan, blocks, spell, table
+from ghostlib.results import Results
+
+PLAN = Plan(
+    calibration_count=2,
+    calibration_length=24,
+    selection_count=2,
+    selection_length=12,
+    test_count=2,
+    test_length=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def random_text(monkeypatch):
+    """Random tokens in place of corpora, a split and a corpus each its own."""
+
+    def token_windows(corpus, tokenizer, *, split="train", length, count, seed):
+        generator = torch.Generator().manual_seed(seed + len(corpus) + 100 * len(split))
+        return torch.randint(3, VOCABULARY, (count, length), generator=generator)
+
+    monkeypatch.setattr(grids, "token_windows", token_windows)
+
+
+def opened(path, model, plan=PLAN) -> Grid:
+    return Grid(model, None, Results.open(path, plan.settings(model)), plan)
+
+
+def perplexity(model, windows) -> float:
+    return gl.perplexity(model, windows)
+
+
+def test_windows_of_the_plan_are_disjoint_and_ordered():
+    train, scored = PLAN.train(None)
+    assert train.shape == (4, 24) and scored.shape == (4, 12)
+    assert PLAN.test(None).shape == (4, 16)
+    longer = Plan(**{**vars(PLAN), "calibration_count": 3}).train(None)[0]
+    assert torch.equal(longer[2][:12], scored[0]), "selection windows follow the calibration ones"
+
+
+def test_every_cell_equals_the_public_functions(tmp_path):
+    model = tiny_model("llama")
+    grid = opened(tmp_path / "grid.json", model)
+    choices = grid.select(["cosine", "block-influence", "greedy-recovered"], [1, 3])
+    grid.score([*choices.values(), (0, 1), (1, 4)])
+    rows = table(grid.results.cells)
+    calib, scored = PLAN.train(None)
+    test = dict(zip(PLAN.corpora, PLAN.test(None).split(2), strict=True))
+    expected = gl.select_layers(model, calib, 3, "greedy-recovered", windows=scored)
+    assert choices["greedy-recovered", 3] == expected
+    layers = choices["block-influence", 3]
+    for repair in REPAIRS:
+        if repair == "none":
+            variant = gl.prune(model, layers)
+        elif repair == "ghost sequential":
+            variant = gl.recover(model, calib, layers, fit="sequential")
+        elif repair == "replaceme" and 0 in layers:
+            continue
+        else:
+            variant = gl.recover(model, calib, layers, repair)
+        mine = rows[
+            (rows.criterion == "block-influence") & (rows.n == 3) & (rows.repair == repair)
+        ].set_index("corpus")
+        for corpus in PLAN.corpora:
+            assert mine.perplexity[corpus] == pytest.approx(
+                perplexity(variant, test[corpus]), rel=1e-4
+            ), repair
+            assert mine.dense[corpus] == pytest.approx(perplexity(model, test[corpus]), rel=1e-4)
+    assert "replaceme without 0–1" not in grid.results.cells
+    assert "ghost without 0–1" in grid.results.cells
+
+
+def test_an_interrupted_grid_goes_on_and_computes_nothing_twice(tmp_path, monkeypatch):
+    model, path = tiny_model("llama"), tmp_path / "grid.json"
+    whole = opened(tmp_path / "whole.json", model)
+    whole.score(blocks(2, LAYERS), ["none", "ghost"])
+    original, calls = Grid._score, []
+
+    def interrupted(self, layers, repair):
+        calls.append((layers, repair))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, layers, repair)
+
+    monkeypatch.setattr(Grid, "_score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opened(path, model).score(blocks(2, LAYERS), ["none", "ghost"])
+    assert len(json.loads(path.read_text())["cells"]) == 1 + 3  # dense, and three cells
+    opened(path, model).score(blocks(2, LAYERS), ["none", "ghost"])
+    assert len(calls) == 2 * (LAYERS - 1) + 1, "only the interrupted cell was begun twice"
+    assert json.loads(path.read_text())["cells"] == whole.results.cells
+    before = path.read_bytes()
+    monkeypatch.setattr(grids, "calibrate", None)  # nothing is left to compute: no pass either
+    opened(path, model).score(blocks(2, LAYERS), ["none", "ghost"])
+    assert path.read_bytes() == before
+
+
+def test_stored_choices_are_not_searched_again(tmp_path, monkeypatch):
+    model, path = tiny_model("llama"), tmp_path / "grid.json"
+    first = opened(path, model).select(["perplexity", "residual"], [1, 2])
+    monkeypatch.setattr(grids, "select_layers", None)
+    assert opened(path, model).select(["perplexity", "residual"], [1, 2]) == first
+    alone = gl.select_layers(model, *PLAN.train(None)[:1], 1, "residual")
+    assert first["residual", 1] == alone
+
+
+def test_results_of_other_settings_are_never_mixed_in(tmp_path):
+    path = tmp_path / "grid.json"
+    opened(path, tiny_model("llama")).score([(2,)], ["none"])
+    with pytest.raises(ValueError, match="other settings: test_count = 2 there, 1 now"):
+        opened(path, tiny_model("llama"), Plan(**{**vars(PLAN), "test_count": 1}))
+    with pytest.raises(ValueError, match="other settings: model"):
+        opened(path, tiny_model("llama", seed=1))
+
+
+def test_unknown_repairs_and_criteria_are_named(tmp_path):
+    grid = opened(tmp_path / "grid.json", tiny_model("llama"))
+    with pytest.raises(ValueError, match="unknown operator 'gost'; did you mean 'ghost'"):
+        grid.score([(2,)], ["gost"])
+    with pytest.raises(ValueError, match="unknown criterion 'cosin'"):
+        grid.select(["cosin"], [1])
+
+
+def test_layers_are_spelt_in_runs():
+    assert spell([12, 13, 14, 17, 25, 26]) == "12–14, 17, 25–26"
+    assert spell((3,)) == "3"
+    assert math.isclose(len(blocks(7, 30)), 24)
