@@ -12,9 +12,11 @@ from ghostlib.gram import SingularGramWarning
 from ghostlib.models import ARCHITECTURES, load_model
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
+from ghostlib.rank import RankPath, choose_rank, rank_path
 from ghostlib.results import Results
 from ghostlib.ridge import choose_ridge, cross_validate, ridge_path
 from ghostlib.selection import CRITERIA, Selection, select_layers
+from ghostlib.sequential import fit_sequential
 from ghostlib.surgery import prune, recover
 
 __all__ = [
@@ -26,21 +28,25 @@ __all__ = [
     "Calibration",
     "Moments",
     "Operator",
+    "RankPath",
     "Results",
     "Selection",
     "Similarity",
     "SingularGramWarning",
     "antisymmetric_share",
     "calibrate",
+    "choose_rank",
     "choose_ridge",
     "contiguous",
     "cross_validate",
     "documents",
+    "fit_sequential",
     "gap_closed",
     "generate",
     "load_model",
     "perplexity",
     "prune",
+    "rank_path",
     "recover",
     "ridge_path",
     "runs",

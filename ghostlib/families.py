@@ -154,8 +154,7 @@ def low_rank(moments: Moments, *, rank: int, **how: Unpack[Regularisation]) -> F
     if not 1 <= r <= C:
         raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
     inverse = gram(moments.G).regularise(**how)
-    V, root = inverse.gram.vectors, inverse.gain.sqrt()[:, None]
-    A = root * (V.T @ (moments.B - moments.G))
+    V, (root, A) = inverse.gram.vectors, whitened(moments, inverse)
     if r < C:
         # The leading left singular vectors, from A A': a third of the cost of an SVD, and an error
         # in them enters the residual only squared.
@@ -164,6 +163,12 @@ def low_rank(moments: Moments, *, rank: int, **how: Unpack[Regularisation]) -> F
     W = V @ (root * A)
     W.diagonal().add_(1.0)
     return _full(W, moments, inverse, r * (2 * C - r))
+
+
+def whitened(moments: Moments, inverse: Regularised) -> tuple[Tensor, Tensor]:
+    """``G^(-1/2)``'s eigenvalues (p, 1), and the whitened fit in the eigenbasis (p, q)."""
+    root = inverse.gain.sqrt()[:, None]
+    return root, root * (inverse.gram.vectors.T @ (moments.B - moments.G))
 
 
 def ghost(

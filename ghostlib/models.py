@@ -37,6 +37,7 @@ class Architecture(NamedTuple):
         embeddings: what the stream begins with.
         writers: inside a layer, the modules whose output is added to the stream; the MLP's last.
         norm_offset: what a norm adds to its weight before it multiplies (Gemma: 1).
+        norm_before: every sub-layer reads the stream through a norm, which takes its scale away.
     """
 
     layers: str
@@ -44,6 +45,7 @@ class Architecture(NamedTuple):
     embeddings: tuple[str, ...]
     writers: tuple[str, ...]
     norm_offset: float = 0.0
+    norm_before: bool = True
 
 
 _LLAMA_LIKE = Architecture(
@@ -65,7 +67,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
     qwen3=_LLAMA_LIKE,
     gemma2=_NORM_AFTER._replace(norm_offset=1.0),
     gemma3_text=_NORM_AFTER._replace(norm_offset=1.0),
-    olmo2=_NORM_AFTER,
+    olmo2=_NORM_AFTER._replace(norm_before=False),
     phi3=_LLAMA_LIKE,
     gpt_neox=Architecture(
         "gpt_neox.layers",
@@ -172,7 +174,7 @@ def mlp_output(model: PreTrainedModel, index: int) -> nn.Module:
         ValueError: the architecture normalises that output, or the whole stream, before it goes on.
     """
     module = attrgetter(architecture(model).writers[-1])(decoder_layers(model)[index])
-    if not isinstance(module, nn.Linear | Conv1D) or not _pre_norm(model):
+    if not isinstance(module, nn.Linear | Conv1D) or not _norm_before(model):
         raise ValueError(
             f"{model.config.model_type} normalises what its MLP returns before the next layer "
             "reads it: nothing can be folded into the MLP's last matrix; use a stream operator"
@@ -184,10 +186,14 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
     """The modules whose outputs make up the stream that enters the first layer.
 
     Raises:
-        ValueError: the stream begins with more than these (OPT-350m projects and normalises).
+        ValueError: the architecture's layers do not normalise what they read, so that a stream of
+            another scale would change what they compute.
     """
-    if not _pre_norm(model):
-        raise ValueError(f"{type(model).__name__} normalises its stream: it cannot be rescaled")
+    if not _norm_before(model):
+        raise ValueError(
+            f"{model.config.model_type} reads its stream without a norm: scaling it would change "
+            "every layer; use an operator at the gap, such as scalar or ghost"
+        )
     return [attrgetter(path)(model) for path in architecture(model).embeddings]
 
 
@@ -208,9 +214,9 @@ def scale_output(model: PreTrainedModel, module: nn.Module, factor: float) -> No
         setattr(module, name, nn.Parameter((parameter + shift) * factor - shift))
 
 
-def _pre_norm(model: PreTrainedModel) -> bool:
-    """Whether layers only add to the stream (all here do, but some sizes of OPT)."""
-    return getattr(model.config, "do_layer_norm_before", True)
+def _norm_before(model: PreTrainedModel) -> bool:
+    """Whether sub-layers read the stream through a norm (some sizes of OPT do not)."""
+    return architecture(model).norm_before and getattr(model.config, "do_layer_norm_before", True)
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:

@@ -186,4 +186,4 @@ def _factors(M: Tensor) -> tuple[Tensor, Tensor]:
     U, s, Vh = torch.linalg.svd(M)
     rank = max(int((s > 1e-10 * s[0]).sum()), 1)
     root = s[:rank].sqrt()
-    return U[:, :rank] * root, root[:, None] * Vh[:rank]
+    return (U[:, :rank] * root).contiguous(), (root[:, None] * Vh[:rank]).contiguous()
