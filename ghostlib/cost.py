@@ -129,7 +129,7 @@ class Latency(NamedTuple):
 
     Attributes:
         prefill: seconds from the prompt to the first new token's logits.
-        decode: seconds per token after that, from the cache.
+        decode: seconds per step after that, which gives every sequence of the batch one more token.
         peak_bytes: largest memory allocated on a CUDA device beyond what it held before (weights),
             that is, activations and cache; None without such a device.
     """
