@@ -72,14 +72,13 @@ def flops(
     """Count one forward pass of ``tokens`` new tokens after ``context`` tokens in the cache.
 
     ``flops(model, 2048)`` is a prefill, ``flops(model, 1, context=2048)`` the next token.
+    Every matrix that is not looked up row by row multiplies every token once.
 
     Args:
         logits: positions whose logits are computed; ``generate`` asks for the last alone.
 
     Raises:
         ValueError: a negative ``context`` or ``logits``, or ``tokens`` or ``batch_size`` below 1.
-
-    Every matrix of the model that is not looked up row by row multiplies every token once.
     """
     _at_least(1, tokens=tokens, batch_size=batch_size)
     _at_least(0, context=context, logits=logits)
