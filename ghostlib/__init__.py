@@ -7,8 +7,10 @@ Importing this package registers the recovered model classes with transformers, 
 from ghostlib.boundaries import Boundary, contiguous, runs
 from ghostlib.calibration import Calibration, Similarity, calibrate
 from ghostlib.corpora import CORPORA, documents, token_windows
+from ghostlib.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
 from ghostlib.evaluation import gap_closed, generate, perplexity, window_losses
 from ghostlib.gram import SingularGramWarning
+from ghostlib.memory import calibration_bytes
 from ghostlib.models import ARCHITECTURES, load_model
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
@@ -34,15 +36,20 @@ __all__ = [
     "Similarity",
     "SingularGramWarning",
     "antisymmetric_share",
+    "cache_bytes",
     "calibrate",
+    "calibration_bytes",
     "choose_rank",
     "choose_ridge",
     "contiguous",
+    "count_parameters",
     "cross_validate",
     "documents",
     "fit_sequential",
+    "flops",
     "gap_closed",
     "generate",
+    "latency",
     "load_model",
     "perplexity",
     "prune",
@@ -53,5 +60,6 @@ __all__ = [
     "select_layers",
     "solve",
     "token_windows",
+    "weight_bytes",
     "window_losses",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, check_boundary
+from ghostlib.memory import calibration_bytes, require_memory
 from ghostlib.models import fingerprint, hidden_size, mlp_output, num_layers, receiver
 from ghostlib.moments import Moments
 from ghostlib.progress import track
@@ -126,6 +127,7 @@ def calibrate(
     Raises:
         ValueError: windows, mask or boundaries that do not fit the model, or NaN or infinite
             activations (the message names the layer and the window).
+        MemoryError: less memory is available than `calibration_bytes` says the pass will need.
     """
     asked = [check_boundary(b, num_layers(model)) for b in boundaries]
     if not asked:
@@ -138,6 +140,16 @@ def calibrate(
     if attention_mask is None:
         attention_mask = torch.ones_like(windows)
     used = attention_mask.bool() & (attention_mask.cumsum(1) > skip_leading)
+    require_memory(
+        calibration_bytes(
+            model,
+            asked,
+            length=windows.shape[1],
+            batch_size=batch_size,
+            moments=moments,
+            mlp=mlp,
+        )
+    )
 
     collector = _Collector(model, dict.fromkeys(asked), moments, mlp)
     starts = range(0, len(windows), batch_size)
