@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, check_boundary
-from ghostlib.models import fingerprint, hidden_size, num_layers, receiver
+from ghostlib.models import EndOfPass, fingerprint, hidden_size, num_layers, receiver
 from ghostlib.moments import Moments
 from ghostlib.progress import track
 from ghostlib.streams import Stream
@@ -49,10 +49,6 @@ class Calibration(dict[Boundary, Moments]):
         self.tokens = 0
 
 
-class _Stop(Exception):
-    """Ends a forward pass once the last stream of interest has been seen."""
-
-
 @contextmanager
 def tap(
     model: PreTrainedModel, indices: Iterable[int], on_stream: Callable[[int, Tensor], None]
@@ -70,7 +66,7 @@ def tap(
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             on_stream(index, args[0] if args else kwargs["hidden_states"])
             if index == wanted[-1]:
-                raise _Stop
+                raise EndOfPass
 
         return hook
 
@@ -78,7 +74,7 @@ def tap(
         try:
             with torch.no_grad():
                 model(**inputs, use_cache=False)
-        except _Stop:
+        except EndOfPass:
             pass
 
     handles = []

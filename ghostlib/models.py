@@ -180,8 +180,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     return f"{kind}-{num_layers(model)}x{hidden_size(model)}-{digest.hexdigest()[:12]}"
 
 
-class _Captured(Exception):
-    """Ends a forward pass at the language-model head."""
+class EndOfPass(Exception):
+    """Raised in a hook to end a forward pass once all that is wanted of it has been seen."""
 
 
 @torch.no_grad()
@@ -191,12 +191,12 @@ def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
 
     def hook(module: nn.Module, args: tuple) -> None:
         caught.append(args[0])
-        raise _Captured
+        raise EndOfPass
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
         model(input_ids=windows.to(model.device), use_cache=False)
-    except _Captured:
+    except EndOfPass:
         return caught[0]
     finally:
         handle.remove()
