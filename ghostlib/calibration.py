@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ghostlib.boundaries import Boundary, check_boundary
 from ghostlib.models import EndOfPass, fingerprint, hidden_size, num_layers, receiver
 from ghostlib.moments import Moments
+from ghostlib.placement import input_device
 from ghostlib.progress import track
 from ghostlib.streams import Stream
 
@@ -128,6 +129,7 @@ def calibrate(
     if attention_mask is None:
         attention_mask = torch.ones_like(windows)
     used = attention_mask.bool() & (attention_mask.cumsum(1) > skip_leading)
+    device = input_device(model)
 
     collector = _Collector(model, dict.fromkeys(asked), moments)
     starts = range(0, len(windows), batch_size)
@@ -136,8 +138,8 @@ def calibrate(
             rows = slice(first, first + batch_size)
             collector.begin(first, used[rows])
             run(
-                input_ids=windows[rows].to(model.device),
-                attention_mask=attention_mask[rows].to(model.device),
+                input_ids=windows[rows].to(device),
+                attention_mask=attention_mask[rows].to(device),
             )
     return collector.result()
 
@@ -181,9 +183,13 @@ class _Collector:
             self.last_stop[start] = max(stop, self.last_stop.get(start, stop))
         self.calibration = Calibration(fingerprint(model))
         width = hidden_size(model)
+        # A stream may pass several devices; all that is made of it is made in one place.
+        self.home = input_device(model)
+        if self.home.type == "mps":  # which has no float64
+            self.home = torch.device("cpu")
         for boundary in self.boundaries if moments else ():
             self.calibration[boundary] = Moments(
-                width, boundary=boundary, model=self.calibration.model
+                width, boundary=boundary, model=self.calibration.model, device=self.home
             )
         self.grams: dict[int, Tensor] = {}
         self.cosines = dict.fromkeys(self.boundaries, 0.0)
@@ -203,8 +209,7 @@ class _Collector:
                 f"the input of layer {index} has NaN or infinite activations in window "
                 f"{self.first + bad}: use a wider dtype (bfloat16 or float32) or another window"
             )
-        hidden = hidden.to("cpu") if hidden.device.type == "mps" else hidden  # MPS has no float64
-        used = self.used.to(hidden.device)
+        hidden, used = hidden.to(self.home), self.used.to(self.home)
         stream = _Open(
             [Stream.of(h[u]) for h, u in zip(hidden, used, strict=True) if u.any()]
             if self.moments
@@ -222,8 +227,7 @@ class _Collector:
         self.open = {s: waiting for s, waiting in self.open.items() if self.last_stop[s] > index}
 
     def _close(self, boundary: Boundary, before: _Open, after: _Open) -> None:
-        directions = after.directions.to(before.directions.device)
-        cosine = torch.linalg.vecdot(before.directions, directions).clamp(-1, 1)
+        cosine = torch.linalg.vecdot(before.directions, after.directions).clamp(-1, 1)
         self.cosines[boundary] += float(cosine.double().sum())
         self.angles[boundary] += float(cosine.double().arccos().sum() / torch.pi)
         for x, y in zip(before.sequences or (), after.sequences or (), strict=True):

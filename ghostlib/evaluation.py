@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.calibration import check_windows
 from ghostlib.models import final_hidden, head
+from ghostlib.placement import input_device
 from ghostlib.progress import track
 
 _CHUNK = 256  # tokens whose logits exist at once: 256 x 150,000 words x 4 bytes = 150 MB
@@ -38,11 +39,11 @@ def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 
     losses = []
     for ids in track(windows.split(batch_size), "scoring", unit="batch"):
         hidden = final_hidden(model, ids)[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten().to(hidden.device)
+        targets = ids[:, 1:].flatten()
         with torch.no_grad():
             tokens = [
                 nn.functional.cross_entropy(
-                    head(model, h).float(), y.to(h.device), reduction="none"
+                    (logits := head(model, h).float()), y.to(logits.device), reduction="none"
                 )
                 for h, y in zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
             ]
@@ -90,7 +91,7 @@ def generate(
     generator: Any = model
     with torch.no_grad():
         out = generator.generate(
-            **batch.to(model.device),
+            **batch.to(input_device(model)),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,

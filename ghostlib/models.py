@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ghostlib.assets import embedded_model_dir
+from ghostlib.placement import input_device, loaded_parameters
 from ghostlib.progress import shown
 from ghostlib.registry import Registry
 
@@ -170,11 +171,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A short name that tells one model's activations from another's.
 
     Made of the model type, its size, and a hash of the first bytes of every layer's parameters in
-    float32, so that a copy of the model in another place has the same one.
+    float32, so that a copy of the model in another place, offloaded or not, has the same one.
     """
     digest = hashlib.sha256()
     for layer in decoder_layers(model):
-        for parameter in layer.parameters():
+        for parameter in loaded_parameters(layer):
             digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
     kind = model.config.model_type
     return f"{kind}-{num_layers(model)}x{hidden_size(model)}-{digest.hexdigest()[:12]}"
@@ -195,7 +196,7 @@ def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
-        model(input_ids=windows.to(model.device), use_cache=False)
+        model(input_ids=windows.to(input_device(model)), use_cache=False)
     except EndOfPass:
         return caught[0]
     finally:

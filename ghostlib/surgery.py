@@ -14,6 +14,7 @@ from ghostlib.ghosted import ghosted_class, install_boundaries
 from ghostlib.models import GHOSTED, fingerprint, hidden_size, keep_layers, num_layers, receiver
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, Operator, solve
+from ghostlib.placement import compute_device, offload_stores, release_movers
 
 
 def prune(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
@@ -48,7 +49,8 @@ def recover(
 
     Returns:
         A model of the same family whose ``config.ghost`` lists what was removed and installed, in
-        the dtype and on the devices of ``model``.
+        the dtype and on the devices of ``model``. Offloaded weights stay offloaded; the operators
+        do not.
 
     Raises:
         ValueError: layers out of range or repeated, none left, moments of another model, width or
@@ -116,8 +118,10 @@ def _operate(
                 f"got {tuple(operators[gap].W.shape)}"
             )
     # Copying the modules but not what is in the memo shares every weight with the dense model.
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    shared = (*model.parameters(), *model.buffers(), *offload_stores(model))
+    memo: dict[int, Any] = {id(kept): kept for kept in shared}
     recovered: PreTrainedModel = copy.deepcopy(model, memo)
+    release_movers(recovered, model)
     removed = {layer for gap in gaps for layer in gap.removed}
     kept = [layer for layer in range(total) if layer not in removed]
     keep_layers(recovered, kept)
@@ -140,9 +144,9 @@ def _operate(
     install_boundaries(recovered)
     for entry, operator in zip(recovered.config.ghost, install.values(), strict=True):
         module: Any = receiver(recovered, entry["receiver"])
-        like = next(p for name, p in module.named_parameters() if not name.startswith("boundary."))
+        device, dtype = compute_device(module), next(module.parameters()).dtype
         identity = torch.eye(width, dtype=torch.float64)
-        module.boundary.M.data = (operator.W.cpu() - identity).to(like.device, like.dtype)
+        module.boundary.M.data = (operator.W.cpu() - identity).to(device, dtype)
         if operator.bias is not None:
-            module.boundary.b.data = operator.bias.to(like.device, like.dtype)
+            module.boundary.b.data = operator.bias.to(device, dtype)
     return recovered
