@@ -7,6 +7,7 @@ Importing this package registers the recovered model classes with transformers, 
 from ghostlib.boundaries import Boundary, contiguous, runs
 from ghostlib.calibration import Calibration, Similarity, calibrate
 from ghostlib.corpora import CORPORA, documents, token_windows
+from ghostlib.distributed import calibrate_distributed, shard
 from ghostlib.evaluation import gap_closed, generate, perplexity, window_losses
 from ghostlib.gram import SingularGramWarning
 from ghostlib.models import ARCHITECTURES, load_model
@@ -30,6 +31,7 @@ __all__ = [
     "SingularGramWarning",
     "antisymmetric_share",
     "calibrate",
+    "calibrate_distributed",
     "choose_ridge",
     "contiguous",
     "cross_validate",
@@ -43,6 +45,7 @@ __all__ = [
     "ridge_path",
     "runs",
     "select_layers",
+    "shard",
     "solve",
     "token_windows",
     "window_losses",
