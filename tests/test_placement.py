@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -138,7 +139,7 @@ def test_moving_a_copy_leaves_the_placed_model_where_it_is() -> None:
     """Accelerate binds ``to`` to the model it placed; a copy must not inherit that."""
     placed = accelerate.dispatch_model(tiny_model("llama"), {"": "cpu"}, force_hooks=True)
     recovered = gl.recover(placed, tiny_windows(), [1, 2])
-    mover: Callable[[torch.dtype], object] = recovered.to
+    mover: Callable[[torch.dtype], Any] = recovered.to
     assert mover(torch.float64) is recovered
     assert recovered.dtype == torch.float64
 
