@@ -5,9 +5,11 @@ Importing this package registers the recovered model classes with transformers, 
 """
 
 from ghostlib.boundaries import Boundary, contiguous, runs
-from ghostlib.calibration import Calibration, Similarity, calibrate
+from ghostlib.calibration import calibrate
+from ghostlib.collector import Calibration, Similarity
 from ghostlib.corpora import CORPORA, documents, token_windows
 from ghostlib.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
+from ghostlib.distributed import calibrate_distributed, shard
 from ghostlib.evaluation import gap_closed, generate, perplexity, window_losses
 from ghostlib.gram import SingularGramWarning
 from ghostlib.memory import calibration_bytes
@@ -38,6 +40,7 @@ __all__ = [
     "antisymmetric_share",
     "cache_bytes",
     "calibrate",
+    "calibrate_distributed",
     "calibration_bytes",
     "choose_rank",
     "choose_ridge",
@@ -58,6 +61,7 @@ __all__ = [
     "ridge_path",
     "runs",
     "select_layers",
+    "shard",
     "solve",
     "token_windows",
     "weight_bytes",

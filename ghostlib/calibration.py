@@ -7,54 +7,17 @@ never computes the language-model head.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, check_boundary
+from ghostlib.collector import Calibration, Collector
 from ghostlib.memory import calibration_bytes, require_memory
-from ghostlib.models import fingerprint, hidden_size, mlp_output, num_layers, receiver
-from ghostlib.moments import Moments
+from ghostlib.models import EndOfPass, mlp_output, num_layers, receiver
+from ghostlib.placement import input_device
 from ghostlib.progress import track
-from ghostlib.streams import Stream
-
-
-class Similarity(NamedTuple):
-    """How alike the stream is at both ends of a boundary, averaged over tokens.
-
-    ``cosine`` is the mean over tokens of ``cos(x_start, x_stop)``, taken over channels;
-    ``angular`` the mean of ``arccos(cos) / pi``, from 0 (same direction) to 1 (opposite).
-    """
-
-    cosine: float
-    angular: float
-
-
-class Calibration(dict[Boundary, Moments]):
-    """What one pass collected: ``{Boundary: Moments}``, and the similarities of each boundary.
-
-    Moments of boundaries with the same start share one Gram matrix in memory.
-
-    Attributes:
-        similarities: ``{Boundary: Similarity}``.
-        mlp: ``{Boundary: Moments}`` for `replaceme`, with the output of the last MLP before the
-            boundary in place of ``X``; filled by ``calibrate(…, mlp=True)``.
-        model: fingerprint of the model the activations come from.
-        tokens: number of tokens used.
-    """
-
-    def __init__(self, model: str) -> None:
-        super().__init__()
-        self.similarities: dict[Boundary, Similarity] = {}
-        self.mlp: dict[Boundary, Moments] = {}
-        self.model = model
-        self.tokens = 0
-
-
-class _Stop(Exception):
-    """Ends a forward pass once the last stream of interest has been seen."""
 
 
 @contextmanager
@@ -74,7 +37,7 @@ def tap(
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             on_stream(index, args[0] if args else kwargs["hidden_states"])
             if index == wanted[-1]:
-                raise _Stop
+                raise EndOfPass
 
         return hook
 
@@ -82,7 +45,7 @@ def tap(
         try:
             with torch.no_grad():
                 model(**inputs, use_cache=False)
-        except _Stop:
+        except EndOfPass:
             pass
 
     handles = []
@@ -150,8 +113,9 @@ def calibrate(
             mlp=mlp,
         )
     )
+    device = input_device(model)
 
-    collector = _Collector(model, dict.fromkeys(asked), moments, mlp)
+    collector = Collector(model, dict.fromkeys(asked), moments, mlp)
     starts = range(0, len(windows), batch_size)
     with (
         tap(model, collector.indices, collector.on_stream) as run,
@@ -161,8 +125,8 @@ def calibrate(
             rows = slice(first, first + batch_size)
             collector.begin(first, used[rows])
             run(
-                input_ids=windows[rows].to(model.device),
-                attention_mask=attention_mask[rows].to(model.device),
+                input_ids=windows[rows].to(device),
+                attention_mask=attention_mask[rows].to(device),
             )
     return collector.result()
 
@@ -204,113 +168,3 @@ def _listen(
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Open(NamedTuple):
-    """A stream waiting for the boundaries that start there, one entry a sequence of the batch."""
-
-    sequences: list[Stream] | None
-    directions: Tensor
-    mlp: list[Stream] | None
-
-
-def _add_grams(grams: dict[int, Tensor], index: int, sequences: list[Stream] | None) -> None:
-    if sequences:
-        gram = torch.stack([x.gram() for x in sequences]).sum(0)
-        grams[index] = grams[index] + gram if index in grams else gram
-
-
-class _Collector:
-    """Turns streams, as they pass, into moments and similarities."""
-
-    def __init__(
-        self, model: PreTrainedModel, asked: Iterable[Boundary], moments: bool, mlp: bool
-    ) -> None:
-        self.boundaries = list(asked)
-        self.moments = moments
-        self.mlps = {b.start for b in self.boundaries if b.start > 0 and moments and mlp}
-        self.indices = {index for boundary in self.boundaries for index in boundary}
-        self.last_stop: dict[int, int] = {}  # where the stream of each start is no longer needed
-        for start, stop in self.boundaries:
-            self.last_stop[start] = max(stop, self.last_stop.get(start, stop))
-        self.calibration = Calibration(fingerprint(model))
-        width = hidden_size(model)
-        for boundary in self.boundaries if moments else ():
-            about: dict[str, Any] = {"boundary": boundary, "model": self.calibration.model}
-            self.calibration[boundary] = Moments(width, **about)
-            if boundary.start in self.mlps:
-                self.calibration.mlp[boundary] = Moments(width, regressor="mlp", **about)
-        self.grams: dict[int, Tensor] = {}
-        self.mlp_grams: dict[int, Tensor] = {}
-        self.cosines = dict.fromkeys(self.boundaries, 0.0)
-        self.angles = dict.fromkeys(self.boundaries, 0.0)
-
-    def begin(self, first: int, used: Tensor) -> None:
-        """Prepare for the batch whose first window has number ``first``."""
-        self.first, self.used = first, used
-        self.open: dict[int, _Open] = {}
-        self.heard: dict[int, list[Stream]] = {}
-        self.calibration.tokens += int(used.sum())
-
-    def on_stream(self, index: int, hidden: Tensor) -> None:
-        """Close the boundaries that stop at ``index``, then open those that start there."""
-        if not torch.isfinite(hidden).all():
-            bad = (~torch.isfinite(hidden)).flatten(1).any(1).nonzero()[0].item()
-            raise ValueError(
-                f"the input of layer {index} has NaN or infinite activations in window "
-                f"{self.first + bad}: use a wider dtype (bfloat16 or float32) or another window"
-            )
-        stream = _Open(
-            self._sequences(hidden) if self.moments else None,
-            nn.functional.normalize(hidden[self.used.to(hidden.device)].float(), dim=-1),
-            self.heard.pop(index, None),
-        )
-        for boundary in self.boundaries:
-            if boundary.stop == index:
-                self._close(boundary, self.open[boundary.start], stream)
-        if index in self.last_stop:
-            self.open[index] = stream
-            _add_grams(self.grams, index, stream.sequences)
-            _add_grams(self.mlp_grams, index, stream.mlp)
-        self.open = {s: waiting for s, waiting in self.open.items() if self.last_stop[s] > index}
-
-    def on_mlp(self, start: int, output: Tensor) -> None:
-        """Keep what the MLP before layer ``start`` returned until the stream gets there."""
-        # OPT flattens the batch before its MLP.
-        self.heard[start] = self._sequences(output.view(*self.used.shape, -1))
-
-    def _sequences(self, hidden: Tensor) -> list[Stream]:
-        hidden = hidden.to("cpu") if hidden.device.type == "mps" else hidden  # MPS has no float64
-        used = self.used.to(hidden.device)
-        return [Stream.of(h[u]) for h, u in zip(hidden, used, strict=True) if u.any()]
-
-    def _close(self, boundary: Boundary, before: _Open, after: _Open) -> None:
-        directions = after.directions.to(before.directions.device)
-        cosine = torch.linalg.vecdot(before.directions, directions).clamp(-1, 1)
-        self.cosines[boundary] += float(cosine.double().sum())
-        self.angles[boundary] += float(cosine.double().arccos().sum() / torch.pi)
-        for x, y in zip(before.sequences or (), after.sequences or (), strict=True):
-            self.calibration[boundary].add_sequence(x, y)
-        if before.mlp is not None and boundary in self.calibration.mlp:
-            for F, x, y in zip(
-                before.mlp, before.sequences or (), after.sequences or (), strict=True
-            ):
-                target = Stream.of(F.values + (y.values - x.values))
-                self.calibration.mlp[boundary].add_sequence(F, target)
-
-    def result(self) -> Calibration:
-        """The finished `Calibration`, its moments on the CPU."""
-        calibration = self.calibration
-        if calibration.tokens == 0:
-            raise ValueError("the attention mask and skip_leading leave no token to calibrate with")
-        for collected, grams in ((calibration, self.grams), (calibration.mlp, self.mlp_grams)):
-            shared = {start: gram.cpu() for start, gram in grams.items()}
-            for boundary, moments in collected.items():
-                moments = collected[boundary] = moments.to("cpu")
-                moments.G = shared[boundary.start]  # by all boundaries with the same start
-        for boundary in self.boundaries:
-            calibration.similarities[boundary] = Similarity(
-                self.cosines[boundary] / calibration.tokens,
-                self.angles[boundary] / calibration.tokens,
-            )
-        return calibration

@@ -17,15 +17,12 @@ from ghostlib.assets import asset
 from ghostlib.registry import Registry
 from ghostlib.splits import Document, kept, ordered, paragraphs, squeeze
 from ghostlib.textfiles import is_text_path, one_text, read_local
+from ghostlib.tokens import beginning
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["CORPORA", "Corpus", "describe", "documents", "token_windows"]
-
-SEPARATOR = "\n\n"
-# Tokens at the end of a tokenised beginning of a text may differ from those of the whole text.
-MARGIN = 64
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def token_windows(
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
     texts = documents(corpus, split=split, seed=seed, text_column=text_column)
     wanted = None if count is None else count * length
-    ids = _beginning(texts, tokenizer, wanted)
+    ids = beginning(texts, tokenizer, wanted)
     where = f"split {split!r} of corpus {corpus}"
     if not ids:
         raise ValueError(f"{where} is empty: it has no document with text")
@@ -167,7 +164,7 @@ def token_windows(
             f"choose count <= {have}, or None for all"
         )
     used = have if count is None else count
-    return torch.tensor(ids[: used * length], dtype=torch.long).view(used, length)
+    return torch.frombuffer(ids, dtype=torch.long)[: used * length].clone().view(used, length)
 
 
 def find(corpus: str | Path) -> Corpus:
@@ -211,26 +208,3 @@ def _texts(source: Corpus, split: str, seed: int, column: str) -> Iterator[str]:
 def _whole(value: object) -> bool:
     """Whether ``value`` is an integer, NumPy's included."""
     return isinstance(value, Integral)
-
-
-def _beginning(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> list[int]:
-    """Token ids of the joined texts, of all or of a beginning with more than ``wanted`` tokens."""
-    joined: list[str] = []
-    characters, exhausted = 0, False
-    target = None if wanted is None else 5 * (wanted + MARGIN)
-    while True:
-        while not exhausted and (target is None or characters < target):
-            text = next(texts, None)
-            if text is None:
-                exhausted = True
-            else:
-                joined.append(text)
-                characters += len(text) + len(SEPARATOR)
-        whole = SEPARATOR.join(joined)[:target]
-        # verbose: or else transformers warns that a whole corpus is longer than the model's context
-        ids: list[int] = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        if wanted is None or target is None or len(ids) >= wanted + MARGIN:
-            return ids
-        if exhausted and target >= characters:
-            return ids
-        target = 1 + int(1.1 * target * (wanted + MARGIN) / max(len(ids), 1))

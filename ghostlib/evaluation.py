@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.calibration import check_windows
 from ghostlib.models import final_hidden, head
+from ghostlib.placement import input_device
 from ghostlib.progress import track
 
 _CHUNK = 256  # tokens whose logits exist at once: 256 x 150,000 words x 4 bytes = 150 MB
@@ -51,9 +52,11 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
     Returns:
         float64 tensor (windows, length - 1) on the CPU.
     """
-    flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(hidden.device)
+    flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     losses = [
-        nn.functional.cross_entropy(head(model, h).float(), y.to(h.device), reduction="none")
+        nn.functional.cross_entropy(
+            (logits := head(model, h).float()), y.to(logits.device), reduction="none"
+        )
         for h, y in zip(flat.split(_CHUNK), targets.split(_CHUNK), strict=True)
     ]
     return torch.cat(losses).double().view(len(ids), -1).cpu()
@@ -80,28 +83,72 @@ def gap_closed(dense: float, pruned: float, recovered: float) -> float:
     return math.log(pruned / recovered) / math.log(pruned / dense)
 
 
+Message = dict[str, str]  # {"role": "user", "content": …}
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]],
     *,
     max_new_tokens: int = 40,
+    chat: bool = False,
 ) -> list[str]:
     """Continue each prompt greedily; returns the continuations alone.
 
-    Prompts of different lengths are padded on the left, as a decoder-only model needs.
+    Prompts of different lengths are padded on the left, as a decoder-only model needs, whatever
+    side the tokenizer pads on.
+
+    Args:
+        prompts: a text, or several. With ``chat`` each may also be a list of messages, and a list
+            of messages alone is one prompt.
+        max_new_tokens: tokens to generate at most.
+        chat: put each prompt into the tokenizer's chat template, as instruct models need; a text
+            becomes the message of a user.
+
+    Raises:
+        ValueError: no prompt, ``chat`` without a chat template, messages without ``chat``, or a
+            tokenizer that has nothing to pad with.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    several: Any = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not several:
+        raise ValueError("no prompt to continue: give at least one text")
+    texts = _in_template(tokenizer, several) if chat else several
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("prompts made of messages need chat=True; without it, give texts")
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "this tokenizer has neither a padding nor an end token: set tokenizer.pad_token"
+            )
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    batch = tokenizer(
+        texts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        return_token_type_ids=False,  # decoders have no use for them, and generate refuses them
+        add_special_tokens=not chat,  # a template brings its own
+    )
     generator: Any = model
     with torch.no_grad():
         out = generator.generate(
-            **batch.to(model.device),
+            **batch.to(input_device(model)),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
     return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _in_template(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[str]:
+    """Each prompt, a text or a list of messages, as the tokenizer's chat template writes it."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "this tokenizer has no chat template: use chat=False, or set tokenizer.chat_template"
+        )
+    if isinstance(prompts[0], dict):
+        prompts = [prompts]
+    chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, runs
-from ghostlib.calibration import Calibration, Similarity
+from ghostlib.collector import Calibration, Similarity
 from ghostlib.gram import SingularGramWarning
 from ghostlib.importance import taylor_importance
 from ghostlib.models import num_layers

@@ -14,13 +14,17 @@ from transformers import PreTrainedModel
 
 from ghostlib.calibration import tap
 from ghostlib.models import keep_layers, num_layers, receiver
+from ghostlib.placement import input_device, offload_stores, release_movers
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of ``model``'s modules around the very same weights."""
     # Copying the modules but not what is in the memo shares every weight with the model.
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
+    shared = (*model.parameters(), *model.buffers(), *offload_stores(model))
+    memo: dict[int, Any] = {id(kept): kept for kept in shared}
+    copied: PreTrainedModel = copy.deepcopy(model, memo)
+    release_movers(copied, model)
+    return copied
 
 
 def excerpt(model: PreTrainedModel, start: int, stop: int | None = None) -> PreTrainedModel:
@@ -60,5 +64,5 @@ def record(
     """
     streams: dict[int, Tensor] = {}
     with tap(model, indices, streams.__setitem__) as run:
-        run(input_ids=windows.to(model.device), **inputs)
+        run(input_ids=windows.to(input_device(model)), **inputs)
     return streams

@@ -8,7 +8,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary
-from ghostlib.models import embeddings, mlp_output, num_layers, receiver, scale_output, writers
+from ghostlib.models import (
+    embeddings,
+    mlp_output,
+    num_layers,
+    present,
+    receiver,
+    scale_output,
+    writers,
+)
 from ghostlib.operators import Operator
 
 
@@ -30,7 +38,7 @@ def fold_mlp(model: PreTrainedModel, operators: Mapping[int, Operator]) -> None:
                 f"{operator.name} acts on the MLP before the gap, and no layer is left before it: "
                 "keep layer 0"
             )
-        module: Any = mlp_output(model, index - 1)
+        module: Any = present(mlp_output(model, index - 1))
         stands = isinstance(module, nn.Linear)  # a Linear keeps A', a Conv1D keeps A
         A, T = module.weight.cpu().double(), operator.W.cpu()  # not every device has float64
         folded = (A.T @ T).T if stands else A @ T

@@ -110,7 +110,9 @@ class GhostedMixin:
             raise FileExistsError(
                 f"output folder {save_directory} exists and is not empty: name a new one"
             )
-        options = {"variant": VARIANT, **kwargs}
+        # Weights under their modules' own names: some architectures' files have others (GPT-NeoX),
+        # which transformers translates back for the stock model type alone.
+        options = {"variant": VARIANT, "save_original_format": False, **kwargs}
         super().save_pretrained(save_directory, **options)  # type: ignore[misc]
 
     @classmethod

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.boundaries import Boundary, contiguous, runs
-from ghostlib.calibration import Calibration, calibrate
+from ghostlib.calibration import calibrate
+from ghostlib.collector import Calibration
 from ghostlib.corpora import token_windows
 from ghostlib.models import fingerprint, num_layers
 from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve

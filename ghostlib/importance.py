@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from ghostlib.calibration import check_windows
 from ghostlib.models import decoder_layers
+from ghostlib.placement import input_device
 from ghostlib.progress import track
 
 
@@ -38,7 +39,7 @@ def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
     }
     owner = [layer_of[id(p)] for p in model.parameters() if id(p) in layer_of]
     totals = [torch.zeros_like(weight) for weight in weights.values()]
-    for ids in track(windows.to(model.device).split(1), "differentiating"):
+    for ids in track(windows.to(input_device(model)).split(1), "differentiating"):
         inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
         loss = functional_call(model, weights, (), inputs).loss / len(windows)
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)

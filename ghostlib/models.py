@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from ghostlib.assets import embedded_model_dir
+from ghostlib.placement import input_device, loaded_parameters
 from ghostlib.progress import shown
 from ghostlib.registry import Registry
 
@@ -206,12 +207,26 @@ def scale_output(model: PreTrainedModel, module: nn.Module, factor: float) -> No
     """Multiply what ``module`` (a projection, an embedding or a norm) returns, by new weights.
 
     The old parameters, which other models may share, stay as they are.
+
+    Raises:
+        ValueError: its weights are offloaded.
     """
+    present(module)
     projects = isinstance(module, nn.Linear | nn.Embedding | Conv1D)
     offset = 0.0 if projects else architecture(model).norm_offset
     for name, parameter in list(module.named_parameters(recurse=False)):
         shift = offset if name == "weight" else 0.0
         setattr(module, name, nn.Parameter((parameter + shift) * factor - shift))
+
+
+def present(module: nn.Module) -> nn.Module:
+    """``module``, if its weights are in memory to be folded into; `ValueError` otherwise."""
+    if any(p.device.type == "meta" for p in module.parameters(recurse=False)):
+        raise ValueError(
+            f"the weights of a {type(module).__name__} are offloaded and cannot be folded into: "
+            "load the model without offloading, or use an operator at the gap"
+        )
+    return module
 
 
 def _norm_before(model: PreTrainedModel) -> bool:
@@ -294,18 +309,18 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A short name that tells one model's activations from another's.
 
     Made of the model type, its size, and a hash of the first bytes of every layer's parameters in
-    float32, so that a copy of the model in another place has the same one.
+    float32, so that a copy of the model in another place, offloaded or not, has the same one.
     """
     digest = hashlib.sha256()
     for layer in decoder_layers(model):
-        for parameter in layer.parameters():
+        for parameter in loaded_parameters(layer):
             digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
     kind = model.config.model_type
     return f"{kind}-{num_layers(model)}x{hidden_size(model)}-{digest.hexdigest()[:12]}"
 
 
-class _Captured(Exception):
-    """Ends a forward pass at the language-model head."""
+class EndOfPass(Exception):
+    """Raised in a hook to end a forward pass once all that is wanted of it has been seen."""
 
 
 @torch.no_grad()
@@ -315,12 +330,12 @@ def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
 
     def hook(module: nn.Module, args: tuple) -> None:
         caught.append(args[0])
-        raise _Captured
+        raise EndOfPass
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
-        model(input_ids=windows.to(model.device), use_cache=False)
-    except _Captured:
+        model(input_ids=windows.to(input_device(model)), use_cache=False)
+    except EndOfPass:
         return caught[0]
     finally:
         handle.remove()

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, contiguous
-from ghostlib.calibration import Calibration, calibrate
+from ghostlib.calibration import calibrate
+from ghostlib.collector import Calibration
 from ghostlib.evidence import Evidence
 from ghostlib.models import num_layers
 from ghostlib.progress import track

@@ -19,6 +19,7 @@ from ghostlib.excerpts import excerpt, feed, record
 from ghostlib.models import fingerprint, hidden_size, num_layers
 from ghostlib.moments import Moments
 from ghostlib.operators import REGRESSORS, Operator, solve
+from ghostlib.placement import input_device
 from ghostlib.progress import track
 
 
@@ -44,7 +45,7 @@ def dense_streams(
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
     parts = list(zip(windows.split(batch_size), mask.split(batch_size), strict=True))
     for ids, m in track(parts, "recording", unit="batch"):
-        streams = record(model, ids, wanted, attention_mask=m.to(model.device))
+        streams = record(model, ids, wanted, attention_mask=m.to(input_device(model)))
         for index, stream in streams.items():
             kept[index].append(stream.cpu())
     return {index: torch.cat(found) for index, found in kept.items()}
@@ -141,9 +142,9 @@ def _through(
     part: PreTrainedModel, windows: Tensor, stream: Tensor, mask: Tensor, batch_size: int
 ) -> Tensor:
     """What ``stream`` has become behind all layers of ``part``."""
-    end, passed = num_layers(part), []
+    end, place, passed = num_layers(part), input_device(part), []
     batches = [t.split(batch_size) for t in (windows, stream, mask)]
     for ids, x, m in track(list(zip(*batches, strict=True)), "repairing", unit="batch"):
         with feed(part, x):
-            passed.append(record(part, ids, [end], attention_mask=m.to(part.device))[end].cpu())
+            passed.append(record(part, ids, [end], attention_mask=m.to(place))[end].cpu())
     return torch.cat(passed)

@@ -8,13 +8,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, runs
-from ghostlib.calibration import Calibration, calibrate
+from ghostlib.calibration import calibrate
+from ghostlib.collector import Calibration
 from ghostlib.excerpts import share
 from ghostlib.folding import fold
 from ghostlib.ghosted import ghosted_class, install_boundaries
 from ghostlib.models import GHOSTED, fingerprint, hidden_size, keep_layers, num_layers, receiver
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve
+from ghostlib.placement import compute_device
 from ghostlib.sequential import fit_sequential
 
 
@@ -54,7 +56,8 @@ def recover(
 
     Returns:
         A model of the same family whose ``config.ghost`` lists what was removed and installed, in
-        the dtype and on the devices of ``model``.
+        the dtype and on the devices of ``model``. Offloaded weights stay offloaded; the operators
+        do not.
 
     Raises:
         ValueError: layers out of range or repeated, none left, moments of another model, width or
@@ -171,14 +174,14 @@ def _install(
     install_boundaries(recovered)
     for (gap, operator), entry in zip(install.items(), recovered.config.ghost, strict=True):
         module: Any = receiver(recovered, entry["receiver"])
-        like = next(p for name, p in module.named_parameters() if not name.startswith("boundary."))
+        device, dtype = compute_device(module), next(module.parameters()).dtype
         low_rank = gap in factors
         values = dict(zip("AB", factors[gap], strict=True)) if low_rank else {"M": operator.M}
         if operator.bias is not None:
             values["b"] = operator.bias
         for name, value in values.items():
             # on the CPU first: not every device has float64
-            getattr(module.boundary, name).data = value.cpu().to(like.dtype).to(like.device)
+            getattr(module.boundary, name).data = value.cpu().to(dtype).to(device)
 
 
 def _factors(M: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,20 @@ def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param)
 
 
+@pytest.fixture
+def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The matrices given to `torch.linalg.eigh` since the test began."""
+    matrices: list[torch.Tensor] = []
+    eigh = torch.linalg.eigh
+
+    def counted(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        matrices.append(A)
+        return eigh(A)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    return matrices
+
+
 @pytest.fixture(scope="session")
 def embedded() -> tuple[PreTrainedModel, object]:
     """The embedded model and its tokenizer; tests must leave both as they are."""

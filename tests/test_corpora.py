@@ -174,20 +174,6 @@ def test_halves_never_share_a_paragraph(pieces: list[str]) -> None:
     assert not set(splits.paragraphs(head)) & set(splits.paragraphs(tail))
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=30),
-    st.integers(1, 9),
-    st.integers(1, 9),
-)
-def test_fewer_windows_are_the_first_of_more(texts: list[str], length: int, count: int) -> None:
-    from ghostlib.corpora import _beginning
-
-    whole = [ord(letter) for letter in "\n\n".join(texts)]
-    ids = _beginning(iter(texts), letters, length * count)
-    assert ids == whole[: len(ids)] and len(ids) >= min(length * count, len(whole))
-
-
 # ---- local files ----
 
 

@@ -246,6 +246,19 @@ def test_hidden_states_and_batches_with_padding():
     torch.testing.assert_close(together[1:, 4:], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_every_weight_of_a_model_read_from_a_folder_comes_back(any_tiny, tmp_path):
+    """Files of some architectures name weights otherwise than their modules do."""
+    any_tiny.save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    recovered = gl.recover(dense, tiny_windows(), [2, 3])
+    recovered.save_pretrained(tmp_path / "recovered")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    again.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(tiny_windows()).logits, recovered(tiny_windows()).logits)
+
+
 def test_a_text_generation_pipeline_takes_a_recovered_model(embedded, wiki):
     model, tokenizer = embedded
     recovered = gl.recover(model, wiki, range(12, 19))
