@@ -119,7 +119,7 @@ def calibrate(
     starts = range(0, len(windows), batch_size)
     with (
         tap(model, collector.indices, collector.on_stream) as run,
-        _listen(model, collector.mlps, collector.on_mlp),
+        listen(model, collector.mlps, collector.on_mlp),
     ):
         for first in track(starts, "calibrating", unit="batch"):
             rows = slice(first, first + batch_size)
@@ -152,7 +152,7 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
 
 
 @contextmanager
-def _listen(
+def listen(
     model: PreTrainedModel, starts: Iterable[int], on_mlp: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
     """Watch what the last MLP before each of ``starts`` adds to the stream."""
