@@ -12,6 +12,7 @@ from ghostlib.gram import SingularGramWarning
 from ghostlib.models import ARCHITECTURES, load_model
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
+from ghostlib.results import Results
 from ghostlib.ridge import choose_ridge, cross_validate, ridge_path
 from ghostlib.selection import CRITERIA, Selection, select_layers
 from ghostlib.surgery import prune, recover
@@ -25,6 +26,7 @@ __all__ = [
     "Calibration",
     "Moments",
     "Operator",
+    "Results",
     "Selection",
     "Similarity",
     "SingularGramWarning",
