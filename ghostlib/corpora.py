@@ -147,6 +147,36 @@ def token_windows(
         ValueError: too little text (the message says how much there is), or a bad ``length`` or
             ``count``. Otherwise as `documents`.
     """
+    return tokenised(
+        corpus,
+        tokenizer,
+        split=split,
+        length=length,
+        count=count,
+        seed=seed,
+        text_column=text_column,
+    )[0]
+
+
+def tokenised(
+    corpus: str | Path,
+    tokenizer: Any,
+    *,
+    split: str,
+    length: int,
+    count: int | None,
+    seed: int = 0,
+    text_column: str = "text",
+    special_tokens: bool = False,
+) -> tuple["torch.Tensor", str]:
+    """`token_windows` and the text they begin.
+
+    Args:
+        special_tokens: let the tokenizer add its own, once, to the joined text.
+
+    Returns:
+        Windows (count, length), and a text that begins with what they cover.
+    """
     import torch
 
     for name, value in (("length", length), ("count", count)):
@@ -154,9 +184,9 @@ def token_windows(
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
     texts = documents(corpus, split=split, seed=seed, text_column=text_column)
     wanted = None if count is None else count * length
-    ids = _beginning(texts, tokenizer, wanted)
+    ids, text = _beginning(texts, tokenizer, wanted, special_tokens)
     where = f"split {split!r} of corpus {corpus}"
-    if not ids:
+    if not text:
         raise ValueError(f"{where} is empty: it has no document with text")
     have = len(ids) // length
     if not have:
@@ -167,7 +197,8 @@ def token_windows(
             f"choose count <= {have}, or None for all"
         )
     used = have if count is None else count
-    return torch.tensor(ids[: used * length], dtype=torch.long).view(used, length)
+    windows = torch.tensor(ids[: used * length], dtype=torch.long).view(used, length)
+    return windows, text
 
 
 def find(corpus: str | Path) -> Corpus:
@@ -213,8 +244,10 @@ def _whole(value: object) -> bool:
     return isinstance(value, Integral)
 
 
-def _beginning(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> list[int]:
-    """Token ids of the joined texts, of all or of a beginning with more than ``wanted`` tokens."""
+def _beginning(
+    texts: Iterator[str], tokenizer: Any, wanted: int | None, special: bool = False
+) -> tuple[list[int], str]:
+    """Token ids of the joined texts, all or a beginning of more than ``wanted``, and their text."""
     joined: list[str] = []
     characters, exhausted = 0, False
     target = None if wanted is None else 5 * (wanted + MARGIN)
@@ -228,9 +261,9 @@ def _beginning(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> list
                 characters += len(text) + len(SEPARATOR)
         whole = SEPARATOR.join(joined)[:target]
         # verbose: or else transformers warns that a whole corpus is longer than the model's context
-        ids: list[int] = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(whole, add_special_tokens=special, verbose=False)["input_ids"]
         if wanted is None or target is None or len(ids) >= wanted + MARGIN:
-            return ids
+            return ids, whole
         if exhausted and target >= characters:
-            return ids
+            return ids, whole
         target = 1 + int(1.1 * target * (wanted + MARGIN) / max(len(ids), 1))

@@ -184,7 +184,8 @@ def test_fewer_windows_are_the_first_of_more(texts: list[str], length: int, coun
     from ghostlib.corpora import _beginning
 
     whole = [ord(letter) for letter in "\n\n".join(texts)]
-    ids = _beginning(iter(texts), letters, length * count)
+    ids, text = _beginning(iter(texts), letters, length * count)
+    assert ids == [ord(letter) for letter in text]
     assert ids == whole[: len(ids)] and len(ids) >= min(length * count, len(whole))
 
 
