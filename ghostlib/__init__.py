@@ -12,10 +12,14 @@ from ghostlib.gram import SingularGramWarning
 from ghostlib.models import ARCHITECTURES, load_model
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
+from ghostlib.paper import published
+from ghostlib.protocol import corpus_perplexity
 from ghostlib.results import Results
 from ghostlib.ridge import choose_ridge, cross_validate, ridge_path
+from ghostlib.scores import paired
 from ghostlib.selection import CRITERIA, Selection, select_layers
 from ghostlib.surgery import prune, recover
+from ghostlib.tasks import zero_shot
 
 __all__ = [
     "ARCHITECTURES",
@@ -34,13 +38,16 @@ __all__ = [
     "calibrate",
     "choose_ridge",
     "contiguous",
+    "corpus_perplexity",
     "cross_validate",
     "documents",
     "gap_closed",
     "generate",
     "load_model",
+    "paired",
     "perplexity",
     "prune",
+    "published",
     "recover",
     "ridge_path",
     "runs",
@@ -48,4 +55,5 @@ __all__ = [
     "solve",
     "token_windows",
     "window_losses",
+    "zero_shot",
 ]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from ghostlib.paper import published
 from ghostlib.plotting import color
-from ghostlib.published import published
 
 
 def test_every_number_has_its_source_and_a_known_operator() -> None:
