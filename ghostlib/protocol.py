@@ -95,7 +95,8 @@ def corpus_perplexity(
         model: any causal LM, dense or recovered, of any dtype and on any device.
         tokenizer: its tokenizer.
         corpus: a name, a hub dataset or a path, as for `ghostlib.documents`.
-        split: by default that of `PUBLISHED`, and ``"test"`` for other corpora.
+        split: by default that of `PUBLISHED`, and ``"test"`` for other corpora; ``"all"`` for the
+            whole of a local file.
         length: tokens of a window.
         count: the first so many windows; by default as in `PUBLISHED`, and all of other corpora.
         seed, text_column: see `ghostlib.documents`.

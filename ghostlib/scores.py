@@ -13,7 +13,7 @@ class Score:
 
     Attributes:
         acc, acc_se: share of items whose right choice has the highest log-likelihood, and its
-            standard error, both as the harness computes them.
+            standard error (None for a single item), both as the harness computes them.
         acc_norm, acc_norm_se: the same with log-likelihoods divided by the choices' lengths in
             characters; None for tasks that the harness scores without it.
         correct, correct_norm: 1 or 0 for each item, in the task's order.
@@ -22,7 +22,7 @@ class Score:
 
     task: str
     acc: float
-    acc_se: float
+    acc_se: float | None
     acc_norm: float | None
     acc_norm_se: float | None
     correct: Sequence[int]

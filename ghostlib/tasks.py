@@ -9,10 +9,13 @@ table of models × tasks that a stopped run goes on with (see `ghostlib.results`
     for name, scored in models.items():
         for task in EMBEDDED:
             results.cell(
-                f"{name} / {task}", lambda: gl.zero_shot(scored, tokenizer, task, limit=100)[task]
+                f"{name} / {task}",
+                lambda scored=scored, task=task: gl.zero_shot(
+                    scored, tokenizer, task, limit=100
+                )[task],
             )
     scores = {key: Score(**cell) for key, cell in results.cells.items()}
-    paired(scores["ghost / wiki-topic"], scores["pruned / wiki-topic"])
+    gl.paired(scores["ghost / wiki-topic"], scores["pruned / wiki-topic"])
 """
 
 import contextlib
@@ -61,7 +64,8 @@ def zero_shot(
 ) -> dict[str, Score]:
     """Accuracy of a model on multiple-choice tasks, without examples in the prompt.
 
-    A choice is scored by the log-likelihood of a space and the choice, after the query.
+    A choice is scored by the log-likelihood of a space and the choice, after the query. The harness
+    drops the beginning of a query that is longer than the model's context.
 
     Args:
         model: any causal LM, dense or recovered; it is left as it is.
@@ -77,7 +81,7 @@ def zero_shot(
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
         ValueError: an unknown task, a file that cannot be used (the message names the line), a
-            task without accuracy, or a bad ``limit``.
+            task without accuracy, two of one name, or a bad ``limit``.
         FileNotFoundError: no such file.
         ConnectionError: a task's data cannot be had from the hub.
         ghostlib.assets.AssetError: an embedded task whose corpus is not to be had.
@@ -88,7 +92,12 @@ def zero_shot(
     wanted = [tasks] if isinstance(tasks, str | Path) else list(tasks)
     trained = model.training
     with _silence():
-        loaded = [_load(lm_eval, task) for task in wanted]
+        loaded = [part for task in wanted for part in _load(task)]
+        names = [part.task_name for part in loaded]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"two tasks are called {min(twice)!r}: name each once, by its own name"
+            )
         try:
             lm = huggingface.HFLM(
                 pretrained=model,
@@ -98,7 +107,7 @@ def zero_shot(
             )
             found = lm_eval.simple_evaluate(
                 lm,
-                tasks=[task for group in loaded for task in group],
+                tasks=loaded,
                 task_manager=_manager(False),
                 limit=limit,
                 # nothing is drawn: the caller's random state is none of the harness' business
@@ -130,7 +139,7 @@ def _manager(everything: bool) -> Any:
     return TaskManager(include_defaults=everything)
 
 
-def _load(lm_eval: Any, task: str | Path) -> list[Any]:
+def _load(task: str | Path) -> list[Any]:
     """The harness' task objects behind a name or a path."""
     name = str(task)
     if name in EMBEDDED:
@@ -186,12 +195,17 @@ def _score(task: str, found: Any) -> Score:
         raise ValueError(f"task {task!r} has no accuracy: zero_shot is for multiple-choice tasks")
     items = sorted(found["samples"][task], key=lambda item: item["doc_id"])
     normed = "acc_norm,none" in totals
+
+    def total(name: str) -> float | None:
+        value = totals.get(f"{name},none")
+        return float(value) if isinstance(value, float) else None  # "N/A": one item's error
+
     return Score(
         task,
         float(totals["acc,none"]),
-        float(totals["acc_stderr,none"]),
-        float(totals["acc_norm,none"]) if normed else None,
-        float(totals["acc_norm_stderr,none"]) if normed else None,
+        total("acc_stderr"),
+        total("acc_norm"),
+        total("acc_norm_stderr"),
         [int(item["acc"]) for item in items],
         [int(item["acc_norm"]) for item in items] if normed else None,
         hashlib.sha256("".join(item["doc_hash"] for item in items).encode()).hexdigest(),

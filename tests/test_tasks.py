@@ -123,6 +123,10 @@ def test_limit_and_several_tasks(model: PreTrainedModel, tmp_path: Path) -> None
     assert every["a"].items != every["b"].items
     again = zero_shot(model, TOKENIZER, str(paths[0]), limit=4, batch_size=1)
     assert again["a"] == few["a"]
+    one = zero_shot(model, TOKENIZER, paths[0], limit=1)["a"]
+    assert one.correct == few["a"].correct[:1] and one.acc_se is None
+    with pytest.raises(ValueError, match="two tasks are called 'a': name each once"):
+        zero_shot(model, TOKENIZER, [*paths, paths[0]])
     with pytest.raises(ValueError, match="limit must be a positive number of items, not 0"):
         zero_shot(model, TOKENIZER, paths, limit=0)
 
