@@ -294,5 +294,6 @@ def published_and_measured(
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
         ax.grid(axis="x", visible=False)
         ax.margins(y=0.12)
+        ax.set_xlim(-0.6, len(names) - 0.4)
         ax.set(title=label, ylabel=ylabel, yscale="log" if log else "linear")
     return left, right
