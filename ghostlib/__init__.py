@@ -16,12 +16,16 @@ from ghostlib.memory import calibration_bytes
 from ghostlib.models import ARCHITECTURES, load_model
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
+from ghostlib.paper import published
+from ghostlib.protocol import corpus_perplexity
 from ghostlib.rank import RankPath, choose_rank, rank_path
 from ghostlib.results import Results
 from ghostlib.ridge import choose_ridge, cross_validate, ridge_path
+from ghostlib.scores import paired
 from ghostlib.selection import CRITERIA, Selection, select_layers
 from ghostlib.sequential import fit_sequential
 from ghostlib.surgery import prune, recover
+from ghostlib.tasks import zero_shot
 
 __all__ = [
     "ARCHITECTURES",
@@ -45,6 +49,7 @@ __all__ = [
     "choose_rank",
     "choose_ridge",
     "contiguous",
+    "corpus_perplexity",
     "count_parameters",
     "cross_validate",
     "documents",
@@ -54,8 +59,10 @@ __all__ = [
     "generate",
     "latency",
     "load_model",
+    "paired",
     "perplexity",
     "prune",
+    "published",
     "rank_path",
     "recover",
     "ridge_path",
@@ -66,4 +73,5 @@ __all__ = [
     "token_windows",
     "weight_bytes",
     "window_losses",
+    "zero_shot",
 ]

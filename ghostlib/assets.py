@@ -6,14 +6,12 @@ The model is a 4-bit GGUF, which takes about fifteen seconds to read, so it is d
 kept as an ordinary float32 safetensors folder, which loads in one.
 """
 
-import io
 import json
 import shutil
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ghostlib.progress import shown
+from ghostlib.progress import quiet
 from ghostlib.registry import Registry
 from ghostlib.wheels import Asset, AssetError, cache_dir, obtain, refuse, say, sha256, workspace
 
@@ -92,7 +90,7 @@ def embedded_model_dir() -> Path:
         source = asset("smollm2-gguf")
         say("converting the embedded model to float32, once (about half a minute) …")
         fresh = work / MODEL
-        with _quiet():
+        with quiet():
             model, tokenizer = _from_gguf(source)
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
@@ -149,9 +147,3 @@ def _from_gguf(source: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBas
         ]
     )
     return model.eval(), tokenizer
-
-
-def _quiet() -> AbstractContextManager[object]:
-    """Keep the progress bars of transformers to ourselves where ghostlib may not draw its own."""
-    # Not all of them heed transformers' own switch, but all of them write to the error stream.
-    return nullcontext() if shown() else redirect_stderr(io.StringIO())

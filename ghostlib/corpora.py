@@ -5,6 +5,7 @@ which of them are for training and in which order they come; here they become wi
 """
 
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from ghostlib.assets import asset
 from ghostlib.registry import Registry
 from ghostlib.splits import Document, kept, ordered, paragraphs, squeeze
 from ghostlib.textfiles import is_text_path, one_text, read_local
-from ghostlib.tokens import beginning
+from ghostlib.tokens import at_once, beginning
 
 if TYPE_CHECKING:
     import torch
@@ -144,15 +145,53 @@ def token_windows(
         ValueError: too little text (the message says how much there is), or a bad ``length`` or
             ``count``. Otherwise as `documents`.
     """
-    import torch
+    texts = _drawn(corpus, split, length, count, seed, text_column)
+    ids = beginning(texts, tokenizer, _ends(length, count))
+    return _cut(ids, f"split {split!r} of corpus {corpus}", length, count)
 
+
+def tokenised(
+    corpus: str | Path,
+    tokenizer: Any,
+    *,
+    split: str,
+    length: int,
+    count: int | None,
+    seed: int = 0,
+    text_column: str = "text",
+    special_tokens: bool = False,
+) -> tuple["torch.Tensor", str]:
+    """`token_windows` and the text they begin, all in memory at once.
+
+    Args:
+        special_tokens: let the tokenizer add its own, once, to the joined text.
+
+    Returns:
+        Windows (count, length), and a text that begins with what they cover.
+    """
+    texts = _drawn(corpus, split, length, count, seed, text_column)
+    ids, text = at_once(texts, tokenizer, _ends(length, count), special_tokens)
+    where = f"split {split!r} of corpus {corpus}"
+    return _cut(array("q", ids if text else []), where, length, count), text
+
+
+def _drawn(
+    corpus: str | Path, split: str, length: int, count: int | None, seed: int, column: str
+) -> Iterator[str]:
     for name, value in (("length", length), ("count", count)):
         if value is not None and (not _whole(value) or value < 1):
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
-    texts = documents(corpus, split=split, seed=seed, text_column=text_column)
-    wanted = None if count is None else count * length
-    ids = beginning(texts, tokenizer, wanted)
-    where = f"split {split!r} of corpus {corpus}"
+    return documents(corpus, split=split, seed=seed, text_column=column)
+
+
+def _ends(length: int, count: int | None) -> int | None:
+    """How many tokens are wanted; None for all."""
+    return None if count is None else count * length
+
+
+def _cut(ids: "array[int]", where: str, length: int, count: int | None) -> "torch.Tensor":
+    import torch
+
     if not ids:
         raise ValueError(f"{where} is empty: it has no document with text")
     have = len(ids) // length

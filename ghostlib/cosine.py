@@ -91,8 +91,8 @@ def fit_cosine(
     for _ in track(range(steps), "turning", unit="step"):
         rows = torch.randint(len(F), (min(batch, len(F)),), generator=generator)
         loss = 1 - nn.functional.cosine_similarity(R[rows] + F[rows] @ T, Y[rows]).mean()
-        if not math.isfinite(loss.detach()):
-            raise ValueError(f"the cosine objective became {float(loss)}: lower learning_rate")
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the cosine objective became {loss.item()}: lower learning_rate")
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -259,3 +259,41 @@ def against_tokens(
         axis.set_minor_formatter(NullFormatter())
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
+
+
+def published_and_measured(
+    published: Mapping[str, float],
+    measured: Mapping[str, float],
+    *,
+    errors: Mapping[str, float] | None = None,
+    labels: tuple[str, str] = ("published", "measured here"),
+    ylabel: str,
+    log: bool = False,
+    axes: Sequence[Axes] | None = None,
+) -> tuple[Axes, Axes]:
+    """The paper's numbers and ours in two panels, an operator in the same place and colour in both.
+
+    Two panels, because model and scale differ: what can be compared is the order.
+
+    Args:
+        published, measured: ``{operator: value}``; an operator may be in one only.
+        errors: half widths of the measured values' intervals.
+        labels: titles of the panels, which say the models.
+        log: logarithmic axes, for perplexities.
+        axes: two of them; None to make them in the current figure.
+    """
+    left, right = plt.gcf().subplots(1, 2) if axes is None else axes
+    names = list(dict.fromkeys([*published, *measured]))
+    for ax, label, table in ((left, labels[0], published), (right, labels[1], measured)):
+        for name, value in table.items():
+            x = names.index(name)
+            half = (errors or {}).get(name) if ax is right else None
+            ax.bar(x, value, color=color(name), yerr=half, capsize=4)
+            top = value + (half or 0)
+            ax.annotate(_short(value), (x, top), (0, 3), textcoords="offset points", ha="center")
+        ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        ax.grid(axis="x", visible=False)
+        ax.margins(y=0.12)
+        ax.set_xlim(-0.6, len(names) - 0.4)
+        ax.set(title=label, ylabel=ylabel, yscale="log" if log else "linear")
+    return left, right

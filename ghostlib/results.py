@@ -5,7 +5,7 @@ A run is a loop over cells, each under a name and each too dear to compute twice
     results = Results.open("grid.json", {"model": "smollm2", "windows": 16, "seed": 0})
     for n in (3, 5, 7):
         for operator in ("identity", "ghost"):
-            results.cell(f"{operator} {n}", lambda: score(operator, n))
+            results.cell(f"{operator} {n}", partial(score, operator, n))
 
 Killed and started again, it computes the cells that are missing. Settings are whatever decides the
 numbers; a file of other settings is refused, never mixed. One process at a time writes to a file.

@@ -35,7 +35,7 @@ def beginning(texts: Iterable[str], tokenizer: Any, wanted: int | None) -> "arra
         ids = _piecewise(recorded(), tokenizer, wanted)
         if ids is not None:
             return ids
-    return array("q", _at_once(chain(read, stream), tokenizer, wanted))
+    return array("q", at_once(chain(read, stream), tokenizer, wanted)[0])
 
 
 def _piecewise(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> "array[int] | None":
@@ -88,8 +88,17 @@ def _slices(texts: Iterator[str], size: int) -> Iterator[str]:
     yield held
 
 
-def _at_once(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> list[int]:
-    """`beginning` in one call, repeated with more text until there are enough tokens."""
+def at_once(
+    texts: Iterator[str], tokenizer: Any, wanted: int | None, special: bool = False
+) -> tuple[list[int], str]:
+    """`beginning` in one call, repeated with more text until there are enough tokens.
+
+    Args:
+        special: let the tokenizer add its own special tokens.
+
+    Returns:
+        The ids, and the text they are of.
+    """
     joined: list[str] = []
     characters, exhausted = 0, False
     target = None if wanted is None else 5 * (wanted + MARGIN)
@@ -103,9 +112,9 @@ def _at_once(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> list[i
                 characters += len(text) + len(SEPARATOR)
         whole = SEPARATOR.join(joined)[:target]
         # verbose: or else transformers warns that a whole corpus is longer than the model's context
-        ids: list[int] = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(whole, add_special_tokens=special, verbose=False)["input_ids"]
         if wanted is None or target is None or len(ids) >= wanted + MARGIN:
-            return ids
+            return ids, whole
         if exhausted and target >= characters:
-            return ids
+            return ids, whole
         target = 1 + int(1.1 * target * (wanted + MARGIN) / max(len(ids), 1))

@@ -7,7 +7,13 @@ os.environ.setdefault("GHOSTLIB_PROGRESS", "0")
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import ghostlib as gl
 from ghostlib.models import ARCHITECTURES
@@ -59,6 +65,25 @@ def tiny_windows(count: int = 4, length: int = 24, seed: int = 0) -> torch.Tenso
     """Random token ids (count, length), special ids left out."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (count, length), generator=generator)
+
+
+def tiny_tokenizer(merges: int = 20, bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 + ``merges`` tokens; with ``bos`` it adds one, as Llama's."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=259 + merges,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    raw.train_from_iterator(["the theory of the thing – Größe, größer: 東京 東京"] * 3, trainer)
+    if bos:
+        raw.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))

@@ -80,3 +80,29 @@ def test_token_depth_heatmap_shows_depth_upwards():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["The", "cat", "sat"]
     assert ax.get_yticklabels()[0].get_text() == "0" and ax.get_yticks()[0] == 3.5
     assert ax.get_title(loc="left") == "Giants"
+
+
+def test_published_and_measured_keep_places_and_colours():
+    published = {"pruned": 42.6, "ghost": 60.0}
+    left, right = plotting.published_and_measured(
+        published,
+        {"dense": 55.0, "ghost": 50.0},
+        errors={"ghost": 4.0},
+        labels=("Llama-3.1-8B", "SmolLM2-135M"),
+        ylabel="accuracy (%)",
+    )
+    bars = [
+        (b.get_x() + b.get_width() / 2, b.get_height(), b.get_facecolor()) for b in left.patches
+    ]
+    assert bars == [
+        (0, 42.6, to_rgba(plotting.color("pruned"))),
+        (1, 60.0, to_rgba(plotting.color("ghost"))),
+    ]
+    assert [b.get_x() + b.get_width() / 2 for b in right.patches] == [2, 1]
+    assert [t.get_text() for t in right.get_xticklabels()] == ["pruned", "ghost", "dense"]
+    (low, high) = right.collections[0].get_segments()[0][:, 1]
+    assert (low, high) == (46.0, 54.0) and not left.collections
+    assert left.get_title(loc="left") == "Llama-3.1-8B" and right.get_ylabel() == "accuracy (%)"
+    axes = plt.figure().subplots(1, 2)
+    drawn = plotting.published_and_measured(published, {}, ylabel="y", log=True, axes=axes)
+    assert drawn == tuple(axes) and axes[0].get_yscale() == "log"

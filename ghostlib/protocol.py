@@ -1,0 +1,198 @@
+"""Perplexity as the literature on pruning reports it, stated so exactly that it can be repeated.
+
+The documents of a split are joined by a blank line and tokenised once; the tokens are cut into
+windows without overlap, and what is left at the end is dropped. Every window is scored by itself,
+its first token as context only. Perplexity is ``exp`` of the mean negative log-likelihood of the
+scored tokens. `PUBLISHED` has the splits and window counts that go with the corpora of the paper.
+
+Perplexities per token of models with different tokenizers cannot be compared; bits per byte can,
+since all see the same bytes.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ghostlib.corpora import CORPORA, tokenised
+from ghostlib.evaluation import window_losses
+from ghostlib.tokens import SEPARATOR
+
+# Byte-level vocabularies write every byte of a token as one of 256 letters.
+_BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
+_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+class Choice(NamedTuple):
+    """Which part of a corpus is scored: a split, and how many windows of it (None for all)."""
+
+    split: str
+    windows: int | None
+
+
+# WikiText-2 and Penn Treebank whole; of C4's validation split, which is large, the first 256
+# windows, the number that evaluation code for compressed models has used since GPTQ.
+PUBLISHED = {
+    "wikitext2": Choice("test", None),
+    "ptb": Choice("validation", None),
+    "c4": Choice("validation", 256),
+}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity, and all one must know to measure it again.
+
+    Attributes:
+        corpus, split: the text; of a local file its name without folders.
+        perplexity: ``exp(nll)``.
+        nll: mean negative log-likelihood of a scored token, in nats.
+        nll_se: its standard error over windows; None for a single window.
+        bits_per_byte: bits spent on the scored tokens, by the UTF-8 bytes these cover; None where
+            the tokenizer does not say what they cover.
+        windows, length: how many windows, of how many tokens.
+        tokens: scored ones, ``windows * (length - 1)``.
+        bytes: covered by the scored tokens.
+        separator: between documents.
+        special_tokens: what the tokenizer added to the text, as text.
+    """
+
+    corpus: str
+    split: str
+    perplexity: float
+    nll: float
+    nll_se: float | None
+    bits_per_byte: float | None
+    windows: int
+    length: int
+    tokens: int
+    bytes: int | None
+    separator: str
+    special_tokens: Sequence[str]
+
+
+def corpus_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: str | Path,
+    *,
+    split: str | None = None,
+    length: int = 2048,
+    count: int | None = None,
+    seed: int = 0,
+    text_column: str = "text",
+    special_tokens: bool = True,
+    batch_size: int = 1,
+) -> Perplexity:
+    """Perplexity and bits per byte of a model on a corpus, by the protocol of this module.
+
+    Args:
+        model: any causal LM, dense or recovered, of any dtype and on any device.
+        tokenizer: its tokenizer.
+        corpus: a name, a hub dataset or a path, as for `ghostlib.documents`.
+        split: by default that of `PUBLISHED`, and ``"test"`` for other corpora; ``"all"`` for the
+            whole of a local file.
+        length: tokens of a window.
+        count: the first so many windows; by default as in `PUBLISHED`, and all of other corpora.
+        seed, text_column: see `ghostlib.documents`.
+        special_tokens: let the tokenizer add its own (a BOS for Llama, nothing for SmolLM2), once,
+            at the beginning of the corpus and not of every window, as published.
+        batch_size: windows in a forward pass.
+
+    Raises:
+        ValueError: less text than one window, and whatever `ghostlib.token_windows` refuses.
+        ConnectionError: a hub corpus that cannot be reached.
+    """
+    usual = PUBLISHED.get(str(corpus), Choice("test", None))
+    split = split or usual.split
+    windows, text = tokenised(
+        corpus,
+        tokenizer,
+        split=split,
+        length=length,
+        count=usual.windows if count is None else count,
+        seed=seed,
+        text_column=text_column,
+        special_tokens=special_tokens,
+    )
+    losses = window_losses(model, windows, batch_size=batch_size).numpy()
+    nll, scored = float(losses.mean()), windows[:, 1:].numel()
+    sizes = token_bytes(tokenizer, text, special_tokens=special_tokens)
+    covered = None
+    if sizes is not None:
+        covered = int(sizes[: windows.numel()].reshape(windows.shape)[:, 1:].sum())
+    return Perplexity(
+        corpus=_name(corpus),
+        split=split,
+        perplexity=math.exp(nll),
+        nll=nll,
+        nll_se=float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else None,
+        bits_per_byte=nll * scored / math.log(2) / covered if covered else None,
+        windows=len(windows),
+        length=length,
+        tokens=scored,
+        bytes=covered,
+        separator=SEPARATOR,
+        special_tokens=_added(tokenizer) if special_tokens else [],
+    )
+
+
+def token_bytes(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool = False
+) -> np.ndarray | None:
+    """UTF-8 bytes of ``text`` that each of its tokens covers, 0 for one the tokenizer adds.
+
+    Exact for byte-level vocabularies and for those that fall back to bytes, which may cut through
+    a character. Bytes that no token covers, such as white space that is dropped, go to the token
+    before them.
+
+    Returns:
+        Integers (tokens,); None for a tokenizer that keeps no track of the text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    found = tokenizer(
+        text,
+        add_special_tokens=special_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    pieces: list[str] = tokenizer.convert_ids_to_tokens(found["input_ids"])
+    spans = np.array(found["offset_mapping"], dtype=int).reshape(-1, 2)
+    added = np.array(found["special_tokens_mask"], dtype=bool) & (spans[:, 0] == spans[:, 1])
+    written = ["" if a else p for p, a in zip(pieces, added, strict=True)]
+    if "".join(p if _BYTES.issuperset(p) else _letters(p) for p in written) == _letters(text):
+        return np.array([len(p) if _BYTES.issuperset(p) else len(_letters(p)) for p in written])
+
+    sizes = np.zeros(len(pieces), dtype=int)
+    per_character = [len(character.encode("utf-8", "surrogatepass")) for character in text]
+    until = np.concatenate([[0], np.cumsum(per_character)]).astype(int)
+    starts = until[spans[~added, 0]]
+    sizes[~added] = np.diff(np.concatenate([[0], starts[1:], until[-1:]]))
+    # The pieces of a character that fell back to bytes all have the span of that character.
+    alone = np.array([bool(re.fullmatch("<0x[0-9A-F]{2}>", p)) for p in pieces], dtype=bool)
+    return np.where(alone, 1, sizes)
+
+
+def _letters(text: str) -> str:
+    """Text as byte-level vocabularies write it, one letter a byte."""
+    return "".join(piece for piece, _ in _LEVEL.pre_tokenize_str(text))
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a tokenizer adds to a text, as text."""
+    added: list[str] = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
+    return added
+
+
+def _name(corpus: str | Path) -> str:
+    """A corpus as results name it: of a local path only the last part."""
+    local = str(corpus) not in CORPORA and Path(corpus).expanduser().exists()
+    return Path(corpus).name if local else str(corpus)
