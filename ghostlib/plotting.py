@@ -33,6 +33,8 @@ COLORS: Registry[str] = Registry(
         "ghost": "#00876c",
         "affine": "#004d40",
         "replaceme": "#a65628",
+        "replaceme-cosine": "#d8a27f",
+        "ghost sequential": "#3cb371",
     },
 )
 
@@ -83,10 +85,10 @@ def perplexity_bars(
             value = table[name][corpus]
             bar = ax.bar(x, value - floor, width * 0.92, bottom=floor, color=color(name))
             bar.set_label(name if group == 0 else "_")
-            ax.annotate(_short(value), (x, value), (0, 3), textcoords="offset points", ha="center")
+            ax.annotate(short(value), (x, value), (0, 3), textcoords="offset points", ha="center")
         ax.hlines(floor, group - 0.46, group + 0.46, color=color(reference), linewidth=2.5)
         ax.annotate(
-            f"{reference} {_short(floor)}",
+            f"{reference} {short(floor)}",
             (group - 0.46, floor),
             (0, -14),
             textcoords="offset points",
@@ -104,7 +106,7 @@ def perplexity_bars(
     return ax
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three significant digits, trailing zeros kept, without an exponent."""
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
 
@@ -290,7 +292,7 @@ def published_and_measured(
             half = (errors or {}).get(name) if ax is right else None
             ax.bar(x, value, color=color(name), yerr=half, capsize=4)
             top = value + (half or 0)
-            ax.annotate(_short(value), (x, top), (0, 3), textcoords="offset points", ha="center")
+            ax.annotate(short(value), (x, top), (0, 3), textcoords="offset points", ha="center")
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
         ax.grid(axis="x", visible=False)
         ax.margins(y=0.12)
