@@ -4,11 +4,13 @@ What is computed is kept in a `Results` file cell by cell, so that a run that wa
 and nothing of other settings is mixed in. `table` turns such a file into rows.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from importlib import resources
 from typing import Any
 
 import pandas as pd
@@ -220,6 +222,16 @@ def _chosen(criterion: str, n: int) -> str:
 
 def _scored(layers: Layers, repair: str) -> str:
     return f"{repair} without {spell(layers)}"
+
+
+def stored(name: str) -> dict[str, Any]:
+    """A results file that comes with the package: ``"grid"`` or ``"starts"``, of the embedded model.
+
+    Notebook 13 names the commands that computed them.
+    """
+    path = resources.files("ghostlib") / "data" / f"{name}-smollm2.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def table(results: Mapping[str, Any]) -> pd.DataFrame:

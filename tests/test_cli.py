@@ -1,5 +1,6 @@
 """The command line on a tiny model, and its one-line errors."""
 
+import json
 import runpy
 
 import pytest
@@ -48,6 +49,37 @@ def test_bad_input_ends_in_one_line(folder, capsys, options, message):
     error = capsys.readouterr().err
     assert error.startswith("ghostlib: ") and message in error and error.count("\n") == 1
     assert not (folder / "out").exists()
+
+
+def test_grid_prints_its_table_and_goes_on(folder, capsys):
+    out = folder / "grid.json"
+    options = ["--model", str(folder / "tiny"), "--n", "1", "2", "--criteria", "cosine", "taylor"]
+    options += ["--repairs", "none", "magnitude", "--dtype", "float32"]
+    for name, count, length in (("calibration", 2, 64), ("selection", 1, 32), ("test", 1, 64)):
+        options += [f"--{name}-count", str(count), f"--{name}-length", str(length)]
+    assert main(["grid", str(out), *options]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("cosine", "taylor", "magnitude", "pydoc", "wiki"))
+    before = out.read_bytes()
+    assert main(["grid", str(out), *options]) == 0
+    assert capsys.readouterr().out == printed and out.read_bytes() == before
+    assert main(["grid", str(out), *options, "--starts", "4"]) == 0
+    assert "cells in" in capsys.readouterr().out
+    cells = json.loads(out.read_text())["cells"]
+    assert sum(key.startswith("magnitude without") and "–" in key for key in cells) >= 3
+
+
+def test_grid_refuses_a_file_of_other_settings(folder, capsys):
+    out = folder / "grid.json"
+    options = ["--model", str(folder / "tiny"), "--starts", "5", "--repairs", "none"]
+    options += ["--test-count", "1", "--test-length", "16"]
+    assert main(["grid", str(out), *options]) == 0
+    capsys.readouterr()
+    assert main(["grid", str(out), *options, "--seed", "1"]) == 2
+    assert "other settings: seed = 0 there, 1 now" in capsys.readouterr().err
+    assert main(["grid", str(folder / "new.json"), "--criteria", "cosin"]) == 2
+    assert "did you mean 'cosine'" in capsys.readouterr().err
+    assert not (folder / "new.json").exists()
 
 
 def test_an_output_folder_in_use_is_refused_before_any_work(folder, capsys):
