@@ -225,7 +225,7 @@ def _scored(layers: Layers, repair: str) -> str:
 
 
 def stored(name: str) -> dict[str, Any]:
-    """A results file that comes with the package: ``"grid"`` or ``"starts"``, of the embedded model.
+    """A results file of the embedded model that comes with the package: ``"grid"``, ``"starts"``.
 
     Notebook 13 names the commands that computed them.
     """
