@@ -127,6 +127,11 @@ def select_layers(
     if beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
     if windows is None and isinstance(calibration, Tensor):
+        if "windows" in rule.needs and attention_mask is not None and not attention_mask.all():
+            raise ValueError(
+                f"criterion {criterion!r} would score the padding of these windows: "
+                "pass windows=… without any"
+            )
         windows = calibration
     if "windows" in rule.needs and windows is None:
         raise ValueError(f"criterion {criterion!r} scores token windows: pass windows=…")

@@ -136,3 +136,20 @@ def test_layers_are_spelt_in_runs():
     assert spell([12, 13, 14, 17, 25, 26]) == "12–14, 17, 25–26"
     assert spell((3,)) == "3"
     assert math.isclose(len(blocks(7, 30)), 24)
+
+
+def test_the_stored_grid_is_whole_and_says_what_it_is_of(embedded):
+    """What the notebooks show: every criterion, repair and depth, of the embedded model."""
+    found = grids.stored("grid")
+    assert found["settings"] == json.loads(json.dumps(Plan().settings(embedded[0])))
+    rows = table(found["cells"])
+    whole = rows.set_index(["criterion", "n", "repair", "corpus"])
+    for criterion in gl.CRITERIA:
+        for n in (3, 5, 7, 9, 11):
+            for repair in REPAIRS:
+                for corpus in Plan().corpora:
+                    assert math.isfinite(whole.perplexity[criterion, n, repair, corpus])
+    starts = grids.stored("starts")
+    assert starts["settings"] == found["settings"]
+    wanted = {f"{r} without {spell(b)}" for r in ("none", "ghost") for b in blocks(7, 30)}
+    assert wanted <= set(starts["cells"])

@@ -197,6 +197,18 @@ def test_statistics_that_were_not_collected_are_named():
         gl.select_layers(model, only, 2, "taylor")
 
 
+def test_padding_is_never_scored():
+    model, ids = tiny_model("llama"), tiny_windows()
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    with pytest.raises(ValueError, match="'perplexity' would score the padding"):
+        gl.select_layers(model, ids, 1, "perplexity", attention_mask=mask)
+    other = tiny_windows(2, 16, seed=1)
+    chosen = gl.select_layers(model, ids, 1, "greedy-recovered", attention_mask=mask, windows=other)
+    stats = gl.calibrate(model, ids, needed("greedy-recovered", 1, LAYERS), attention_mask=mask)
+    assert chosen == gl.select_layers(model, stats, 1, "greedy-recovered", windows=other)
+
+
 @pytest.mark.parametrize("n", [0, -1, LAYERS, 99])
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_n_must_leave_a_layer(n, criterion):
