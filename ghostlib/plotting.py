@@ -33,6 +33,11 @@ COLORS: Registry[str] = Registry(
         "ghost": "#00876c",
         "affine": "#004d40",
         "replaceme": "#a65628",
+        "ghost-relative": "#4daf4a",
+        "two-branch": "#984ea3",
+        "two-branch-relative": "#54278f",
+        "three-branch": "#6baed6",
+        "three-branch-relative": "#08519c",
     },
 )
 

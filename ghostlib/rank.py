@@ -48,7 +48,7 @@ def rank_path(train: Moments, held_out: Moments, **how: Unpack[Regularisation]) 
             f"got {train.width} and {held_out.width}"
         )
     inverse = gram(train.G).regularise(**how)
-    root, A = whitened(train, inverse)
+    root, A = whitened(inverse, train.B - train.G)
     U = torch.linalg.eigh(A @ A.T).eigenvectors.flip(1)
     P = inverse.gram.vectors @ (root * U)  # columns p_i, the strongest first
     Q = U.T @ A  # rows q_i'
