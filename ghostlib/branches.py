@@ -65,6 +65,18 @@ def branches(
     return full_fit(M, moments, inverse, dof + bias * C, b, blind)
 
 
+def normal_equations(moments: Moments, unit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gram matrix (p, p) and cross moments with Delta (p, q), for any regressor.
+
+    Args:
+        unit: `block_units` of the moments that a fit is from, where features are concerned.
+    """
+    if not moments.of_change:
+        return moments.G, moments.B - moments.G
+    unit = (block_units(moments) if unit is None else unit).to(moments.G)
+    return moments.G / torch.outer(unit, unit), moments.B / unit[:, None]
+
+
 def block_units(moments: Moments) -> Tensor:
     """(k C,) root mean square eigenvalue of each feature's Gram matrix; 1 for one that is zero."""
     C = moments.out_width

@@ -72,3 +72,21 @@ def check_square(moments: Moments, what: str) -> None:
             f"{what} needs X and Y of one width, got {moments.width} and {moments.out_width}; "
             f"solve(moments, 'ghost', around='zero') and 'affine' fit any pair of widths"
         )
+
+
+def check_alike(train: Moments, held_out: Moments) -> None:
+    """Refuse to judge a fit on held-out moments of another kind.
+
+    Raises:
+        ValueError: another width or another regressor.
+    """
+    if held_out.B.shape != train.B.shape:
+        raise ValueError(
+            f"training and held-out moments must have one width, "
+            f"got {tuple(train.B.shape)} and {tuple(held_out.B.shape)}"
+        )
+    if held_out.regressor != train.regressor:
+        raise ValueError(
+            f"training and held-out moments must have one regressor, "
+            f"got {train.regressor} and {held_out.regressor}"
+        )

@@ -174,6 +174,31 @@ def test_too_few_tokens_are_reported() -> None:
         solve(moments_of("x, n(x)", streams(tokens=9)), "two-branch")
 
 
+@pytest.mark.parametrize("name", ["ghost-relative", "three-branch-relative"])
+def test_ridge_and_rank_are_chosen_on_held_out_moments(name: str) -> None:
+    train, held_out = (
+        moments_of(REGRESSORS[name], *(streams(seed) for seed in seeds))
+        for seeds in ([0, 1], [2, 3])
+    )
+    ridges = (1e-4, 1e-2, 1.0)
+    path = gl.ridge_path(train, ridges, held_out)
+    assert path.held_out_error is not None
+    for ridge, mine, theirs in zip(ridges, path.train_error, path.held_out_error, strict=True):
+        op = solve(train, name, relative_ridge=ridge)
+        assert op.residual == pytest.approx(float(mine), rel=1e-9)
+        assert held_out.error(op) == pytest.approx(float(theirs), rel=1e-9)
+    best = gl.choose_ridge(train, ridges, held_out=held_out)
+    assert best == ridges[int(path.held_out_error.argmin())]
+    ranks = gl.rank_path(train, held_out, relative_ridge=1e-2)
+    for rank in (1, 3, 6):
+        op = solve(train, name, rank=rank, relative_ridge=1e-2)
+        assert op.residual == pytest.approx(float(ranks.train_error[rank - 1]), rel=1e-9)
+        assert held_out.error(op) == pytest.approx(float(ranks.held_out_error[rank - 1]), rel=1e-9)
+    for other in (moments_of("n(x)", streams()), gl.Moments(6).update(*streams())):
+        with pytest.raises(ValueError, match=r"must have one (width|regressor), got"):
+            gl.ridge_path(train, ridges, other)
+
+
 # --- invariances ------------------------------------------------------------------------------
 
 
