@@ -6,6 +6,7 @@ Importing this package registers the recovered model classes with transformers, 
 
 from ghostlib.boundaries import Boundary, contiguous, runs
 from ghostlib.calibration import calibrate
+from ghostlib.checks import MassiveActivationWarning
 from ghostlib.collector import Calibration, Similarity
 from ghostlib.corpora import CORPORA, documents, token_windows
 from ghostlib.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
@@ -34,6 +35,7 @@ __all__ = [
     "OPERATORS",
     "Boundary",
     "Calibration",
+    "MassiveActivationWarning",
     "Moments",
     "Operator",
     "RankPath",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, check_boundary
 from ghostlib.collector import Calibration, Collector
+from ghostlib.features import Regressor
 from ghostlib.memory import calibration_bytes, require_memory
 from ghostlib.models import EndOfPass, mlp_output, num_layers, receiver
 from ghostlib.placement import input_device
@@ -69,6 +70,7 @@ def calibrate(
     batch_size: int = 1,
     moments: bool = True,
     mlp: bool = False,
+    regressors: Iterable[str] = (),
 ) -> Calibration:
     """Collect the moments and similarities of every boundary in one pass over ``windows``.
 
@@ -83,13 +85,17 @@ def calibrate(
         moments: collect second moments; without them the pass gives similarities only.
         mlp: collect the moments that `replaceme` needs as well, for every boundary with a layer
             before it.
+        regressors: what else to regress on, for every boundary: features and weights such as
+            ``"x, n(x); 1/|y|"`` (see `ghostlib.features`), found by ``.of("x, n(x); 1/|y|")``;
+            ``"stream"`` is always there, ``"mlp"`` is the same as ``mlp=True``.
 
     Returns:
         `Calibration`, a dictionary from `Boundary` to `Moments` (on the CPU, float64).
 
     Raises:
-        ValueError: windows, mask or boundaries that do not fit the model, or NaN or infinite
-            activations (the message names the layer and the window).
+        ValueError: windows, mask or boundaries that do not fit the model, NaN or infinite
+            activations (the message names the layer and the window), or regressors that are
+            unknown, need moments, or do not suit the architecture.
         MemoryError: less memory is available than `calibration_bytes` says the pass will need.
     """
     asked = [check_boundary(b, num_layers(model)) for b in boundaries]
@@ -102,7 +108,13 @@ def calibrate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if attention_mask is None:
         attention_mask = torch.ones_like(windows)
-    used = attention_mask.bool() & (attention_mask.cumsum(1) > skip_leading)
+    real = attention_mask.bool()
+    used = real & (attention_mask.cumsum(1) > skip_leading)
+    names = set(regressors) - {"stream"}
+    mlp = mlp or "mlp" in names
+    richer = [Regressor.parse(name) for name in sorted(names - {"mlp"})]
+    if richer and not moments:
+        raise ValueError("regressors are collected as moments: leave moments=True")
     require_memory(
         calibration_bytes(
             model,
@@ -111,11 +123,12 @@ def calibrate(
             batch_size=batch_size,
             moments=moments,
             mlp=mlp,
+            regressors=map(str, richer),
         )
     )
     device = input_device(model)
 
-    collector = Collector(model, dict.fromkeys(asked), moments, mlp)
+    collector = Collector(model, dict.fromkeys(asked), moments, mlp, richer)
     starts = range(0, len(windows), batch_size)
     with (
         tap(model, collector.indices, collector.on_stream) as run,
@@ -123,7 +136,7 @@ def calibrate(
     ):
         for first in track(starts, "calibrating", unit="batch"):
             rows = slice(first, first + batch_size)
-            collector.begin(first, used[rows])
+            collector.begin(first, used[rows], real[rows])
             run(
                 input_ids=windows[rows].to(device),
                 attention_mask=attention_mask[rows].to(device),

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary
-from ghostlib.models import fingerprint, hidden_size
+from ghostlib.features import Regressor, observe
+from ghostlib.models import fingerprint, hidden_size, stream_norm
 from ghostlib.moments import Moments
 from ghostlib.placement import input_device
 from ghostlib.streams import Stream
@@ -28,12 +29,13 @@ class Similarity(NamedTuple):
 class Calibration(dict[Boundary, Moments]):
     """What one pass collected: ``{Boundary: Moments}``, and the similarities of each boundary.
 
-    Moments of boundaries with the same start share one Gram matrix in memory.
+    Moments of the stream of boundaries with the same start share one Gram matrix in memory.
 
     Attributes:
         similarities: ``{Boundary: Similarity}``.
         mlp: ``{Boundary: Moments}`` for `replaceme`, with the output of the last MLP before the
             boundary in place of ``X``; filled by ``calibrate(…, mlp=True)``.
+        features: ``{(regressor, Boundary): Moments}`` of features of the stream; see `of`.
         model: fingerprint of the model the activations come from.
         tokens: number of tokens used.
     """
@@ -42,8 +44,25 @@ class Calibration(dict[Boundary, Moments]):
         super().__init__()
         self.similarities: dict[Boundary, Similarity] = {}
         self.mlp: dict[Boundary, Moments] = {}
+        self.features: dict[tuple[str, Boundary], Moments] = {}
         self.model = model
         self.tokens = 0
+
+    def of(self, regressor: str) -> dict[Boundary, Moments]:
+        """The moments of one regressor: ``"stream"``, ``"mlp"``, or features of the stream.
+
+        Raises:
+            ValueError: the pass did not collect them.
+        """
+        if regressor in ("stream", "mlp"):
+            return self if regressor == "stream" else self.mlp
+        found = {b: moments for (name, b), moments in self.features.items() if name == regressor}
+        if not found:
+            raise ValueError(
+                f"no moments of {regressor} were collected: "
+                f"calibrate(…, regressors=[{regressor!r}])"
+            )
+        return found
 
 
 class _Open(NamedTuple):
@@ -52,6 +71,7 @@ class _Open(NamedTuple):
     sequences: list[Stream] | None
     directions: Tensor
     mlp: list[Stream] | None
+    hidden: Tensor | None  # all tokens, for features that look back
 
 
 def _add_grams(grams: dict[int, Tensor], index: int, sequences: list[Stream] | None) -> None:
@@ -70,7 +90,12 @@ class Collector:
     """Turns streams, as they pass, into moments and similarities."""
 
     def __init__(
-        self, model: PreTrainedModel, asked: Iterable[Boundary], moments: bool, mlp: bool
+        self,
+        model: PreTrainedModel,
+        asked: Iterable[Boundary],
+        moments: bool,
+        mlp: bool,
+        regressors: Iterable[Regressor] = (),
     ) -> None:
         self.boundaries = list(asked)
         self.moments = moments
@@ -95,14 +120,27 @@ class Collector:
             if boundary.start in self.mlps:
                 mlp_moments = Moments(width, regressor="mlp", **about)
                 self.calibration.mlp[boundary] = _without_gram(mlp_moments)
+            for regressor in regressors:
+                # Known by the name it was asked for under, whatever this model's norm is.
+                self.calibration.features[str(regressor), boundary] = Moments(
+                    len(regressor.features) * width,
+                    width,
+                    regressor=str(suited(model, regressor)),
+                    **about,
+                )
         self.grams: dict[int, Tensor] = {}
         self.mlp_grams: dict[int, Tensor] = {}
         self.cosines = dict.fromkeys(self.boundaries, 0.0)
         self.angles = dict.fromkeys(self.boundaries, 0.0)
 
-    def begin(self, first: int, used: Tensor) -> None:
-        """Prepare for the batch whose first window has number ``first``."""
+    def begin(self, first: int, used: Tensor, real: Tensor | None = None) -> None:
+        """Prepare for the batch whose first window has number ``first``.
+
+        Args:
+            used: (windows, length) tokens to learn from. real: all that are no padding.
+        """
         self.first, self.used = first, used
+        self.real = used if real is None else real
         self.open: dict[int, _Open] = {}
         self.heard: dict[int, list[Stream]] = {}
         self.calibration.tokens += int(used.sum())
@@ -120,6 +158,7 @@ class Collector:
             self._sequences(hidden) if self.moments else None,
             nn.functional.normalize(hidden[self.used.to(self.home)].float(), dim=-1),
             self.heard.pop(index, None),
+            hidden if self.calibration.features else None,
         )
         for boundary in self.boundaries:
             if boundary.stop == index:
@@ -151,6 +190,12 @@ class Collector:
             ):
                 target = Stream.of(F.values + (y.values - x.values))
                 self.calibration.mlp[boundary].add_sequence(F, target)
+        for (_, known), moments in self.calibration.features.items():
+            if known == boundary and before.hidden is not None and after.hidden is not None:
+                used, real = self.used.to(self.home), self.real.to(self.home)
+                for x, y, r, u in zip(before.hidden, after.hidden, real, used, strict=True):
+                    if u.any():
+                        observe(moments, x, y, r, u)
 
     def result(self) -> Calibration:
         """The finished `Calibration`, its moments on the CPU."""
@@ -162,9 +207,20 @@ class Collector:
             for boundary, moments in collected.items():
                 moments = collected[boundary] = moments.to("cpu")
                 moments.G = shared[boundary.start]  # by all boundaries with the same start
+        for key, moments in calibration.features.items():
+            calibration.features[key] = moments.to("cpu")
         for boundary in self.boundaries:
             calibration.similarities[boundary] = Similarity(
                 self.cosines[boundary] / calibration.tokens,
                 self.angles[boundary] / calibration.tokens,
             )
         return calibration
+
+
+def suited(model: PreTrainedModel, regressor: Regressor) -> Regressor:
+    """``regressor`` with the normalised features that the layers of ``model`` read.
+
+    Raises:
+        ValueError: it asks for a normalised stream, and they read the stream itself.
+    """
+    return regressor.resolve(stream_norm(model)) if regressor.normalised else regressor

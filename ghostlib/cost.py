@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ghostlib.ghosted import LinearBoundary
-from ghostlib.models import attentions
+from ghostlib.ghosted import BoundaryModule, looking_back
+from ghostlib.models import attentions, hidden_size
 from ghostlib.progress import track
 
 
@@ -55,7 +55,8 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> int:
     """Bytes of the keys and values kept after ``tokens`` tokens, in the model's dtype.
 
-    A layer with a sliding window keeps no more than the next token can see.
+    A layer with a sliding window keeps no more than the next token can see; a boundary that reads
+    the token before keeps that one.
 
     Raises:
         ValueError: ``tokens`` is negative or ``batch_size`` below 1.
@@ -63,6 +64,7 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     _at_least(0, tokens=tokens)
     _at_least(1, batch_size=batch_size)
     numbers = sum(2 * a.kv_heads * a.head_dim * a.cached(tokens) for a in attentions(model))
+    numbers += len(looking_back(model)) * hidden_size(model) * (tokens > 0)
     return batch_size * numbers * model.dtype.itemsize
 
 
@@ -84,7 +86,7 @@ def flops(
     _at_least(0, context=context, logits=logits)
     layers = attentions(model)
     attention = sum(_weights(a.module) for a in layers)
-    boundary = sum(_weights(m) for m in model.modules() if isinstance(m, LinearBoundary))
+    boundary = sum(_weights(m) for m in model.modules() if isinstance(m, BoundaryModule))
     head = _weights(model.get_output_embeddings())
     mlp = _weights(model) - attention - boundary - head
     pairs = sum(  # (query, key) pairs, times the numbers of a key and of a value

@@ -120,7 +120,8 @@ def all_reduce(calibration: Calibration, device: torch.device | str = "cpu") -> 
     ]
     similar = calibration.similarities
     means = torch.tensor(list(similar.values()), dtype=torch.float64) * calibration.tokens
-    counts = [(m.tokens, m.weight, m.sequences) for m in collected] + [(calibration.tokens, 0, 0)]
+    counts = [(m.tokens, m.weight, m.sequences, m.fourth) for m in collected]
+    counts.append((calibration.tokens, 0, 0, 0))
     totals = _total(torch.tensor(counts, dtype=torch.float64), device).tolist()
     calibration.tokens = int(totals.pop()[0])
     means = _total(means, device) / calibration.tokens
@@ -128,8 +129,9 @@ def all_reduce(calibration: Calibration, device: torch.device | str = "cpu") -> 
         similar[boundary] = Similarity(*row)
 
     done: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, whose id must not go astray
-    for moments, (tokens, weight, sequences) in zip(collected, totals, strict=True):
+    for moments, (tokens, weight, sequences, fourth) in zip(collected, totals, strict=True):
         moments.tokens, moments.weight, moments.sequences = int(tokens), weight, int(sequences)
+        moments.fourth = fourth
         for name, mine in list(vars(moments).items()):
             if isinstance(mine, Tensor):
                 if id(mine) not in done:

@@ -9,7 +9,8 @@ Every function takes moments of ``X`` (tokens, p) and ``Y`` (tokens, q) and retu
     identity ⊂ low-rank (any rank) ⊂ ghost,
 
 so their training errors are ordered. The two `linearpatch` functions and `magnitude` are no
-least-squares fits; `replaceme` is the fit of another regressor, the last MLP's output. Directions
+least-squares fits; `replaceme` is the fit of another regressor, the last MLP's output; those of
+several features of the stream, and of weighted tokens, are in `ghostlib.branches`. Directions
 the calibration tokens never visit stay untouched: each family returns, among equally good fits, the
 one closest to the identity.
 """
@@ -133,7 +134,7 @@ def symmetric(moments: Moments, **how: Unpack[Regularisation]) -> Fit:
     s = (inverse.gram.values + inverse.ridge) * inverse.kept
     W = V @ _ratio(C + C.T, s[:, None] + s[None, :], empty=0.0) @ V.T
     W.diagonal().add_(1.0)
-    return _full((W + W.T) / 2, moments, inverse, moments.width * (moments.width + 1) // 2)
+    return full_fit((W + W.T) / 2, moments, inverse, moments.width * (moments.width + 1) // 2)
 
 
 def low_rank(moments: Moments, *, rank: int, **how: Unpack[Regularisation]) -> Fit:
@@ -154,21 +155,26 @@ def low_rank(moments: Moments, *, rank: int, **how: Unpack[Regularisation]) -> F
     if not 1 <= r <= C:
         raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
     inverse = gram(moments.G).regularise(**how)
-    V, (root, A) = inverse.gram.vectors, whitened(moments, inverse)
-    if r < C:
-        # The leading left singular vectors, from A A': a third of the cost of an SVD, and an error
-        # in them enters the residual only squared.
-        U = torch.linalg.eigh(A @ A.T).eigenvectors[:, -r:]
-        A = U @ (U.T @ A)
-    W = V @ (root * A)
+    W = reduced(inverse, moments.B - moments.G, r)
     W.diagonal().add_(1.0)
-    return _full(W, moments, inverse, r * (2 * C - r))
+    return full_fit(W, moments, inverse, r * (2 * C - r))
 
 
-def whitened(moments: Moments, inverse: Regularised) -> tuple[Tensor, Tensor]:
+def reduced(inverse: Regularised, cross: Tensor, rank: int) -> Tensor:
+    """The best fit (p, q) of at most this rank, from cross moments ``X'Delta`` (p, q)."""
+    root, A = whitened(inverse, cross)
+    if rank < min(A.shape):
+        # The leading right singular vectors, from A'A: a third of the cost of an SVD, and an error
+        # in them enters the residual only squared.
+        U = torch.linalg.eigh(A.T @ A).eigenvectors[:, -rank:]
+        A = A @ U @ U.T
+    return inverse.gram.vectors @ (root * A)
+
+
+def whitened(inverse: Regularised, cross: Tensor) -> tuple[Tensor, Tensor]:
     """``G^(-1/2)``'s eigenvalues (p, 1), and the whitened fit in the eigenbasis (p, q)."""
     root = inverse.gain.sqrt()[:, None]
-    return root, root * (inverse.gram.vectors.T @ (moments.B - moments.G))
+    return root, root * (inverse.gram.vectors.T @ cross)
 
 
 def ghost(
@@ -195,7 +201,7 @@ def ghost(
     """
     inverse = gram(moments.G).regularise(rcond, ridge, relative_ridge)
     W = _solve(inverse, moments, moments.G, moments.B, around, "ghost")
-    return _full(W, moments, inverse, W.numel())
+    return full_fit(W, moments, inverse, W.numel())
 
 
 def replaceme(moments: Moments, **how: Unpack[Regularisation]) -> Fit:
@@ -225,7 +231,7 @@ def affine(moments: Moments, *, around: str = "identity", **how: Unpack[Regulari
     scale = float(moments.G.diagonal().max())
     inverse = Gram.decompose(G, scale).regularise(**how)
     W = _solve(inverse, moments, G, B, around, "affine")
-    return _full(W, moments, inverse, W.numel() + len(y), bias=y - x @ W)
+    return full_fit(W, moments, inverse, W.numel() + len(y), bias=y - x @ W)
 
 
 def _solve(
@@ -241,10 +247,16 @@ def _solve(
     return W
 
 
-def _full(
-    W: Tensor, moments: Moments, inverse: Regularised, dof: int, bias: Tensor | None = None
+def full_fit(
+    W: Tensor,
+    moments: Moments,
+    inverse: Regularised,
+    dof: int,
+    bias: Tensor | None = None,
+    blind: int = 0,
 ) -> Fit:
-    trouble = inverse.trouble(moments.tokens)
+    """A `Fit` of a whole matrix, with what can be said of the Gram matrix it inverted."""
+    trouble = inverse.trouble(moments.tokens, blind)
     return Fit(W, dof, bias, inverse.rank, inverse.gram.condition, trouble)
 
 

@@ -7,7 +7,8 @@ the subclasses with transformers; without it, loading fails for want of the mode
 """
 
 import os
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,44 +22,67 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ghostlib.features import design, reads_previous
 from ghostlib.models import ARCHITECTURES, GHOSTED, hidden_size, receiver
+from ghostlib.previous import remembering, token_before
 
 VARIANT = "ghosted"
 """Recovered weights are saved as ``model.ghosted.safetensors``: the stock class finds no file there
 instead of loading every weight but the operators."""
 
 
-class LinearBoundary(nn.Module):
-    """``x -> x + x M (+ b)``: one matrix product at the boundary (paper, eq. 8, with W = I + M).
+class BoundaryModule(nn.Module):
+    """``x -> x + (what its matrix makes of x, or of several features of x side by side)``.
+
+    Features of the token before are taken with the help of `ghostlib.previous`.
+    """
+
+    def __init__(self, features: Sequence[str] = ("x",)) -> None:
+        super().__init__()
+        self.features = tuple(features)
+
+    def read(self, x: Tensor) -> Tensor:
+        """The features of ``x`` (…, width), one token a row."""
+        if self.features == ("x",):
+            return x.reshape(-1, x.shape[-1])
+        shifted = token_before(self, x) if reads_previous(self.features) else None
+        return design(self.features, x, shifted=shifted).flatten(0, -2)
+
+
+class LinearBoundary(BoundaryModule):
+    """``x -> x + F M (+ b)``: one matrix product at the boundary (paper, eq. 8, with W = I + M).
 
     ``M`` is kept rather than ``W`` because in bfloat16 the rounding of a diagonal near one would be
     as large as the entries of ``M`` themselves.
     """
 
-    def __init__(self, width: int, bias: bool = False) -> None:
-        super().__init__()
-        self.M = nn.Parameter(torch.zeros(width, width))
+    def __init__(self, width: int, bias: bool = False, features: Sequence[str] = ("x",)) -> None:
+        super().__init__(features)
+        self.M = nn.Parameter(torch.zeros(len(features) * width, width))
+        self.b = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to ``x`` (…, width)."""
+        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), self.M).view(x.shape)
+        return y if self.b is None else y + self.b
+
+
+class LowRankBoundary(BoundaryModule):
+    """``x -> x + (F A) B (+ b)`` with ``M = A B`` of rank r: for one feature ``2 C r`` numbers."""
+
+    def __init__(
+        self, width: int, rank: int, bias: bool = False, features: Sequence[str] = ("x",)
+    ) -> None:
+        super().__init__(features)
+        self.A = nn.Parameter(torch.zeros(len(features) * width, rank))
+        self.B = nn.Parameter(torch.zeros(rank, width))
         self.b = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
         flat = x.reshape(-1, x.shape[-1])
-        y = torch.addmm(flat, flat, self.M).view(x.shape)
+        y = torch.addmm(flat, self.read(x) @ self.A, self.B).view(x.shape)
         return y if self.b is None else y + self.b
-
-
-class LowRankBoundary(nn.Module):
-    """``x -> x + (x A) B`` with ``M = A B`` of rank r: ``2 C r`` parameters in place of ``C^2``."""
-
-    def __init__(self, width: int, rank: int) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.zeros(width, rank))
-        self.B = nn.Parameter(torch.zeros(rank, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to ``x`` (…, width)."""
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.addmm(flat, flat @ self.A, self.B).view(x.shape)
 
 
 @cache
@@ -78,19 +102,23 @@ def install_boundaries(model: PreTrainedModel) -> None:
     """Give every receiver named in ``config.ghost`` its (still empty) operator."""
     for entry in model.config.ghost:
         module: Any = receiver(model, entry["receiver"])
-        # Where accelerate placed the module, its instance carries a forward bound to the old class.
-        placement = getattr(module, "_hf_hook", None)
-        if placement is not None:
-            remove_hook_from_module(module)
-            vars(module).pop("forward", None)
         plain: Any = type(module)
-        module.__class__ = _receiving(plain)
+        become(module, _receiving(plain))
         width, rank = hidden_size(model), entry.get("rank")
-        module.boundary = (
-            LowRankBoundary(width, rank) if rank else LinearBoundary(width, bias=entry["bias"])
-        )
-        if placement is not None:
-            add_hook_to_module(module, placement)
+        kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
+        module.boundary = kind(width, bias=entry["bias"], features=entry.get("features", ("x",)))
+
+
+def become(module: Any, cls: type) -> None:
+    """Make ``module``, in place, an instance of ``cls``."""
+    # Where accelerate placed it, the instance carries a forward that is bound to the old class.
+    placement = getattr(module, "_hf_hook", None)
+    if placement is not None:
+        remove_hook_from_module(module)
+        vars(module).pop("forward", None)
+    module.__class__ = cls
+    if placement is not None:
+        add_hook_to_module(module, placement)
 
 
 class GhostedMixin:
@@ -132,6 +160,12 @@ class GhostedMixin:
         return (model, info) if wants_info else model
 
 
+def looking_back(model: nn.Module) -> list[nn.Module]:
+    """The boundaries of ``model`` that read the token before, in the order they come in."""
+    found = (m for m in model.modules() if isinstance(m, BoundaryModule))
+    return [m for m in found if reads_previous(m.features)]
+
+
 @cache
 def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     """The recovered class for a model type, registered so that `AutoModelForCausalLM` finds it."""
@@ -145,7 +179,11 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     model_class = type(
         f"Ghosted{model_base.__name__}",
         (GhostedMixin, model_base),
-        {"config_class": config_class, "__module__": __name__},
+        {
+            "config_class": config_class,
+            "forward": remembering(model_base.forward, looking_back),
+            "__module__": __name__,
+        },
     )
     globals().update(
         {c.__name__: c for c in (config_class, model_class)}

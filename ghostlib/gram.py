@@ -130,9 +130,13 @@ class Regularised:
         V = self.gram.vectors
         return V @ (V.T @ C).mul_(self.gain[:, None])
 
-    def trouble(self, tokens: int) -> str | None:
-        """What is wrong with fitting a full matrix to these tokens, and what to do; or None."""
-        p = len(self.gram.values)
+    def trouble(self, tokens: int, blind: int = 0) -> str | None:
+        """What is wrong with fitting a full matrix to these tokens, and what to do; or None.
+
+        Args:
+            blind: directions in which no data can have a component.
+        """
+        p = len(self.gram.values) - blind
         if self.rank == p or self.ridge >= _RIDGE_THAT_COUNTS * self.gram.mean > 0:
             return None
         return (

@@ -166,9 +166,13 @@ class Grid:
     def _prepare(self, todo: Sequence[tuple[Layers, str]]) -> None:
         """One pass for the statistics, one for the streams, of all that is to be scored."""
         gaps = {gap for layers, repair in todo if repair != "none" for gap in self._gaps(layers)}
-        mlp = any(REGRESSORS.get(repair) == "mlp" for _, repair in todo)
+        # A sequential fit of one gap is the teacher's, from the same moments.
+        names = {repair.removesuffix(" sequential") for _, repair in todo}
+        regressors = {REGRESSORS.get(name, "stream") for name in names}
         if gaps:
-            self._pass = calibrate(self.model, self._train[0], sorted(gaps), mlp=mlp)
+            self._pass = calibrate(
+                self.model, self._train[0], sorted(gaps), regressors=sorted(regressors)
+            )
         indices = {
             index
             for layers, repair in todo
@@ -188,7 +192,7 @@ class Grid:
         name, gaps = repair.removesuffix(" sequential"), self._gaps(layers)
         if name != repair and len(gaps) > 1:
             return fit_sequential(self.model, self._train[0], gaps, name, streams=self._streams)
-        moments = self._pass.mlp if REGRESSORS.get(name) == "mlp" else self._pass
+        moments = self._pass.of(REGRESSORS.get(name, "stream"))
         return {gap: solve(moments[gap], name) for gap in gaps}
 
     def _by_corpus(self, losses: Tensor) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ import psutil
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary
+from ghostlib.features import Regressor
 from ghostlib.models import hidden_size
 
 _DOUBLE, _SINGLE = 8, 4  # bytes of a float64 and of a float32
@@ -43,6 +44,7 @@ def calibration_bytes(
     batch_size: int = 1,
     moments: bool = True,
     mlp: bool = False,
+    regressors: Iterable[str] = (),
 ) -> CalibrationBytes:
     """Count the memory of a calibration beforehand; the number of windows does not enter.
 
@@ -52,6 +54,8 @@ def calibration_bytes(
         length, batch_size: tokens of a window, windows of a forward pass.
         moments, mlp: as in `calibrate`; without moments only directions are kept, in float32; with
             those of the MLP there is twice as much of everything, at most.
+        regressors: as in `calibrate`. With k features a boundary has k^2 + k more matrices of its
+            own, and working space for one Gram matrix of k times the width.
 
     Raises:
         ValueError: a width, length or batch size below 1, or no boundary.
@@ -78,10 +82,15 @@ def calibration_bytes(
         return CalibrationBytes(0, waiting * stream * _SINGLE, 2 * stream * _SINGLE)
     kinds = 2 if mlp else 1
     kept = (len(last_stop) + len(asked)) * matrix + len(asked) * _VECTORS * width * _DOUBLE
+    widths = [len(Regressor.parse(name).features) for name in regressors]
+    richer = sum((k * k + k) * matrix + (2 * k + 5) * width * _DOUBLE for k in widths)
+    most = max(widths, default=0)
     return CalibrationBytes(
-        moments=kinds * kept,
-        streams=waiting * stream * (kinds * _DOUBLE + _SINGLE),
-        working=2 * batch_size * matrix + 2 * length * width * _DOUBLE,
+        moments=kinds * kept + len(asked) * richer,
+        # For features the stream is kept as it came as well, in the model's dtype.
+        streams=waiting * stream * (kinds * _DOUBLE + _SINGLE * (2 if widths else 1)),
+        working=max(2 * batch_size, 2 * most**2) * matrix
+        + (2 + 4 * most) * length * width * _DOUBLE,
     )
 
 

@@ -39,6 +39,7 @@ class Architecture(NamedTuple):
         writers: inside a layer, the modules whose output is added to the stream; the MLP's last.
         norm_offset: what a norm adds to its weight before it multiplies (Gemma: 1).
         norm_before: every sub-layer reads the stream through a norm, which takes its scale away.
+        norm_centres: a norm takes the mean over channels away as well (LayerNorm).
     """
 
     layers: str
@@ -47,6 +48,7 @@ class Architecture(NamedTuple):
     writers: tuple[str, ...]
     norm_offset: float = 0.0
     norm_before: bool = True
+    norm_centres: bool = False
 
 
 _LLAMA_LIKE = Architecture(
@@ -75,18 +77,21 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         "gpt_neox.final_layer_norm",
         ("gpt_neox.embed_in",),
         ("attention.dense", "mlp.dense_4h_to_h"),
+        norm_centres=True,
     ),
     opt=Architecture(
         "model.decoder.layers",
         "model.decoder.final_layer_norm",
         ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         ("self_attn.out_proj", "fc2"),
+        norm_centres=True,
     ),
     gpt2=Architecture(
         "transformer.h",
         "transformer.ln_f",
         ("transformer.wte", "transformer.wpe"),
         ("attn.c_proj", "mlp.c_proj"),
+        norm_centres=True,
     ),
 )
 
@@ -232,6 +237,20 @@ def present(module: nn.Module) -> nn.Module:
 def _norm_before(model: PreTrainedModel) -> bool:
     """Whether sub-layers read the stream through a norm (some sizes of OPT do not)."""
     return architecture(model).norm_before and getattr(model.config, "do_layer_norm_before", True)
+
+
+def stream_norm(model: PreTrainedModel) -> str:
+    """``"rms"`` or ``"layer"``: the norm through which every sub-layer reads the stream.
+
+    Raises:
+        ValueError: sub-layers read the stream itself.
+    """
+    if not _norm_before(model):
+        raise ValueError(
+            f"{model.config.model_type} reads its stream without a norm: a repair with n(x) or "
+            "n(prev) has no ground here; use one that reads x alone, such as ghost-relative"
+        )
+    return "layer" if architecture(model).norm_centres else "rms"
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:

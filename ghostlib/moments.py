@@ -57,8 +57,10 @@ class Moments:
         tokens: number of rows seen. weight: sum of their weights. sequences: number of updates.
         boundary: the `Boundary` they belong to, or None.
         model: fingerprint of the model they come from, or None.
+        fourth: sum over tokens of ``(w |Y - X|^2)^2``, for `effective_tokens`; 0 when ``p != q``.
         regressor: what ``X`` is: ``"stream"``, or ``"mlp"`` for the output of the last MLP before
-            the boundary (then ``Y`` is that output plus Delta).
+            the boundary (then ``Y`` is that output plus Delta), or a `Regressor`'s features (then
+            ``Y`` is Delta).
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Moments:
         self.tokens = 0
         self.weight = 0.0
         self.sequences = 0
+        self.fourth = 0.0
         self.boundary = None if boundary is None else Boundary(*boundary)
         self.model = model
         self.regressor = regressor
@@ -109,6 +112,38 @@ class Moments:
     def t(self) -> float:
         """``tr(Y'Y)``, the squared Frobenius norm of the target."""
         return float(self.y2.sum())
+
+    @property
+    def of_change(self) -> bool:
+        """Whether ``Y`` is Delta, so that doing nothing is a zero operator and not the identity."""
+        return self.regressor not in ("stream", "mlp")
+
+    @property
+    def nothing(self) -> float:
+        """(Weighted) squared error of doing nothing, ``||Delta||_F^2``.
+
+        Raises:
+            ValueError: ``p != q``, where doing nothing has no meaning.
+        """
+        if self.of_change:
+            return self.t
+        if self.width != self.out_width:
+            raise ValueError("doing nothing is the identity, which needs equal widths")
+        return max(self.t - 2 * float(self.B.trace()) + float(self.G.trace()), 0.0)
+
+    @property
+    def effective_tokens(self) -> float:
+        """How many tokens share the objective: ``(sum_t e_t)^2 / sum_t e_t^2``.
+
+        ``e_t = w_t |Delta_t|^2`` is what a token contributes to the error of doing nothing. All
+        tokens where they are alike, about k where k of them own it; one of them owns at least the
+        reciprocal. Both sums are additive, so this is exact whatever the order of the tokens.
+
+        Raises:
+            ValueError: as `nothing`.
+        """
+        nothing = self.nothing
+        return nothing**2 / self.fourth if self.fourth > 0 else float(self.tokens)
 
     def __repr__(self) -> str:
         where = "" if self.boundary is None else f", boundary={self.boundary}"
@@ -142,7 +177,11 @@ class Moments:
         self.y2 = self.y2 + y.square
         self.x1, self.y1 = self.x1 + x.sum, self.y1 + y.sum
         self.x_abs, self.y_abs = self.x_abs + x.abs, self.y_abs + y.abs
-        if self.width == self.out_width:
+        if self.of_change:
+            self.fourth += float((y.weighted * y.values).sum(1).square().sum())
+        elif self.width == self.out_width:
+            change = (y.weighted - x.weighted) * (y.values - x.values)
+            self.fourth += float(change.sum(1).square().sum())
             self.ratio = self.ratio + ratio(x.abs, y.abs)
             if x.rotated is not None and y.rotated is not None:
                 self.ratio_rotated = self.ratio_rotated + ratio(x.rotated, y.rotated)
@@ -193,7 +232,7 @@ class Moments:
         total = self._like()
         for name in _SUMS:
             setattr(total, name, getattr(self, name) + getattr(other, name).to(self.G.device))
-        for name in ("tokens", "weight", "sequences"):
+        for name in ("tokens", "weight", "sequences", "fourth"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
@@ -216,6 +255,7 @@ class Moments:
         for name in _SUMS:
             setattr(moved, name, getattr(self, name).to(device))
         moved.tokens, moved.weight, moved.sequences = self.tokens, self.weight, self.sequences
+        moved.fourth = self.fourth
         return moved
 
     def error(self, operator: Tensor | Linear) -> float:
@@ -249,10 +289,9 @@ class Moments:
         Raises:
             ValueError: ``p != q``, or ``Y`` equals ``X`` (there is nothing to recover).
         """
-        if self.width != self.out_width:
-            raise ValueError("relative_error compares with the identity, which needs equal widths")
-        nothing = self.error(torch.eye(self.width, dtype=torch.float64))
-        rounding = self.width * torch.finfo(torch.float64).eps * (self.t + float(self.G.trace()))
+        nothing = self.nothing
+        size = 0.0 if self.of_change else self.t + float(self.G.trace())
+        rounding = self.width * torch.finfo(torch.float64).eps * size
         if nothing <= rounding:
             raise ValueError("X_post equals X_pre: the removed layers did nothing to recover")
         return self.error(operator) / nothing
@@ -275,6 +314,7 @@ class Moments:
             "tokens": str(self.tokens),
             "weight": repr(self.weight),
             "sequences": str(self.sequences),
+            "fourth": repr(self.fourth),
             "boundary": json.dumps(self.boundary),
             "model": json.dumps(self.model),
             "regressor": self.regressor,
@@ -305,6 +345,7 @@ class Moments:
             moments = cls(*sums["B"].shape, boundary=boundary, model=model, regressor=regressor)
             moments.tokens, moments.sequences = int(meta["tokens"]), int(meta["sequences"])
             moments.weight = float(meta["weight"])
+            moments.fourth = float(meta.get("fourth", 0.0))  # nor had they this
             for name, value in sums.items():
                 empty = getattr(moments, name)
                 if (value.shape, value.dtype) != (empty.shape, empty.dtype):

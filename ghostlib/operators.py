@@ -1,7 +1,8 @@
 """Operators: what is put in place of the removed layers, solved in closed form from moments.
 
-An operator is what it does to the stream, ``X -> X @ W + b``; a matrix without bias is the
-simplest case. `solve` finds the best one of a named family, and `OPERATORS` lists the families.
+An operator is what it does to the stream: ``X -> X W + b``, of which a matrix without bias is the
+simplest case, or ``X -> X + F M + b`` with several features ``F`` of the stream side by side.
+`solve` finds the best one of a named family, and `OPERATORS` lists the families.
 """
 
 import math
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ghostlib import families
+from ghostlib.branches import branches
 from ghostlib.checks import check_moments
 from ghostlib.families import Fit
+from ghostlib.features import Regressor, design, generic
 from ghostlib.gram import SingularGramWarning
 from ghostlib.moments import Moments
 from ghostlib.registry import Registry
@@ -26,7 +29,8 @@ class Operator:
     """A solved operator and how far to trust it.
 
     Attributes:
-        W: (p, q) float64 matrix, acting on row vectors as ``X @ W``.
+        W: (p, q) float64 matrix, acting on row vectors as ``X @ W``; the matrix ``M`` of all
+            features, one below the other, where the operator has ``features``.
         name: family it was searched in.
         dof: number of free parameters of that family.
         rank: effective rank of the Gram matrix the family inverts: that of ``G`` for `ghost`,
@@ -34,8 +38,9 @@ class Operator:
             or trace for the diagonal and scalar families; 0 where nothing is inverted.
         condition: condition number of the same matrix, infinite when it is singular; 1 where
             nothing is inverted.
-        residual: squared error ``||X W + b - Y||_F^2`` on the tokens it was solved from.
+        residual: (weighted) squared error on the tokens it was solved from.
         bias: (q,) b, or None.
+        features: names from `ghostlib.features.FEATURES`; empty for one that is ``X W + b``.
     """
 
     W: Tensor = field(repr=False)
@@ -45,31 +50,38 @@ class Operator:
     condition: float
     residual: float
     bias: Tensor | None = field(default=None, repr=False)
+    features: tuple[str, ...] = ()
 
     @property
     def M(self) -> Tensor:
-        """(p, p) ``W - I``, the part that stands in for the removed layers.
+        """The part that stands in for the removed layers: ``W - I``, or the features' matrix.
 
         Raises:
             ValueError: ``W`` is not square.
         """
+        if self.features:
+            return self.W
         if self.W.shape[0] != self.W.shape[1]:
             raise ValueError(f"M = W - I needs a square W, got {tuple(self.W.shape)}")
         M = self.W.clone()
         M.diagonal().sub_(1.0)
         return M
 
-    def apply(self, X: Tensor) -> Tensor:
-        """``X @ W + b`` in the dtype and on the device of ``X``, (..., p) -> (..., q).
+    def apply(self, X: Tensor, real: Tensor | None = None) -> Tensor:
+        """What ``X`` becomes, (..., p) -> (..., q), in its dtype and on its device.
+
+        Args:
+            X: (…, p); whole sequences (…, tokens, p) where a feature is of the token before.
+            real: (…, tokens), false at padding, which is nobody's token before.
 
         Raises:
             ValueError: ``X`` has another width.
         """
-        if X.ndim == 0 or X.shape[-1] != len(self.W):
-            raise ValueError(
-                f"{self.name} acts on activations (..., {len(self.W)}), got {tuple(X.shape)}"
-            )
-        Y = X @ self.W.to(X)
+        p = len(self.W) // max(len(self.features), 1)
+        if X.ndim == 0 or X.shape[-1] != p:
+            raise ValueError(f"{self.name} acts on activations (..., {p}), got {tuple(X.shape)}")
+        W = self.W.to(X)
+        Y = X + design(self.features, X, real) @ W if self.features else X @ W
         return Y if self.bias is None else Y + self.bias.to(X)
 
 
@@ -88,9 +100,21 @@ _FAMILIES: dict[str, Callable[..., Fit]] = {
     "ghost": families.ghost,
     "affine": families.affine,
     "replaceme": families.replaceme,
+    "ghost-relative": branches,
+    "two-branch": branches,
+    "two-branch-relative": branches,
+    "three-branch": branches,
+    "three-branch-relative": branches,
 }
-REGRESSORS = {"replaceme": "mlp"}
-"""What a family acts on, where it is not the stream; see `Moments.regressor`."""
+REGRESSORS = {
+    "replaceme": "mlp",
+    "ghost-relative": "x; 1/|y|",
+    "two-branch": "x, n(x)",
+    "two-branch-relative": "x, n(x); 1/|y|",
+    "three-branch": "x, n(x), n(prev)",
+    "three-branch-relative": "x, n(x), n(prev); 1/|y|",
+}
+"""What a family is solved from, where it is not the stream: the ``regressor`` of its `Moments`."""
 OPERATORS: Registry[Callable[..., Fit]] = Registry("operator", **_FAMILIES)
 
 
@@ -98,11 +122,12 @@ def solve(moments: Moments, name: str = "ghost", **options: Any) -> Operator:
     """The operator of a family that fits the moments best.
 
     Args:
-        moments: of ``X`` (tokens, p) and ``Y`` (tokens, q).
+        moments: of ``X`` (tokens, p) and ``Y`` (tokens, q), with the family's regressor.
         name: one of `OPERATORS`; its function in `ghostlib.families` documents the options.
         options: ``rcond``, ``ridge`` or ``relative_ridge`` for `ghost`, `affine`, `symmetric`,
             `low-rank` and `replaceme`; ``around`` for `ghost` and `affine`; ``rank`` for
-            `low-rank`; ``pooled`` for `linearpatch-d`.
+            `low-rank`; ``pooled`` for `linearpatch-d`; for those with branches and those that are
+            relative see `ghostlib.branches.branches`.
 
     Raises:
         ValueError: an unknown name, no tokens, moments that are not float64 or not symmetric, two
@@ -120,15 +145,16 @@ def solve(moments: Moments, name: str = "ghost", **options: Any) -> Operator:
     family = OPERATORS[name]
     check_moments(moments)
     regressor = REGRESSORS.get(name, "stream")
-    if moments.regressor != regressor:
+    if generic(moments.regressor) != regressor:
         raise ValueError(
             f"{name} is solved from moments of the {regressor}, these are of the "
-            f"{moments.regressor}: calibrate(…, mlp=True) collects both, the second as .mlp"
+            f"{moments.regressor}: calibrate(…, regressors=[{regressor!r}]).of({regressor!r})"
         )
     fit = family(moments, **options)
     if fit.trouble:
         warnings.warn(f"{name}: {fit.trouble}", SingularGramWarning, stacklevel=2)
-    found = Operator(fit.W, name, fit.dof, fit.rank, fit.condition, math.nan, fit.bias)
+    features = Regressor.parse(moments.regressor).features if moments.of_change else ()
+    found = Operator(fit.W, name, fit.dof, fit.rank, fit.condition, math.nan, fit.bias, features)
     return replace(found, residual=moments.error(found))
 
 

@@ -35,6 +35,11 @@ COLORS: Registry[str] = Registry(
         "replaceme": "#a65628",
         "replaceme-cosine": "#d8a27f",
         "ghost sequential": "#3cb371",
+        "ghost-relative": "#4daf4a",
+        "two-branch": "#984ea3",
+        "two-branch-relative": "#54278f",
+        "three-branch": "#6baed6",
+        "three-branch-relative": "#08519c",
     },
 )
 

@@ -8,7 +8,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ghostlib.checks import check_moments, check_square
+from ghostlib.branches import block_units, normal_equations
+from ghostlib.checks import check_alike, check_moments, check_square
 from ghostlib.families import whitened
 from ghostlib.gram import Regularisation, gram
 from ghostlib.moments import Moments
@@ -33,26 +34,25 @@ def rank_path(train: Moments, held_out: Moments, **how: Unpack[Regularisation]) 
     the products ``p_i q_i'``. So the error of every rank is a running sum.
 
     Args:
-        train: square moments to solve from. held_out: of other tokens, of the same width.
+        train: square moments to solve from, or those of features of the stream.
+        held_out: of other tokens, of the same width and regressor.
         how: ``rcond``, ``ridge`` or ``relative_ridge``, as in `ghost`.
 
     Raises:
-        ValueError: no tokens, or different widths.
+        ValueError: no tokens, or different widths or regressors.
     """
     for moments in (train, held_out):
         check_moments(moments)
-        check_square(moments, "a rank path")
-    if held_out.width != train.width:
-        raise ValueError(
-            f"training and held-out moments must have one width, "
-            f"got {train.width} and {held_out.width}"
-        )
-    inverse = gram(train.G).regularise(**how)
-    root, A = whitened(train, inverse)
-    U = torch.linalg.eigh(A @ A.T).eigenvectors.flip(1)
-    P = inverse.gram.vectors @ (root * U)  # columns p_i, the strongest first
-    Q = U.T @ A  # rows q_i'
-    return RankPath(_errors(P, Q, train), _errors(P, Q, held_out))
+        if not moments.of_change:
+            check_square(moments, "a rank path")
+    check_alike(train, held_out)
+    unit = block_units(train) if train.of_change else None
+    G, cross = normal_equations(train, unit)
+    inverse = gram(G).regularise(**how)
+    root, A = whitened(inverse, cross)
+    Q = torch.linalg.eigh(A.T @ A).eigenvectors.flip(1).T  # rows q_i', the strongest first
+    P = inverse.gram.vectors @ (root * (A @ Q.T))  # columns p_i
+    return RankPath(*(_errors(P, Q, moments, unit) for moments in (train, held_out)))
 
 
 def choose_rank(
@@ -86,11 +86,10 @@ def choose_rank(
     return next(rank for rank, score in scores.items() if score <= enough)
 
 
-def _errors(P: Tensor, Q: Tensor, moments: Moments) -> Tensor:
-    """(width,) errors of ``sum_{i <= r} p_i q_i'`` for r = 1 …"""
-    G, Delta = moments.G.to(P), (moments.B - moments.G).to(P)
+def _errors(P: Tensor, Q: Tensor, moments: Moments, unit: Tensor | None) -> Tensor:
+    """(q,) errors of ``sum_{i <= r} p_i q_i'`` for r = 1 …"""
+    G, cross = (t.to(P) for t in normal_equations(moments, unit))
     pairs = (P.T @ G @ P) * (Q @ Q.T)
     quadratic = pairs.cumsum(0).cumsum(1).diagonal()
-    linear = (P * (Delta @ Q.T)).sum(0).cumsum(0)
-    nothing = moments.t - 2 * float(moments.B.trace()) + float(moments.G.trace())
-    return (quadratic - 2 * linear + nothing).clamp_min(0.0).cpu()
+    linear = (P * (cross @ Q.T)).sum(0).cumsum(0)
+    return (quadratic - 2 * linear + moments.nothing).clamp_min(0.0).cpu()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostlib.checks import check_moments, check_square
+from ghostlib.branches import block_units, normal_equations
+from ghostlib.checks import check_alike, check_moments, check_square
 from ghostlib.gram import check_ridge, gram
 from ghostlib.moments import Moments
 
@@ -58,24 +59,28 @@ def ridge_path(
     dependent, which GCV ignores; whole documents held out do not have that bias.
 
     Args:
-        train: square moments (p = q). ridges: k positive multiples of ``tr(G)/p``.
-        held_out: moments of other tokens, of the same width.
+        train: square moments (p = q), or those of features of the stream, whose errors are those
+            of `ghostlib.branches.branches`. ridges: k positive multiples of ``tr(G)/p``.
+        held_out: moments of other tokens, of the same width and regressor.
 
     Raises:
-        ValueError: no ridge, one that is not positive and finite, no tokens, different widths.
+        ValueError: no ridge, one that is not positive and finite, no tokens, different widths or
+            regressors.
     """
     values = torch.tensor([check_ridge(ridge) for ridge in ridges], dtype=torch.float64)
     if not len(values):
         raise ValueError("no ridge to try: name at least one")
     check_moments(train)
-    check_square(train, "a ridge path around the identity")
-    found = gram(train.G)
+    if not train.of_change:
+        check_square(train, "a ridge path around the identity")
+    G, cross = normal_equations(train)
+    found = gram(G)
     s, V = found.values, found.vectors
     gains = [found.regularise(relative_ridge=float(ridge)).gain for ridge in values]
     f = torch.stack(gains)  # (k, p)
-    C = V.T @ (train.B - train.G)  # (p, p)
+    C = V.T @ cross  # (p, q)
     rows = C.square().sum(1)
-    train_error = (f.square() * s - 2 * f) @ rows + _norm_of_delta(train)
+    train_error = (f.square() * s - 2 * f) @ rows + train.nothing
     h = (f * s).sum(1)
     n = train.tokens
     free = 1.0 - h / n
@@ -83,7 +88,9 @@ def ridge_path(
     return RidgePath(
         ridges=values,
         train_error=train_error.clamp_min(0.0).cpu(),
-        held_out_error=None if held_out is None else _held_out_error(V, C, f, held_out).cpu(),
+        held_out_error=None
+        if held_out is None
+        else _held_out_error(V, C, f, train, held_out).cpu(),
         dof=(train.out_width * h).cpu(),
         gcv=gcv.clamp_min(0.0).cpu(),
     )
@@ -149,21 +156,13 @@ def choose_ridge(
     return ridges[int(score.argmin())]
 
 
-def _held_out_error(V: Tensor, C: Tensor, f: Tensor, held_out: Moments) -> Tensor:
+def _held_out_error(V: Tensor, C: Tensor, f: Tensor, train: Moments, held_out: Moments) -> Tensor:
     """(k,) errors ``tr(M'G_v M) - 2 tr(M'X_v'Delta_v) + ||Delta_v||^2`` of ``M = V diag(f) C``."""
     check_moments(held_out)
-    if held_out.B.shape != C.shape:
-        raise ValueError(
-            f"training and held-out moments must have one width, "
-            f"got {C.shape[0]} and {tuple(held_out.B.shape)}"
-        )
-    G, B = held_out.G.to(C), held_out.B.to(C)
+    check_alike(train, held_out)
+    unit = block_units(train) if train.of_change else None
+    G, cross = (t.to(C) for t in normal_equations(held_out, unit))
     quadratic = (V.T @ G @ V) * (C @ C.T)
-    linear = (V.T @ (B - G) * C).sum(1)
-    errors = ((f @ quadratic) * f).sum(1) - 2 * f @ linear + _norm_of_delta(held_out)
+    linear = (V.T @ cross * C).sum(1)
+    errors = ((f @ quadratic) * f).sum(1) - 2 * f @ linear + held_out.nothing
     return errors.clamp_min(0.0)
-
-
-def _norm_of_delta(moments: Moments) -> float:
-    """``||Y - X||_F^2``."""
-    return moments.t - 2 * float(moments.B.trace()) + float(moments.G.trace())

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, check_boundary
 from ghostlib.calibration import check_windows
+from ghostlib.collector import suited
 from ghostlib.excerpts import excerpt, feed, record
+from ghostlib.features import Regressor, observe
 from ghostlib.models import fingerprint, hidden_size, num_layers
 from ghostlib.moments import Moments
 from ghostlib.operators import REGRESSORS, Operator, solve
@@ -83,7 +85,8 @@ def fit_sequential(
             act on the stream; streams of other windows.
     """
     gaps = check_order(boundaries, num_layers(model))
-    if REGRESSORS.get(operator, "stream") != "stream":
+    regressor = REGRESSORS.get(operator, "stream")
+    if regressor == "mlp":
         raise ValueError(f"{operator} does not act on the stream: fit it with fit='teacher'")
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
     if streams is None:
@@ -91,14 +94,16 @@ def fit_sequential(
         streams = dense_streams(
             model, windows, wanted, attention_mask=attention_mask, batch_size=batch_size
         )
-    used = mask.bool() & (mask.cumsum(1) > skip_leading)
+    real = mask.bool()
+    used = real & (mask.cumsum(1) > skip_leading)
     x = _stream(streams, gaps[0].start, windows)
     operators: dict[Boundary, Operator] = {}
     for gap, following in zip(gaps, [*gaps[1:], None], strict=True):
-        moments = _moments(model, gap, x, _stream(streams, gap.stop, windows), used)
+        y = _stream(streams, gap.stop, windows)
+        moments = _moments(model, gap, regressor, x, y, real, used)
         operators[gap] = solve(moments, operator, **options)
         if following is not None:
-            x = operators[gap].apply(x)
+            x = operators[gap].apply(x, real)
             part = excerpt(model, gap.stop, following.start)
             x = _through(part, windows, x, mask, batch_size)
     return operators
@@ -130,11 +135,29 @@ def _stream(streams: Mapping[int, Tensor], index: int, windows: Tensor) -> Tenso
     return streams[index]
 
 
-def _moments(model: PreTrainedModel, gap: Boundary, x: Tensor, y: Tensor, used: Tensor) -> Moments:
-    moments = Moments(hidden_size(model), boundary=gap, model=fingerprint(model))
-    for before, after, rows in zip(x, y, used, strict=True):
-        if rows.any():
-            moments.update(before[rows], after[rows])
+def _moments(
+    model: PreTrainedModel,
+    gap: Boundary,
+    regressor: str,
+    x: Tensor,
+    y: Tensor,
+    real: Tensor,
+    used: Tensor,
+) -> Moments:
+    width = hidden_size(model)
+    about: dict[str, Any] = {"boundary": gap, "model": fingerprint(model)}
+    rows = zip(x, y, real, used, strict=True)
+    if regressor == "stream":
+        moments = Moments(width, **about)
+        for before, after, _, u in rows:
+            if u.any():
+                moments.update(before[u], after[u])
+        return moments
+    chosen = suited(model, Regressor.parse(regressor))
+    moments = Moments(len(chosen.features) * width, width, regressor=str(chosen), **about)
+    for before, after, r, u in rows:
+        if u.any():
+            observe(moments, before, after, r, u)
     return moments
 
 

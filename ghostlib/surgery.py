@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, runs
 from ghostlib.calibration import calibrate
-from ghostlib.collector import Calibration
+from ghostlib.checks import warn_of_massive_activations
+from ghostlib.collector import Calibration, suited
 from ghostlib.excerpts import share
+from ghostlib.features import Regressor
 from ghostlib.folding import fold
-from ghostlib.ghosted import ghosted_class, install_boundaries
+from ghostlib.ghosted import become, ghosted_class, install_boundaries
 from ghostlib.models import GHOSTED, fingerprint, hidden_size, keep_layers, num_layers, receiver
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve
@@ -61,7 +63,11 @@ def recover(
 
     Raises:
         ValueError: layers out of range or repeated, none left, moments of another model, width or
-            boundary, an operator of the wrong shape, or a model that was recovered before.
+            boundary, an operator of the wrong shape or for another kind of norm, or a model that
+            was recovered before.
+
+    Warns:
+        MassiveActivationWarning: a few tokens own the squared error the operator minimises.
     """
     gaps = runs(layers, num_layers(model))
     if fit not in ("teacher", "sequential"):
@@ -85,15 +91,13 @@ def recover(
         )
     regressor = REGRESSORS.get(operator, "stream")
     if isinstance(calibration, Tensor):
-        calibration = calibrate(model, calibration, gaps, mlp=regressor == "mlp", **how)
-    if regressor == "mlp" and isinstance(calibration, Calibration):
-        calibration = calibration.mlp
+        calibration = calibrate(model, calibration, gaps, regressors=[regressor], **how)
+    if isinstance(calibration, Calibration):
+        calibration = calibration.of(regressor)
     _check_source(model, calibration)
-    return _operate(
-        model,
-        gaps,
-        {gap: solve(_lookup(calibration, gap, "moments"), operator, **options) for gap in gaps},
-    )
+    moments = {gap: _lookup(calibration, gap, "moments") for gap in gaps}
+    warn_of_massive_activations(moments, operator)
+    return _operate(model, gaps, {gap: solve(moments[gap], operator, **options) for gap in gaps})
 
 
 def _lookup(known: Mapping[Boundary, Any], gap: Boundary, what: str) -> Any:
@@ -109,9 +113,10 @@ def _check_source(model: PreTrainedModel, calibration: Mapping[Boundary, Moments
     """Refuse moments of another model, another boundary or another width."""
     mine = fingerprint(model)
     for boundary, moments in calibration.items():
-        if moments.width != hidden_size(model):
+        if moments.out_width != hidden_size(model):
             raise ValueError(
-                f"moments of width {moments.width} do not fit a model of width {hidden_size(model)}"
+                f"moments of width {moments.out_width} do not fit a model of width "
+                f"{hidden_size(model)}"
             )
         if moments.boundary not in (None, boundary):
             raise ValueError(f"moments of boundary {moments.boundary} were given for {boundary}")
@@ -128,14 +133,11 @@ def _operate(
         raise ValueError(
             "this model was recovered before: start from the dense model, name all layers"
         )
-    total, width = num_layers(model), hidden_size(model)
+    total = num_layers(model)
     for gap in gaps:
         receiver(model, gap.stop)  # refuses a gap that nothing receives
-        if gap in operators and operators[gap].W.shape != (width, width):
-            raise ValueError(
-                f"operator for boundary {gap} must have shape ({width}, {width}), "
-                f"got {tuple(operators[gap].W.shape)}"
-            )
+        if operator := operators.get(gap):
+            _check_operator(model, gap, operator)
     recovered = share(model)
     removed = {layer for gap in gaps for layer in gap.removed}
     kept = [layer for layer in range(total) if layer not in removed]
@@ -153,13 +155,29 @@ def _operate(
     return recovered
 
 
+def _check_operator(model: PreTrainedModel, gap: Boundary, operator: Operator) -> None:
+    """Refuse an operator of another width, or one that reads what this model's layers do not."""
+    width, features = hidden_size(model), operator.features
+    shape = (max(len(features), 1) * width, width)
+    if operator.W.shape != shape:
+        raise ValueError(
+            f"operator for boundary {gap} must have shape {shape}, got {tuple(operator.W.shape)}"
+        )
+    fitting = suited(model, Regressor(features)).features
+    if features != fitting:
+        raise ValueError(
+            f"operator for boundary {gap} reads {', '.join(features)}, and the layers of a "
+            f"{model.config.model_type} read {', '.join(fitting)}: solve it from this model"
+        )
+
+
 def _install(
     recovered: PreTrainedModel, install: Mapping[Boundary, Operator], places: Mapping[Boundary, int]
 ) -> None:
     """Make ``recovered`` a ghosted model, in place, with a module for each operator."""
-    factors = {gap: _factors(op.M) for gap, op in install.items() if op.name == "low-rank"}
+    factors = {gap: _factors(op.M) for gap, op in install.items() if _is_low_rank(op)}
     cls = ghosted_class(recovered.config.model_type)
-    recovered.__class__ = cls
+    become(recovered, cls)
     recovered.config.__class__ = cls.config_class  # type: ignore[assignment]
     recovered.config.ghost = [
         {
@@ -168,6 +186,7 @@ def _install(
             "operator": operator.name,
             "bias": operator.bias is not None,
             "rank": factors[gap][0].shape[1] if gap in factors else None,
+            "features": list(operator.features or ("x",)),
         }
         for gap, operator in install.items()
     ]
@@ -182,6 +201,13 @@ def _install(
         for name, value in values.items():
             # on the CPU first: not every device has float64
             getattr(module.boundary, name).data = value.cpu().to(dtype).to(device)
+
+
+def _is_low_rank(operator: Operator) -> bool:
+    """Whether its matrix has fewer degrees of freedom than numbers, because its rank is bounded."""
+    bias = 0 if operator.bias is None else len(operator.bias)
+    branched = bool(operator.features) and operator.dof - bias < operator.W.numel()
+    return operator.name == "low-rank" or branched
 
 
 def _factors(M: Tensor) -> tuple[Tensor, Tensor]:

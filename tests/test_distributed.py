@@ -52,6 +52,8 @@ def assert_equal_sums(found: gl.Calibration, expected: gl.Calibration) -> None:
             if isinstance(value, torch.Tensor):
                 scale = float(value.abs().max())
                 torch.testing.assert_close(mine, value, rtol=1e-13, atol=1e-13 * scale)
+            elif isinstance(value, float):
+                assert mine == pytest.approx(value, rel=1e-13), name
             else:
                 assert mine == value, name
     for boundary, similarity in expected.similarities.items():
@@ -138,14 +140,18 @@ def test_one_process_alone_needs_no_group() -> None:
 
 def test_every_dictionary_of_moments_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for a second process that has the same sums."""
-    calibration = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES)
+    richer: dict[str, Any] = {"regressors": ["x, n(x); 1/|y|"]}
+    calibration = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES, **richer)
     again = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES)
+    of_features = calibration.of("x, n(x); 1/|y|")[gl.Boundary(2, 4)]
+    before, fourth = of_features.G.clone(), of_features.fourth
     vars(calibration)["others"] = {(2, 4): again[gl.Boundary(2, 4)]}
     monkeypatch.setattr(distributed, "_place", lambda: (0, 2))
     monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(2))
     distributed.all_reduce(calibration)
     one, other = calibration[gl.Boundary(2, 4)], again[gl.Boundary(2, 4)]
     assert torch.equal(one.G, other.G) and one.tokens == other.tokens == calibration.tokens
+    assert torch.equal(of_features.G, 2 * before) and of_features.fourth == 2 * fourth
     single = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES)
     assert torch.equal(one.G, 2 * single[gl.Boundary(2, 4)].G)
     for boundary, similarity in single.similarities.items():

@@ -44,7 +44,7 @@ def test_streams_are_what_waits_at_once(boundaries, moments, monkeypatch):
     count, length = 3, 20
     most = 0
 
-    class Watched(calibration._Collector):
+    class Watched(calibration.Collector):
         def on_stream(self, index, hidden):
             nonlocal most
             waiting = list(self.open.values())
@@ -54,7 +54,7 @@ def test_streams_are_what_waits_at_once(boundaries, moments, monkeypatch):
             most = max(most, distinct_bytes(tensors) + arrived)
             super().on_stream(index, hidden)
 
-    monkeypatch.setattr(calibration, "_Collector", Watched)
+    monkeypatch.setattr(calibration, "Collector", Watched)
     options = {"batch_size": count, "moments": moments}
     gl.calibrate(tiny_model("llama"), tiny_windows(count, length), boundaries, **options)
     counted = gl.calibration_bytes(WIDTH, boundaries, length=length, **options)

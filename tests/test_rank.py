@@ -58,7 +58,7 @@ def test_bad_ranks_and_moments_are_named():
         gl.choose_rank(train, held_out, ranks=[])
     with pytest.raises(ValueError, match="tolerance must not be negative"):
         gl.choose_rank(train, held_out, tolerance=-0.1)
-    with pytest.raises(ValueError, match="one width, got 6 and 5"):
+    with pytest.raises(ValueError, match=r"one width, got \(6, 6\) and \(5, 5\)"):
         gl.rank_path(train, pair(5, 30, 0)[1])
     with pytest.raises(ValueError, match="no tokens"):
         gl.rank_path(train, gl.Moments(6))

@@ -152,7 +152,7 @@ def test_refusals() -> None:
         ridge_path(Moments(WIDTH))
     with pytest.raises(ValueError, match="no tokens"):
         ridge_path(train, held_out=Moments(WIDTH))
-    with pytest.raises(ValueError, match=r"one width, got 8 and \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"one width, got \(8, 8\) and \(4, 4\)"):
         ridge_path(train, held_out=Moments(4).update(torch.ones(3, 4), torch.ones(3, 4)))
     with pytest.raises(ValueError, match="a ridge path around the identity needs"):
         ridge_path(Moments(8, 4).update(torch.ones(3, 8), torch.ones(3, 4)))
