@@ -87,7 +87,8 @@ def wide(rows: pd.DataFrame, columns: str, form: Callable[[Any], str]) -> pd.Dat
     """A line for each n and operator, a column for each corpus or task, both in order of ``rows``.
 
     Args:
-        columns: ``"corpus"`` or ``"task"``. form: the text of a row.
+        columns: ``"corpus"`` or ``"task"``.
+        form: the text of a row, such as `perplexity_text` or `difference_text`.
     """
     texts = rows.assign(text=[form(row) for row in rows.itertuples()])
     order = list(dict.fromkeys(zip(rows["n"], rows["operator"], strict=True)))
@@ -105,18 +106,18 @@ def report(cells: Mapping[str, Any], *, normed: bool = False) -> str:
     parts = []
     if len(rows := perplexities(cells)):
         parts += [
-            ("Perplexity (bits per byte)", wide(rows, "corpus", _perplexity)),
+            ("Perplexity (bits per byte)", wide(rows, "corpus", perplexity_text)),
             (
                 "Perplexity ÷ dense [95 % interval]",
-                wide(repaired(rows[rows["corpus"] != MEAN]), "corpus", _times),
+                wide(repaired(rows[rows["corpus"] != MEAN]), "corpus", ratio_text),
             ),
         ]
     if len(rows := accuracies(cells, normed=normed)):
         parts += [
-            ("Zero-shot accuracy, % ± standard error", wide(rows, "task", _accuracy)),
+            ("Zero-shot accuracy, % ± standard error", wide(rows, "task", accuracy_text)),
             (
                 "Difference to dense, points [95 % interval]",
-                wide(repaired(rows), "task", _difference),
+                wide(repaired(rows), "task", difference_text),
             ),
         ]
     return "\n\n".join(f"{title}\n{_text(table)}" for title, table in parts)
@@ -165,20 +166,24 @@ def _together(errors: Sequence[float]) -> float:
     return float(np.sqrt(np.sum(np.square(errors))) / len(errors))
 
 
-def _perplexity(row: Any) -> str:
+def perplexity_text(row: Any) -> str:
+    """Perplexity and, in brackets, bits per byte."""
     bits = "" if pd.isna(row.bits_per_byte) else f" ({row.bits_per_byte:.3f})"
     return f"{row.perplexity:,.2f}{bits}"
 
 
-def _times(row: Any) -> str:
+def ratio_text(row: Any) -> str:
+    """Perplexity ÷ that of the dense model, and its interval."""
     return f"{row.ratio:.3g}" + _interval(row.low, row.high, ".3g")
 
 
-def _accuracy(row: Any) -> str:
+def accuracy_text(row: Any) -> str:
+    """Accuracy ± its standard error, in per cent."""
     return f"{100 * row.acc:.1f}" + ("" if pd.isna(row.se) else f" ± {100 * row.se:.1f}")
 
 
-def _difference(row: Any) -> str:
+def difference_text(row: Any) -> str:
+    """Accuracy less that of the dense model, and its interval, in points."""
     return f"{100 * row.difference:+.1f}" + _interval(100 * row.low, 100 * row.high, "+.1f")
 
 

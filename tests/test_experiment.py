@@ -3,24 +3,32 @@
 import json
 import math
 import random
+import re
+import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import LAYERS, tiny_model, tiny_tokenizer
+from papermill import inspect_notebook
 from test_tasks import questions, write
 
 import ghostlib as gl
 from ghostlib import experiment
-from ghostlib.cli import main
+from ghostlib.cli import main, parser
 from ghostlib.experiment import evaluate
 from ghostlib.scores import Score, paired
 from ghostlib.settings import Settings
 from ghostlib.tables import accuracies, perplexities, report, wide
+from ghostlib.tasks import PAPER_TASKS
 
 TOKENIZER = tiny_tokenizer(bos=True)
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "09_full_model_evaluation.ipynb"
 REPAIRS = ("pruned", "linearpatch-d", "replaceme", "ghost")
 
 
@@ -321,3 +329,34 @@ def test_the_command_prints_the_tables(folder, tmp_path, capsys):
     assert main(["evaluate", output, *options, "--limit", "3"]) == 2
     error = capsys.readouterr().err
     assert "limit = 8 there, 3 now" in error and error.count("\n") == 1
+
+
+def commands() -> list[str]:
+    """The shell commands that notebook 09 documents, continued lines joined."""
+    text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, 4).cells)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [block.replace("\\\n", " ") for block in blocks]
+
+
+def test_the_notebook_has_every_setting_as_a_parameter_of_papermill():
+    names = {field.name for field in fields(Settings)}
+    assert set(inspect_notebook(str(NOTEBOOK))) == names | {"output"}
+
+
+def test_the_documented_commands_are_of_the_papers_settings():
+    by_cli, by_papermill = commands()
+    (models,) = re.findall(r"for model in (.*?);", by_cli)
+    assert len(models.split()) == 3 and "for windows in 32 128;" in by_cli
+    (line,) = re.findall(r"ghostlib (evaluate .*)", by_cli)
+    line = line.replace("$(basename $model)", "some")
+    line = line.replace("$model", models.split()[1]).replace("$windows", "32")
+    options = vars(parser().parse_args(shlex.split(line)))
+    first = Settings(**{f.name: options[f.name] for f in fields(Settings)})
+    (parameters,) = re.findall(r"-y '(\{.*\})'", by_papermill, re.DOTALL)
+    given = yaml.safe_load(parameters)
+    assert given.keys() <= inspect_notebook(str(NOTEBOOK)).keys()
+    second = Settings(**{name: value for name, value in given.items() if name != "output"})
+    assert first == second
+    assert first.tasks == PAPER_TASKS and first.n == (7, 11)
+    assert (first.windows, first.length, first.calibration) == (32, 2048, ("c4",))
+    assert (first.test_windows, first.perplexity) == (None, ("wikitext2", "ptb", "c4"))
