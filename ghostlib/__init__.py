@@ -12,6 +12,7 @@ from ghostlib.corpora import CORPORA, documents, token_windows
 from ghostlib.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
 from ghostlib.distributed import calibrate_distributed, shard
 from ghostlib.evaluation import gap_closed, generate, perplexity, window_losses
+from ghostlib.experiment import evaluate
 from ghostlib.gram import SingularGramWarning
 from ghostlib.memory import calibration_bytes
 from ghostlib.models import ARCHITECTURES, load_model
@@ -25,6 +26,7 @@ from ghostlib.ridge import choose_ridge, cross_validate, ridge_path
 from ghostlib.scores import paired
 from ghostlib.selection import CRITERIA, Selection, select_layers
 from ghostlib.sequential import fit_sequential
+from ghostlib.settings import Settings
 from ghostlib.surgery import prune, recover
 from ghostlib.tasks import zero_shot
 
@@ -41,6 +43,7 @@ __all__ = [
     "RankPath",
     "Results",
     "Selection",
+    "Settings",
     "Similarity",
     "SingularGramWarning",
     "antisymmetric_share",
@@ -55,6 +58,7 @@ __all__ = [
     "count_parameters",
     "cross_validate",
     "documents",
+    "evaluate",
     "fit_sequential",
     "flops",
     "gap_closed",

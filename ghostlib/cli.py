@@ -3,12 +3,13 @@
 ghostlib fetch
 ghostlib recover smollm2 out-folder --n 7 --operator ghost --corpus wiki
 ghostlib grid results/grid.json --n 3 5 7
+ghostlib evaluate results/evaluation.json --n 5 7 9 --limit 100
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +20,9 @@ from ghostlib import assets
 from ghostlib.grid import REPAIRS, Grid, Plan, blocks, table
 from ghostlib.models import num_layers
 from ghostlib.results import Results
+from ghostlib.settings import Settings
+from ghostlib.tables import report
+from ghostlib.tasks import EMBEDDED, PAPER_TASKS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--dtype", help="float32, bfloat16, …; by default as the model was saved")
     make.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     _add_grid(commands)
+    _add_evaluate(commands)
     return top
 
 
@@ -80,6 +85,51 @@ def _add_grid(commands: Any) -> None:
     make.add_argument("--seed", type=int, default=0, help="which windows are drawn")
     make.add_argument("--dtype", help="float32, bfloat16, …; by default as the model was saved")
     make.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _add_evaluate(commands: Any) -> None:
+    plain = Settings()
+    make = commands.add_parser(
+        "evaluate",
+        help="score repairs on corpora and zero-shot tasks; a run that was stopped goes on",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def add(name: str, text: str, kind: Callable[[str], Any] = str, several: str = "") -> None:
+        default = getattr(plain, name)
+        shown = list(default) if several else default
+        flag = f"--{name.replace('_', '-')}"
+        make.add_argument(flag, type=kind, nargs=several or None, default=shown, help=text)
+
+    make.add_argument("output", help="results file, made or gone on with")
+    add("model", "smollm2 (embedded), a local folder, or a hub id")
+    add("dtype", "float32, bfloat16, …; by default as the model was saved")
+    add("device_map", "as for transformers; by default auto where there is a GPU")
+    add("criterion", f"how to choose layers: {', '.join(gl.CRITERIA)}")
+    add("n", "how many layers to remove, each in turn", int, "+")
+    add("operators", f"pruned (no repair), {', '.join(gl.OPERATORS)}", several="+")
+    add("calibration", f"train splits of {', '.join(gl.CORPORA)}, hub id or file", several="+")
+    add("windows", "calibration windows, which the corpora share evenly", int)
+    add("length", "tokens of a calibration window", int)
+    add("selection_windows", "of these, how many choose the layers; by default all", int)
+    add("perplexity", "corpora to score", several="*")
+    add("test_windows", "of each; by default as published, and 8 of other corpora", int)
+    add("test_length", "tokens of a window to score", int)
+    tasks = f"{', '.join(EMBEDDED)}, those of lm-eval by name, or .jsonl files"
+    add("tasks", f"{tasks}; the paper's: {' '.join(PAPER_TASKS)}", several="*")
+    add("limit", "the first so many items of each task; by default all", int)
+    add("batch_size", "sequences in a forward pass of a task", int)
+    add("seed", "which windows are drawn", int)
+    make.add_argument("--normed", action="store_true", help="print acc_norm of tasks that have it")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Carry out ``ghostlib evaluate``; prints the tables."""
+    known = {field.name for field in fields(Settings)}
+    settings = Settings(**{name: value for name, value in vars(options).items() if name in known})
+    model, tokenizer = settings.load()
+    results = gl.evaluate(model, tokenizer, settings, options.output)
+    print(report(results.cells, normed=options.normed))
 
 
 def grid(options: argparse.Namespace) -> None:
@@ -138,8 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, path in assets.fetch_all().items():
                 print(f"{name}: {path}")
         else:
-            {"recover": recover, "grid": grid}[options.command](options)
-    except (ValueError, OSError, RuntimeError) as error:
+            {"recover": recover, "grid": grid, "evaluate": evaluate}[options.command](options)
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"ghostlib: {error}", file=sys.stderr)
         return 2
     return 0

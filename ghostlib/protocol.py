@@ -61,6 +61,7 @@ class Perplexity:
         bytes: covered by the scored tokens.
         separator: between documents.
         special_tokens: what the tokenizer added to the text, as text.
+        window_nll: ``nll`` of each window, to compare models window by window.
     """
 
     corpus: str
@@ -75,6 +76,7 @@ class Perplexity:
     bytes: int | None
     separator: str
     special_tokens: Sequence[str]
+    window_nll: Sequence[float]
 
 
 def corpus_perplexity(
@@ -140,6 +142,7 @@ def corpus_perplexity(
         bytes=covered,
         separator=SEPARATOR,
         special_tokens=_added(tokenizer) if special_tokens else [],
+        window_nll=losses.tolist(),
     )
 
 

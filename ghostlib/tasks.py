@@ -120,6 +120,15 @@ def zero_shot(
     return {task: _score(task, found) for task in found["samples"]}
 
 
+def check_tasks(tasks: Sequence[str | Path]) -> None:
+    """Raise what `zero_shot` would for tasks it cannot have, before hours of other work."""
+    if tasks:
+        _harness()
+    with _silence():
+        for task in tasks:
+            _load(task)
+
+
 def _harness() -> tuple[Any, Any]:
     try:
         import lm_eval

@@ -123,6 +123,20 @@ def test_the_setup_cell_is_silent_where_the_package_is_installed(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_notebook_with_zero_shot_tasks_installs_the_harness(root, monkeypatch):
+    nb = good()
+    nb.cells[1].metadata["tags"] = ["setup", "eval"]
+    path = put(root, nb)
+    assert tool.main(["fill"], root) == 0
+    source = tool.read(path).cells[1].source
+    assert '"ghostlib[eval] @ git+https://github.com/someone/something"' in source
+    ordinary = source.replace("%pip install --quiet", "raise SystemError #")
+    exec(compile(ordinary, "setup", "exec"), {})  # silent: both are here
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if "eval" in name else name)
+    with pytest.raises(SystemError):
+        exec(compile(ordinary, "setup", "exec"), {})
+
+
 def test_the_figure_of_the_readme_comes_from_the_stored_output(root):
     nb = good(new_code_cell("plot()", metadata=tags("effect-figure")))
     nb.cells[3].outputs = [new_output("display_data", {"image/png": PIXEL})]

@@ -5,7 +5,8 @@
     tools/notebooks.py check [NOTEBOOK ...]     say what breaks the house rules
     tools/notebooks.py fill                     write badges, setup cells, README table and figure
 
-Tags on code cells: ``setup`` (filled by this tool: installs the package where it is missing),
+Tags on code cells: ``setup`` (filled by this tool: installs the package where it is missing, with
+the tag ``eval`` beside it lm-eval as well), ``parameters`` (what papermill may set),
 ``results-table`` (its text is what `run` prints), ``effect-figure`` (its picture becomes
 docs/effect.png for the README). The repository's address stands once, in pyproject.toml.
 """
@@ -280,8 +281,16 @@ def address(root: Path) -> str:
     return found[1]
 
 
-def setup_source(repository: str) -> str:
+def setup_source(repository: str, evaluates: bool = False) -> str:
     """The cell that makes the package available: silent and instant where it is installed."""
+    if evaluates:  # with zero-shot tasks
+        return (
+            "import importlib.util\n"
+            "\n"
+            'needed = map(importlib.util.find_spec, ("ghostlib", "lm_eval"))\n'
+            "if None in needed:  # on Colab, or in a bare kernel\n"
+            f'    %pip install --quiet "ghostlib[eval] @ git+https://github.com/{repository}"'
+        )
     return (
         "import importlib.util\n"
         "\n"
@@ -394,7 +403,7 @@ def generated(root: Path) -> dict[Path, str | bytes]:
         nb = read(path)
         before = dump(nb)
         for cell in tagged(nb, "setup"):
-            cell.source = setup_source(repository)
+            cell.source = setup_source(repository, "eval" in cell.metadata["tags"])
         first = nb.cells[0] if nb.cells else None
         if first is not None and first.cell_type == "markdown":
             if "begin:badges" not in first.source:
