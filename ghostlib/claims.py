@@ -83,7 +83,10 @@ CLAIMS: dict[int, Claim] = {
     19: Claim("Moments accumulated in float32 lose the operator where float64 keeps it", "ours"),
     20: Claim("Streaming memory does not grow with the number of tokens", "ours"),
     21: Claim("The gap of any operator to the optimum is ‖X (W − W*)‖² exactly", "ours"),
-    22: Claim("One operator for a run of layers beats the composition of one per layer", "ours"),
+    22: Claim(
+        "One operator for a run of layers fits no worse than the composition of one per layer",
+        "ours",
+    ),
     23: Claim(
         "With several gaps, fitting each to the model as repaired so far beats fitting all to the "
         "dense model",

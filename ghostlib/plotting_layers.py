@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import FuncFormatter
 
 from ghostlib.plotting import color, short
 
@@ -89,6 +90,8 @@ def against_score(
         ax.plot(value, perplexity[start], "o", color=color("ghost"), markersize=6)
         ax.annotate(str(start), (value, perplexity[start]), (4, 3), textcoords="offset points")
     ax.set(yscale="log", xlabel=xlabel, ylabel="perplexity with ghost", title=title)
+    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda value, _: f"{value:g}"))
     return ax
 
 
