@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--layers", type=int, nargs="+", help="remove these instead of choosing")
     make.add_argument("--operator", default="ghost", help=", ".join(gl.OPERATORS))
     make.add_argument("--relative-ridge", type=float, help="ridge in units of the mean eigenvalue")
+    make.add_argument("--rank", type=int, help="of low-rank and branch operators")
+    make.add_argument("--fit", default="teacher", help="teacher or sequential, for several gaps")
     make.add_argument("--corpus", default="wiki", help=f"{', '.join(gl.CORPORA)}, hub id or file")
     make.add_argument("--windows", type=int, default=16, help="calibration windows")
     make.add_argument("--length", type=int, default=2048, help="tokens of a window")
@@ -167,8 +169,9 @@ def recover(options: argparse.Namespace) -> None:
     )
     layers = options.layers or gl.select_layers(model, calib, options.n, options.criterion)
     print(f"removing layers {', '.join(map(str, layers))}")
-    ridge = {} if options.relative_ridge is None else {"relative_ridge": options.relative_ridge}
-    recovered = gl.recover(model, calib, layers, options.operator, **ridge)
+    asked = {"relative_ridge": options.relative_ridge, "rank": options.rank}
+    how = {name: value for name, value in asked.items() if value is not None}
+    recovered = gl.recover(model, calib, layers, options.operator, fit=options.fit, **how)
     for name, scored in (
         ("dense", model),
         ("pruned", gl.prune(model, layers)),

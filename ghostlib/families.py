@@ -137,7 +137,7 @@ def symmetric(moments: Moments, **how: Unpack[Regularisation]) -> Fit:
     return full_fit((W + W.T) / 2, moments, inverse, moments.width * (moments.width + 1) // 2)
 
 
-def low_rank(moments: Moments, *, rank: int, **how: Unpack[Regularisation]) -> Fit:
+def low_rank(moments: Moments, *, rank: int | None = None, **how: Unpack[Regularisation]) -> Fit:
     """``W = I + M`` with ``rank M <= r``: reduced-rank regression of ``Delta`` on ``X``.
 
     ``||X M - Delta||`` differs by a constant from the distance of ``G^(1/2) M`` to the whitened
@@ -148,9 +148,11 @@ def low_rank(moments: Moments, *, rank: int, **how: Unpack[Regularisation]) -> F
         how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
 
     Raises:
-        ValueError: a rank outside 1 … width.
+        ValueError: no rank, or one outside 1 … width.
     """
     check_square(moments, "low-rank")
+    if rank is None:
+        raise ValueError("low-rank needs rank=…: `choose_rank` finds one by held-out error")
     C, r = moments.width, operator.index(rank)
     if not 1 <= r <= C:
         raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")

@@ -41,6 +41,9 @@ def test_recover_saves_a_model_that_loads(folder, capsys):
         (["--corpus", "wikki"], "wiki"),
         (["--layers", "99"], "out of range"),
         (["--n", "0"], "n = 0"),
+        (["--fit", "student"], "'teacher' or 'sequential', got 'student'"),
+        (["--operator", "low-rank"], "rank"),
+        (["--operator", "low-rank", "--rank", "0"], "between 1 and the width"),
     ],
 )
 def test_bad_input_ends_in_one_line(folder, capsys, options, message):
