@@ -64,15 +64,18 @@ def fit_cosine(
     batch: int = 1024,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    start: Tensor | None = None,
 ) -> Operator:
     """``T`` that minimises the mean of ``1 - cos(R + F T, Y)`` over tokens (arXiv 2505.02819).
 
-    By Adam from the identity on random batches, the rate falling to zero along a cosine. Every
+    By Adam on random batches, the rate falling to zero along a cosine. Every
     token counts alike whatever its norm, which least squares does not grant.
 
     Args:
         activations: from `mlp_activations`.
         steps, batch, learning_rate, seed: of the optimiser; a batch is drawn with replacement.
+        start: (hidden, hidden) where it starts, such as `replaceme`'s ``W``; the identity by
+            default, from which it needs many more steps.
 
     Returns:
         `Operator` of the name ``"replaceme-cosine"``, for ``recover(model, {}, layers, {gap: …})``.
@@ -85,7 +88,7 @@ def fit_cosine(
             raise ValueError(f"{name} must be positive, got {value}")
     F, R, Y = activations
     generator = torch.Generator().manual_seed(seed)
-    T = torch.eye(F.shape[1], requires_grad=True)
+    T = (torch.eye(F.shape[1]) if start is None else start.float().clone()).requires_grad_()
     optimiser = torch.optim.Adam([T], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in track(range(steps), "turning", unit="step"):

@@ -1,6 +1,7 @@
 """Figures of layer selection: one function each, from plain data to the `Axes` they drew on."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -41,6 +42,7 @@ def start_by_length(
         cbar_kws={"label": label},
         ax=ax,
     )
+    _plain_colour_bar(ax)
     for place, length in enumerate(table.index):
         row = table.loc[length]
         start = row.idxmin() if best == "min" else row.idxmax()
@@ -116,7 +118,16 @@ def grid(
         annot_kws={"fontsize": 9},
         ax=ax,
     )
+    _plain_colour_bar(ax)
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
     ax.set_xticklabels(ax.get_xticklabels(), rotation=30, ha="right")
     ax.set(xlabel="", ylabel="", title=title)
     return ax
+
+
+def _plain_colour_bar(ax: Axes) -> None:
+    """Numbers beside the colours without powers of ten."""
+    bar: Any = ax.collections[0].colorbar
+    axis = bar.ax.yaxis
+    for write in (axis.set_major_formatter, axis.set_minor_formatter):
+        write(FuncFormatter(lambda value, _: f"{value:g}"))

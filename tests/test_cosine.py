@@ -44,6 +44,9 @@ def test_the_fit_turns_the_stream_further_than_least_squares():
     again = fit_cosine(activations, steps=400, learning_rate=1e-2)
     assert torch.equal(op.W, again.W)
     assert op.name == "replaceme-cosine" and op.dof == WIDTH**2
+    onward = fit_cosine(activations, steps=20, start=squares)
+    assert angle(onward.W, activations) < angle(squares, activations)
+    assert squares.grad is None, "the start stays as it is"
 
 
 def test_a_turn_that_exists_is_found():
