@@ -15,8 +15,9 @@ from ghostlib.boundaries import Boundary, runs
 from ghostlib.calibration import check_windows
 from ghostlib.evaluation import token_losses
 from ghostlib.excerpts import excerpt, feed, record
+from ghostlib.folding import FOLDED, fold_mlp
 from ghostlib.models import final_hidden, num_layers
-from ghostlib.operators import REGRESSORS, Operator
+from ghostlib.operators import Operator
 from ghostlib.surgery import prune, recover
 
 
@@ -106,7 +107,7 @@ class Trials:
         first = min(gap.start for gap in different)
         changed = operators.get(gaps[common]) if common < len(gaps) else None
         # A repair folded into the last MLP before the gap changes the layer before it.
-        return first - (changed is not None and REGRESSORS.get(changed.name) == "mlp")
+        return first - (changed is not None and FOLDED.get(changed.name) is fold_mlp)
 
 
 def _gaps(layers: tuple[int, ...], total: int) -> list[Boundary]:

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ghostlib as gl
+from ghostlib.cosine import fit_cosine, mlp_activations
 from ghostlib.models import decoder_layers
 from ghostlib.trials import Trials
 
@@ -54,6 +55,15 @@ def test_every_kind_of_repair(any_tiny, name, layers):
     # Folding rescales what every norm reads, which its epsilon notices.
     tolerance = 1e-3 if name == "magnitude" else 1e-5
     torch.testing.assert_close(trials.losses(layers, operators), expected, rtol=tolerance, atol=0)
+
+
+def test_a_turned_mlp_counts_like_replaceme():
+    model, ids, gap = tiny_model("llama"), tiny_windows(2, 12), gl.Boundary(2, 4)
+    op = fit_cosine(mlp_activations(model, tiny_windows(), gap), steps=5, learning_rate=0.1)
+    expected = gl.window_losses(gl.recover(model, {}, gap.removed, {gap: op}), ids)
+    found = Trials(model, ids).losses(tuple(gap.removed), {gap: op})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert not torch.allclose(found, gl.window_losses(gl.prune(model, gap.removed), ids), rtol=1e-3)
 
 
 def test_layers_before_the_first_change_do_not_run_again():
