@@ -25,7 +25,8 @@ def test_every_block_has_its_cell_and_each_row_its_best():
     assert mesh[0].compressed().tolist() == [20, 21, 22, 23]  # two layers: four starts
     assert mesh[1].tolist() == [10, 11, 12, 13, 14]
     assert [line.get_xdata()[0] for line in ax.lines] == [3.5, 4.5]
-    assert (ax.get_title(), ax.get_xlabel()) == ("T", "first removed layer")
+    title = ax.get_title(loc=plt.rcParams["axes.titlelocation"])
+    assert (title, ax.get_xlabel()) == ("T", "first removed layer")
     low = figures.start_by_length(values, label="residual", log=True, ax=plt.figure().gca())
     assert [line.get_xdata()[0] for line in low.lines] == [0.5, 0.5]
 

@@ -240,7 +240,7 @@ def test_rank_lies_within_the_width(rank: int) -> None:
 
 def test_rank_is_required_and_whole() -> None:
     found = moments(randn(50, WIDTH), randn(50, WIDTH, seed=1))
-    with pytest.raises(TypeError, match="rank"):
+    with pytest.raises(ValueError, match="low-rank needs rank="):
         solve(found, "low-rank")
     with pytest.raises(TypeError, match="integer"):
         solve(found, "low-rank", rank=2.5)
