@@ -137,8 +137,8 @@ class _Evaluation:
         fitted = [(name, n) for name, n in self.todo if name in OPERATORS]
         total = num_layers(self.model)
         gaps = {gap for _, n in fitted for gap in runs(self._layers[n], total)}
-        mlp = any(REGRESSORS.get(name) == "mlp" for name, _ in fitted)
-        return calibrate(self.model, self._windows, sorted(gaps), mlp=mlp)
+        regressors = {REGRESSORS.get(name, "stream") for name, _ in fitted}
+        return calibrate(self.model, self._windows, sorted(gaps), regressors=regressors)
 
     @cached_property
     def _layers(self) -> dict[int, Layers]:
