@@ -9,12 +9,10 @@ from transformers import PreTrainedModel
 from ghostlib.boundaries import Boundary, contiguous
 from ghostlib.calibration import calibrate
 from ghostlib.collector import Calibration
-from ghostlib.evidence import Evidence
+from ghostlib.evidence import Evidence, Layers
 from ghostlib.models import num_layers
 from ghostlib.progress import track
 from ghostlib.registry import Registry
-
-Layers = tuple[int, ...]
 
 
 class Selection(tuple[int, ...]):

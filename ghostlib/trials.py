@@ -6,6 +6,7 @@ of them, the base, are kept, and a trial runs only from where it begins to diffe
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -100,7 +101,10 @@ class Trials:
     def _first_change(self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]) -> int:
         """Index of the first dense layer from which this variant differs from the base."""
         gaps = _gaps(layers, self.total)
-        common = len(_common(gaps, self.base))
+        # both begin with as many gaps as agree before the first that does not
+        common = len(
+            list(takewhile(lambda pair: pair[0] == pair[1], zip(gaps, self.base, strict=False)))
+        )
         different = [*gaps[common : common + 1], *self.base[common : common + 1]]
         if not different:
             return self.total
@@ -117,13 +121,3 @@ def _gaps(layers: tuple[int, ...], total: int) -> list[Boundary]:
 def _survivors(layers: tuple[int, ...], total: int) -> list[int]:
     removed = set(layers)
     return [layer for layer in range(total) if layer not in removed]
-
-
-def _common(a: list[Boundary], b: list[Boundary]) -> list[Boundary]:
-    """The gaps both begin with."""
-    found = []
-    for mine, theirs in zip(a, b, strict=False):
-        if mine != theirs:
-            break
-        found.append(mine)
-    return found
