@@ -24,6 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import ghostlib as gl
 from ghostlib.cost import Spread
+from ghostlib.operators import REGRESSORS
+
+REPAIRS = ("linearpatch-r", "ghost", "two-branch-relative", "three-branch-relative")
 
 
 def family(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
@@ -31,9 +34,10 @@ def family(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
     model, tokenizer = gl.load_model(options.model, dtype=options.dtype, device=options.device)
     gap = gl.Boundary(options.start, options.start + options.layers)
     windows = gl.token_windows("wiki", tokenizer, length=1024, count=2)
-    stats = gl.calibrate(model, windows, [gap])
+    regressors = [REGRESSORS.get(name, "stream") for name in REPAIRS]
+    stats = gl.calibrate(model, windows, [gap], regressors=regressors)
     models = {"dense": model, "pruned": gl.prune(model, gap.removed)}
-    for name in ("linearpatch-r", "ghost"):
+    for name in REPAIRS:
         models[name] = gl.recover(model, stats, gap.removed, operator=name)
     return models
 
@@ -70,7 +74,7 @@ def compare(models: dict[str, PreTrainedModel], prompt: int, options: argparse.N
     }
     print(f"\nprompt of {prompt:,} tokens, {options.new} new ones; median (least … most)")
     print(
-        f"{'model':14} {'prefill ms':>30} {'decode ms a token':>30} {'cache MB':>9} {'peak GB':>8}"
+        f"{'model':22} {'prefill ms':>30} {'decode ms a token':>30} {'cache MB':>9} {'peak GB':>8}"
     )
     for name, model in models.items():
         on_device = timed[name].peak_bytes
@@ -78,11 +82,12 @@ def compare(models: dict[str, PreTrainedModel], prompt: int, options: argparse.N
         cache = gl.cache_bytes(model, prompt) / 1e6
         taken = timed[name]
         print(
-            f"{name:14} {shown(taken.prefill):>30} {shown(taken.decode):>30} {cache:9.1f} "
+            f"{name:22} {shown(taken.prefill):>30} {shown(taken.decode):>30} {cache:9.1f} "
             f"{memory:8.2f}",
             flush=True,
         )
-    for over, under in (("ghost", "pruned"), ("ghost", "linearpatch-r"), ("dense", "ghost")):
+    pairs = [("ghost", "pruned"), ("dense", "ghost"), *((name, "ghost") for name in REPAIRS)]
+    for over, under in (pair for pair in pairs if pair[0] != pair[1]):
         a, b = timed[over], timed[under]
         prefill, decode = (x / y for x, y in zip(counted[over], counted[under], strict=True))
         print(
@@ -114,7 +119,7 @@ def main() -> None:
     total, kept = (models[name].config.num_hidden_layers for name in ("dense", "pruned"))
     print(f"{total} layers, {kept} kept: ideal dense ÷ ghost {total / kept:.3f}")
     for name, model in models.items():
-        print(f"{name:14} {gl.count_parameters(model):13,} parameters, ", end="")
+        print(f"{name:22} {gl.count_parameters(model):13,} parameters, ", end="")
         print(f"{gl.weight_bytes(model) / 1e6:,.0f} MB")
     for prompt in options.prompts:
         compare(models, prompt, options)
