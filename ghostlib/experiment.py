@@ -25,7 +25,7 @@ from ghostlib.operators import OPERATORS, REGRESSORS
 from ghostlib.progress import track
 from ghostlib.protocol import PUBLISHED, corpus_perplexity
 from ghostlib.results import Results
-from ghostlib.selection import CRITERIA, Layers, needed, select_layers
+from ghostlib.selection import CRITERIA, Layers, needed, select_several
 from ghostlib.settings import DENSE, PRUNED, SEQUENTIAL, Settings, named
 from ghostlib.surgery import prune, recover
 from ghostlib.tasks import check_tasks, zero_shot
@@ -143,25 +143,19 @@ class _Evaluation:
     @cached_property
     def _layers(self) -> dict[int, Layers]:
         """What is removed for each n that is to be built, chosen in one pass."""
-        criterion, total = self.settings.criterion, num_layers(self.model)
+        criterion = self.settings.criterion
         ns = sorted({n for _, n in self.todo if n})
         lacking = [n for n in ns if _chosen(n) not in self.results.cells]
         if lacking:
             count = self.settings.selection_windows or len(self._windows)
             windows = self._windows[[i * len(self._windows) // count for i in range(count)]]
-            rule = CRITERIA[criterion]
-            # A greedy search for the most layers passes by all smaller choices.
-            searched = [max(lacking)] if rule.search == "greedy" else lacking
-            wanted = {b for n in searched for b in needed(criterion, n, total)}
             known: Tensor | Calibration = windows
-            if wanted:
-                moments = "moments" in rule.needs
-                known = calibrate(self.model, windows, sorted(wanted), moments=moments)
-            for n in reversed(lacking):
-                if n in searched:
-                    found = select_layers(self.model, known, n, criterion, windows=windows)
-                chosen = found if found.n == n else found.first(n)
-                self.results.cell(_chosen(n), partial(dict, layers=list(chosen)))
+            if wanted := needed(criterion, lacking, num_layers(self.model)):
+                moments = "moments" in CRITERIA[criterion].needs
+                known = calibrate(self.model, windows, wanted, moments=moments)
+            found = select_several(self.model, known, lacking, criterion, windows=windows)
+            for n, layers in found.items():
+                self.results.cell(_chosen(n), partial(dict, layers=list(layers)))
         return {n: tuple(self.results.cells[_chosen(n)]["layers"]) for n in ns}
 
 

@@ -26,7 +26,7 @@ from ghostlib.models import fingerprint, num_layers
 from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve
 from ghostlib.progress import track
 from ghostlib.results import Results
-from ghostlib.selection import CRITERIA, Layers, needed, select_layers
+from ghostlib.selection import Layers, needed, searched, select_several
 from ghostlib.sequential import dense_streams, fit_sequential
 from ghostlib.trials import Trials
 
@@ -120,26 +120,15 @@ class Grid:
     def select(self, criteria: Sequence[str], ns: Sequence[int]) -> dict[tuple[str, int], Layers]:
         """What each criterion removes for each n; one pass serves all that are missing."""
         missing = [c for c in criteria if any(_chosen(c, n) not in self.results.cells for n in ns)]
-        deep = [c for c in missing if CRITERIA[c].search == "greedy"]
-        boundaries = {
-            boundary
-            for c in missing
-            for n in ([max(ns)] if c in deep else ns)
-            for boundary in needed(c, n, self.total)
-        }
+        boundaries = {b for c in missing for b in needed(c, ns, self.total)}
         windows, scored = self._train
         stats = calibrate(self.model, windows, sorted(boundaries)) if boundaries else windows
         for criterion in track(missing, "selecting", unit="criterion"):
             begin = time.perf_counter()
-            # A greedy search for the most layers passes by all smaller choices.
-            steps = [max(ns)] if criterion in deep else ns
-            found = {
-                n: select_layers(self.model, stats, n, criterion, windows=scored) for n in steps
-            }
-            took = time.perf_counter() - begin
-            for n in ns:
-                layers = found[n] if n in found else found[max(ns)].first(n)
-                value = {"layers": list(layers), "seconds": round(took / len(steps), 1)}
+            found = select_several(self.model, stats, ns, criterion, windows=scored)
+            each = (time.perf_counter() - begin) / len(searched(criterion, ns))
+            for n, layers in found.items():
+                value = {"layers": list(layers), "seconds": round(each, 1)}
                 self.results.cell(_chosen(criterion, n), partial(dict, value))
         return {
             (c, n): tuple(self.results.cells[_chosen(c, n)]["layers"]) for c in criteria for n in ns

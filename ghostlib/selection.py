@@ -1,7 +1,7 @@
 """Selection: which layers to remove, and the scores that say why."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -152,8 +152,43 @@ def select_layers(
     return Selection(chosen, criterion, scores)
 
 
-def needed(criterion: str, n: int, total: int) -> list[Boundary]:
-    """The boundaries a calibration must hold for ``criterion`` to choose ``n`` of ``total`` layers.
+def select_several(
+    model: PreTrainedModel,
+    calibration: Tensor | Calibration,
+    ns: Iterable[int],
+    criterion: str = "cosine",
+    **options: Any,
+) -> dict[int, Selection]:
+    """What `select_layers` chooses for each of ``ns``, by the fewest searches.
+
+    Args:
+        calibration: as there. Give a `Calibration` of what is `needed` for all of ``ns``: from
+            windows every search makes a pass of its own.
+        options: as there; so are the errors.
+
+    Returns:
+        ``{n: Selection}``; those of a greedy criterion have the scores of the one search.
+    """
+    ns = list(ns)
+    found = {
+        n: select_layers(model, calibration, n, criterion, **options)
+        for n in searched(criterion, ns)
+    }
+    return {n: found[n] if n in found else found[max(ns)].first(n) for n in ns}
+
+
+def searched(criterion: str, ns: Iterable[int]) -> list[int]:
+    """Those of ``ns`` that take a search: a greedy one for the most layers passes by all others.
+
+    >>> [searched(c, (3, 5, 7)) for c in ("residual", "greedy-recovered")]
+    [[3, 5, 7], [7]]
+    """
+    sizes = sorted(set(ns))
+    return sizes[-1:] if CRITERIA[criterion].search == "greedy" else sizes
+
+
+def needed(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary]:
+    """What a calibration must hold for ``criterion`` to choose ``ns`` (one or more) of ``total``.
 
     >>> [len(needed(c, 7, 30)) for c in ("residual", "greedy-recovered", "taylor")]
     [24, 189, 0]
@@ -161,7 +196,8 @@ def needed(criterion: str, n: int, total: int) -> list[Boundary]:
     rule = CRITERIA[criterion]
     if rule.needs == _WINDOWS:
         return []
-    lengths = {"block": [n], "each": [1], "greedy": range(1, n + 1)}[rule.search]
+    sizes = searched(criterion, ns if isinstance(ns, Iterable) else [ns])
+    lengths = {"block": sizes, "each": [1], "greedy": range(1, max(sizes) + 1)}[rule.search]
     return [boundary for length in lengths for boundary in contiguous(length, total)]
 
 

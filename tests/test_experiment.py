@@ -135,7 +135,7 @@ def test_a_stopped_run_goes_on_at_the_first_missing_cell(done, tmp_path, monkeyp
 def test_a_finished_run_computes_nothing(done, monkeypatch):
     model, tokenizer, plan, results = done
     before = results.path.read_bytes()
-    for name in ("calibrate", "select_layers", "check_tasks", "recover"):
+    for name in ("calibrate", "select_several", "check_tasks", "recover"):
         monkeypatch.setattr(experiment, name, None)
     assert evaluate(model, tokenizer, plan, results.path).cells == results.cells
     assert results.path.read_bytes() == before

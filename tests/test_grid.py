@@ -109,7 +109,7 @@ def test_an_interrupted_grid_goes_on_and_computes_nothing_twice(tmp_path, monkey
 def test_stored_choices_are_not_searched_again(tmp_path, monkeypatch):
     model, path = tiny_model("llama"), tmp_path / "grid.json"
     first = opened(path, model).select(["perplexity", "residual"], [1, 2])
-    monkeypatch.setattr(grids, "select_layers", None)
+    monkeypatch.setattr(grids, "select_several", None)
     assert opened(path, model).select(["perplexity", "residual"], [1, 2]) == first
     alone = gl.select_layers(model, *PLAN.train(None)[:1], 1, "residual")
     assert first["residual", 1] == alone

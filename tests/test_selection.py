@@ -10,7 +10,7 @@ from test_calibration import stored_streams
 import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models import decoder_layers
-from ghostlib.selection import CRITERIA, needed
+from ghostlib.selection import CRITERIA, needed, searched, select_several
 
 CONTIGUOUS = [name for name, rule in CRITERIA.items() if rule.search == "block"]
 SCATTERED = [name for name in CRITERIA if name not in CONTIGUOUS]
@@ -145,6 +145,31 @@ def test_smaller_choices_lie_on_the_path_of_a_greedy_search():
         assert long.first(n) == gl.select_layers(model, ids, n, "perplexity")
     with pytest.raises(ValueError, match="no set of 5 layers was scored"):
         long.first(5)
+
+
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
+    model, ids, ns = tiny_model("llama"), tiny_windows(3, 20), (3, 1)
+    alone = {n: gl.select_layers(model, ids, n, criterion) for n in ns}
+    wanted = needed(criterion, ns, LAYERS)
+    assert len(set(wanted)) == len(wanted)
+    assert set(wanted) == {b for n in ns for b in needed(criterion, n, LAYERS)}
+    stats = gl.calibrate(model, ids, wanted) if wanted else ids
+    searches, original = [], gl.select_layers
+
+    def counted(model, calibration, n, *args, **options):
+        searches.append(n)
+        return original(model, calibration, n, *args, **options)
+
+    monkeypatch.setattr("ghostlib.selection.select_layers", counted)
+    found = select_several(model, stats, ns, criterion, windows=ids)
+    assert found == alone and list(found) == list(ns)
+    expected = [3] if CRITERIA[criterion].search == "greedy" else [1, 3]
+    assert searches == searched(criterion, ns) == expected
+    for n, chosen in found.items():
+        assert (chosen.criterion, chosen.n) == (criterion, n)
+        scores = {layers: chosen.scores[layers] for layers in alone[n].scores}
+        assert scores == pytest.approx(alone[n].scores)
 
 
 def test_selection_windows_may_differ_from_calibration_windows():
