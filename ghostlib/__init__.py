@@ -21,13 +21,14 @@ from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
 from ghostlib.paper import published
 from ghostlib.protocol import corpus_perplexity
 from ghostlib.rank import RankPath, choose_rank, rank_path
+from ghostlib.recovery import recover
 from ghostlib.results import Results
 from ghostlib.ridge import choose_ridge, cross_validate, ridge_path
 from ghostlib.scores import paired
 from ghostlib.selection import CRITERIA, Selection, select_layers
 from ghostlib.sequential import fit_sequential
 from ghostlib.settings import Settings
-from ghostlib.surgery import prune, recover
+from ghostlib.surgery import prune
 from ghostlib.tasks import zero_shot
 
 __all__ = [

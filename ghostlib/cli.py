@@ -17,7 +17,7 @@ import torch
 
 import ghostlib as gl
 from ghostlib import assets
-from ghostlib.grid import REPAIRS, Grid, Plan, blocks, table
+from ghostlib.grid import REPAIRS, Grid, Plan, blocks, read_layers, table
 from ghostlib.models import num_layers
 from ghostlib.results import Results
 from ghostlib.settings import Settings
@@ -69,9 +69,16 @@ def _add_grid(commands: Any) -> None:
     make.add_argument("--model", default="smollm2", help="smollm2, a local folder, or a hub id")
     make.add_argument("--n", type=int, nargs="+", default=[3, 5, 7, 9, 11], help="layers to remove")
     make.add_argument("--criteria", nargs="+", default=list(gl.CRITERIA), help="how to choose them")
-    make.add_argument("--repairs", nargs="+", default=list(REPAIRS), help="how to close the gaps")
+    make.add_argument(
+        "--repairs",
+        nargs="+",
+        default=list(REPAIRS),
+        help="how to close the gaps: none, operators, features such as 'x, n(x); 1/|y|', auto",
+    )
     make.add_argument("--starts", type=int, help="score every block of this many layers instead")
+    make.add_argument("--layers", nargs="+", help="score these instead, such as 12-18 12-15,17")
     make.add_argument("--corpora", nargs="+", default=list(plan.corpora), help="for all windows")
+    make.add_argument("--test-corpora", nargs="+", help="for test windows, where they differ")
     for name, what in (
         ("calibration", "the statistics are computed from"),
         ("selection", "searches score, of the same split"),
@@ -142,11 +149,15 @@ def grid(options: argparse.Namespace) -> None:
     model, tokenizer = gl.load_model(options.model, dtype=dtype, device=options.device)
     known = {field.name for field in fields(Plan)}
     chosen = {name: value for name, value in vars(options).items() if name in known}
-    plan = Plan(**chosen | {"corpora": tuple(options.corpora)})
+    for name in ("corpora", "test_corpora"):
+        chosen[name] = tuple(chosen[name]) if chosen[name] else None
+    plan = Plan(**chosen)
     results = Results.open(options.output, plan.settings(model))
     made = Grid(model, tokenizer, results, plan)
-    if options.starts:
-        made.score(blocks(options.starts, num_layers(model)), options.repairs)
+    if options.starts or options.layers:
+        asked = [read_layers(text) for text in options.layers or ()]
+        asked += blocks(options.starts, num_layers(model)) if options.starts else []
+        made.score(asked, options.repairs)
         print(f"{len(results.cells)} cells in {options.output}")
         return
     choices = made.select(options.criteria, options.n)

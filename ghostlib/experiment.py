@@ -24,10 +24,11 @@ from ghostlib.models import num_layers
 from ghostlib.operators import OPERATORS, REGRESSORS
 from ghostlib.progress import track
 from ghostlib.protocol import PUBLISHED, corpus_perplexity
+from ghostlib.recovery import recover
 from ghostlib.results import Results
 from ghostlib.selection import CRITERIA, Layers, needed, select_several
 from ghostlib.settings import DENSE, PRUNED, SEQUENTIAL, Settings, named
-from ghostlib.surgery import prune, recover
+from ghostlib.surgery import prune
 from ghostlib.tasks import check_tasks, zero_shot
 
 _FEW = 8  # windows of a corpus for which nothing is published

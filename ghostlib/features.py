@@ -73,6 +73,7 @@ WEIGHTS: Registry[Callable[[Tensor], Tensor]] = Registry(
     "weight",
     **{
         "1": torch.ones_like,
+        "1/|y|^0.5": lambda norm: norm.rsqrt(),
         "1/|y|": lambda norm: 1 / norm,
         "1/|y|^2": lambda norm: 1 / norm.square(),
     },

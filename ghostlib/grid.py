@@ -22,12 +22,15 @@ from ghostlib.boundaries import Boundary, contiguous, runs
 from ghostlib.calibration import calibrate
 from ghostlib.collector import Calibration
 from ghostlib.corpora import token_windows
+from ghostlib.features import Regressor
 from ghostlib.models import fingerprint, num_layers
 from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve
 from ghostlib.progress import track
+from ghostlib.recipe import AUTO, Recipe
 from ghostlib.results import Results
 from ghostlib.selection import Layers, needed, searched, select_several
 from ghostlib.sequential import dense_streams, fit_sequential
+from ghostlib.settings import named
 from ghostlib.trials import Trials
 
 REPAIRS = (
@@ -38,18 +41,22 @@ REPAIRS = (
     "replaceme",
     "ghost",
     "ghost sequential",
+    AUTO,
 )
+_SEQUENTIAL = " sequential"
+_WITHOUT_FAMILY = ("none", AUTO)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which windows a grid is computed from; `settings` says it all to a `Results` file.
 
-    Calibration and selection windows are consecutive windows of the train split, test windows are
-    of the test split; ``count`` windows of each corpus.
+    Calibration and selection windows are consecutive windows of the train split of ``corpora``,
+    test windows are of the test split of these or of ``test_corpora``; ``count`` windows of each.
     """
 
     corpora: tuple[str, ...] = ("wiki", "pydoc")
+    test_corpora: tuple[str, ...] | None = None
     calibration_count: int = 8
     calibration_length: int = 2048
     selection_count: int = 1
@@ -60,7 +67,16 @@ class Plan:
 
     def settings(self, model: PreTrainedModel) -> dict[str, Any]:
         """Everything that decides the numbers."""
-        return {"model": fingerprint(model), "dtype": str(model.dtype), **asdict(self)}
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        known["corpora"] = [named(corpus) for corpus in self.corpora]
+        if self.test_corpora:
+            known["test_corpora"] = [named(corpus) for corpus in self.test_corpora]
+        return {"model": fingerprint(model), "dtype": str(model.dtype), **known}
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The corpora that are scored."""
+        return self.test_corpora or self.corpora
 
     def train(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
         """(calibration windows, selection windows), which share no token."""
@@ -78,12 +94,12 @@ class Plan:
         return torch.cat(calibration), torch.cat(selection)
 
     def test(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """(corpora x test_count, test_length) held-out windows."""
+        """(scored corpora x test_count, test_length) held-out windows."""
         how: dict[str, Any] = {"length": self.test_length, "count": self.test_count}
         return torch.cat(
             [
                 token_windows(corpus, tokenizer, split="test", seed=self.seed, **how)
-                for corpus in self.corpora
+                for corpus in self.scored
             ]
         )
 
@@ -108,6 +124,10 @@ class Grid:
         self.total = num_layers(model)
         self._pass: Calibration | None = None
         self._streams: dict[int, Tensor] = {}
+
+    @cached_property
+    def _recipe(self) -> Recipe:
+        return Recipe(self.model, self._train[0])
 
     @cached_property
     def _train(self) -> tuple[Tensor, Tensor]:
@@ -136,9 +156,8 @@ class Grid:
 
     def score(self, choices: Iterable[Layers], repairs: Sequence[str] = REPAIRS) -> None:
         """Losses of every test window for every choice of layers with every repair."""
-        for repair in repairs:
-            if repair != "none":
-                OPERATORS[repair.removesuffix(" sequential")]  # refuses an unknown name
+        # An unknown name is refused here, before the long passes.
+        known = {r: _family(r)[1] for r in repairs if r not in _WITHOUT_FAMILY}
         self.results.cell("dense", lambda: self._by_corpus(self._trials.losses(())))
         todo = [
             (layers, repair)
@@ -146,7 +165,7 @@ class Grid:
             for repair in repairs
             if _scored(layers, repair) not in self.results.cells
             # Without layer 0 no MLP is left before the first gap to repair it with.
-            and not (REGRESSORS.get(repair) == "mlp" and 0 in layers)
+            and not (known.get(repair) == "mlp" and 0 in layers)
         ]
         self._prepare(todo)
         for layers, repair in track(todo, "scoring", unit="cell"):
@@ -154,18 +173,19 @@ class Grid:
 
     def _prepare(self, todo: Sequence[tuple[Layers, str]]) -> None:
         """One pass for the statistics, one for the streams, of all that is to be scored."""
-        gaps = {gap for layers, repair in todo if repair != "none" for gap in self._gaps(layers)}
-        # A sequential fit of one gap is the teacher's, from the same moments.
-        names = {repair.removesuffix(" sequential") for _, repair in todo}
-        regressors = {REGRESSORS.get(name, "stream") for name in names}
-        if gaps:
+        fitted = [(layers, repair) for layers, repair in todo if repair not in _WITHOUT_FAMILY]
+        if gaps := {gap for layers, _ in fitted for gap in self._gaps(layers)}:
+            # A sequential fit of one gap is the teacher's, from the same moments.
+            regressors = {_family(repair)[1] for _, repair in fitted}
             self._pass = calibrate(
                 self.model, self._train[0], sorted(gaps), regressors=sorted(regressors)
             )
+        if chosen := [layers for layers, repair in todo if repair == AUTO]:
+            self._recipe.collect(chosen)
         indices = {
             index
             for layers, repair in todo
-            if repair.endswith(" sequential") and len(self._gaps(layers)) > 1
+            if repair.endswith(_SEQUENTIAL) and len(self._gaps(layers)) > 1
             for index in (layers[0], *(gap.stop for gap in self._gaps(layers)))
         }
         if indices:
@@ -177,19 +197,38 @@ class Grid:
     def _operators(self, layers: Layers, repair: str) -> Mapping[Boundary, Operator]:
         if repair == "none":
             return {}
+        if repair == AUTO:
+            choice = self._recipe.choose(layers)
+            losses = {name: loss for (_, name), loss in choice.losses.items()}
+            value = {"repair": choice.repair, "losses": losses, "tokens": choice.tokens}
+            self.results.cell(f"choice for {spell(layers)}", partial(dict, value))
+            return choice.operators
         assert self._pass is not None  # made by _prepare
-        name, gaps = repair.removesuffix(" sequential"), self._gaps(layers)
-        if name != repair and len(gaps) > 1:
+        (name, regressor), gaps = _family(repair), self._gaps(layers)
+        if repair.endswith(_SEQUENTIAL) and len(gaps) > 1:
             return fit_sequential(self.model, self._train[0], gaps, name, streams=self._streams)
-        moments = self._pass.of(REGRESSORS.get(name, "stream"))
+        moments = self._pass.of(regressor)
         return {gap: solve(moments[gap], name) for gap in gaps}
 
     def _by_corpus(self, losses: Tensor) -> dict[str, list[float]]:
-        parts = losses.view(len(self.plan.corpora), -1)
-        return {c: part.tolist() for c, part in zip(self.plan.corpora, parts, strict=True)}
+        corpora = [named(corpus) for corpus in self.plan.scored]
+        parts = losses.view(len(corpora), -1)
+        return {corpus: part.tolist() for corpus, part in zip(corpora, parts, strict=True)}
 
     def _gaps(self, layers: Layers) -> list[Boundary]:
         return runs(layers, self.total)
+
+
+def _family(repair: str) -> tuple[str, str]:
+    """(operator, regressor) of a repair, which may be a regressor such as ``"x, n(x); 1/|y|"``."""
+    name = repair.removesuffix(_SEQUENTIAL)
+    if name in OPERATORS:
+        return name, REGRESSORS.get(name, "stream")
+    try:
+        return "branches", str(Regressor.parse(name))
+    except ValueError:
+        OPERATORS[name]  # says what there is
+        raise
 
 
 def blocks(n: int, total: int) -> list[Layers]:
@@ -207,6 +246,25 @@ def spell(layers: Iterable[int]) -> str:
     return ", ".join(
         f"{g.start}–{g.stop - 1}" if len(g.removed) > 1 else f"{g.start}" for g in gaps
     )
+
+
+def read_layers(text: str) -> Layers:
+    """What `spell` wrote, also with a plain hyphen.
+
+    >>> read_layers("12-14,17")
+    (12, 13, 14, 17)
+
+    Raises:
+        ValueError: anything else.
+    """
+    layers: list[int] = []
+    for part in text.replace("–", "-").split(","):
+        try:
+            first, *last = map(int, part.split("-", 1))
+        except ValueError:
+            raise ValueError(f"layers {text!r} are not of the form 12-15,17,25-26") from None
+        layers += range(first, (last or [first])[0] + 1)
+    return tuple(layers)
 
 
 def _chosen(criterion: str, n: int) -> str:

@@ -105,6 +105,7 @@ _FAMILIES: dict[str, Callable[..., Fit]] = {
     "two-branch-relative": branches,
     "three-branch": branches,
     "three-branch-relative": branches,
+    "branches": branches,
 }
 REGRESSORS = {
     "replaceme": "mlp",
@@ -114,7 +115,8 @@ REGRESSORS = {
     "three-branch": "x, n(x), n(prev)",
     "three-branch-relative": "x, n(x), n(prev); 1/|y|",
 }
-"""What a family is solved from, where it is not the stream: the ``regressor`` of its `Moments`."""
+"""What a family is solved from, where it is not the stream: the ``regressor`` of its `Moments`.
+``"branches"`` takes any features and weight."""
 OPERATORS: Registry[Callable[..., Fit]] = Registry("operator", **_FAMILIES)
 
 
@@ -145,7 +147,9 @@ def solve(moments: Moments, name: str = "ghost", **options: Any) -> Operator:
     family = OPERATORS[name]
     check_moments(moments)
     regressor = REGRESSORS.get(name, "stream")
-    if generic(moments.regressor) != regressor:
+    fitting = moments.of_change if name == "branches" else generic(moments.regressor) == regressor
+    if not fitting:
+        regressor = "x, n(x); 1/|y|" if name == "branches" else regressor
         raise ValueError(
             f"{name} is solved from moments of the {regressor}, these are of the "
             f"{moments.regressor}: calibrate(…, regressors=[{regressor!r}]).of({regressor!r})"

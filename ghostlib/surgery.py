@@ -1,6 +1,6 @@
 """Surgery: remove decoder layers from a model and install operators at the gaps."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,18 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.boundaries import Boundary, runs
-from ghostlib.calibration import calibrate
-from ghostlib.checks import warn_of_massive_activations
-from ghostlib.collector import Calibration, suited
+from ghostlib.collector import suited
 from ghostlib.excerpts import share
 from ghostlib.features import Regressor
 from ghostlib.folding import fold
 from ghostlib.ghosted import become, ghosted_class, install_boundaries
-from ghostlib.models import GHOSTED, fingerprint, hidden_size, keep_layers, num_layers, receiver
-from ghostlib.moments import Moments
-from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve
+from ghostlib.models import GHOSTED, hidden_size, keep_layers, num_layers, receiver
+from ghostlib.operators import Operator
 from ghostlib.placement import compute_device
-from ghostlib.sequential import fit_sequential
 
 
 def prune(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
@@ -27,108 +23,22 @@ def prune(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
 
     It is of the model's own class, shares every weight with ``model`` and leaves that as it is.
     """
-    return _operate(model, runs(layers, num_layers(model)), {})
+    return operate(model, runs(layers, num_layers(model)), {})
 
 
-def recover(
-    model: PreTrainedModel,
-    calibration: Tensor | Mapping[Boundary, Moments],
-    layers: Iterable[int],
-    operator: str | Mapping[Boundary, Operator] = "ghost",
-    *,
-    attention_mask: Tensor | None = None,
-    skip_leading: int = 0,
-    batch_size: int = 1,
-    fit: str = "teacher",
-    **options: Any,
+def operate(
+    model: PreTrainedModel, gaps: Sequence[Boundary], operators: Mapping[Boundary, Operator]
 ) -> PreTrainedModel:
-    """Remove ``layers`` from a copy of ``model`` and repair each gap with a closed-form operator.
+    """A copy of ``model`` without the layers in ``gaps`` and with solved ``operators`` in place.
 
     Args:
-        model: the dense model. It keeps its layers and logits; the copy shares its weights.
-        calibration: (windows, length) token ids, for one streaming pass; or moments collected
-            before (`calibrate`), which must hold every boundary of ``layers``.
-        layers: decoder layers to remove; adjacent ones share one boundary.
-        operator: a name from `ghostlib.operators.OPERATORS`, or solved operators by boundary.
-        attention_mask, skip_leading, batch_size: as in `calibrate`, when windows are given.
-        fit: ``"teacher"``: every boundary from the dense model's streams, in one pass;
-            ``"sequential"``: each ``X_pre`` from the model as repaired so far, see
-            `fit_sequential`, which needs windows. With one boundary they are the same.
-        options: passed on to the solver, such as ``relative_ridge=1e-3``.
-
-    Returns:
-        A model of the same family whose ``config.ghost`` lists what was removed and installed, in
-        the dtype and on the devices of ``model``. Offloaded weights stay offloaded; the operators
-        do not.
+        model: the dense model; it is not changed, and the copy shares its weights.
+        gaps: maximal runs of removed layers, as `runs` gives them.
+        operators: of all gaps or some; the others stay without repair.
 
     Raises:
-        ValueError: layers out of range or repeated, none left, moments of another model, width or
-            boundary, an operator of the wrong shape or for another kind of norm, or a model that
-            was recovered before.
-
-    Warns:
-        MassiveActivationWarning: a few tokens own the squared error the operator minimises.
+        ValueError: as `recover`.
     """
-    gaps = runs(layers, num_layers(model))
-    if fit not in ("teacher", "sequential"):
-        raise ValueError(f"fit must be 'teacher' or 'sequential', got {fit!r}")
-    if isinstance(operator, Mapping):
-        return _operate(model, gaps, {gap: _lookup(operator, gap, "operator") for gap in gaps})
-    OPERATORS[operator]  # an unknown name is refused before the long pass, not after it
-    how: dict[str, Any] = {
-        "attention_mask": attention_mask,
-        "skip_leading": skip_leading,
-        "batch_size": batch_size,
-    }
-    if fit == "sequential" and len(gaps) > 1:
-        if not isinstance(calibration, Tensor):
-            raise ValueError(
-                "fit='sequential' runs the model as repaired so far: give token windows, "
-                "not statistics of the dense model"
-            )
-        return _operate(
-            model, gaps, fit_sequential(model, calibration, gaps, operator, **how, **options)
-        )
-    regressor = REGRESSORS.get(operator, "stream")
-    if isinstance(calibration, Tensor):
-        calibration = calibrate(model, calibration, gaps, regressors=[regressor], **how)
-    if isinstance(calibration, Calibration):
-        calibration = calibration.of(regressor)
-    _check_source(model, calibration)
-    moments = {gap: _lookup(calibration, gap, "moments") for gap in gaps}
-    warn_of_massive_activations(moments, operator)
-    return _operate(model, gaps, {gap: solve(moments[gap], operator, **options) for gap in gaps})
-
-
-def _lookup(known: Mapping[Boundary, Any], gap: Boundary, what: str) -> Any:
-    if gap not in known:
-        raise ValueError(
-            f"no {what} for boundary {gap}, only for {', '.join(map(str, known)) or 'none'}: "
-            f"calibrate with boundaries=[Boundary{gap}]"
-        )
-    return known[gap]
-
-
-def _check_source(model: PreTrainedModel, calibration: Mapping[Boundary, Moments]) -> None:
-    """Refuse moments of another model, another boundary or another width."""
-    mine = fingerprint(model)
-    for boundary, moments in calibration.items():
-        if moments.out_width != hidden_size(model):
-            raise ValueError(
-                f"moments of width {moments.out_width} do not fit a model of width "
-                f"{hidden_size(model)}"
-            )
-        if moments.boundary not in (None, boundary):
-            raise ValueError(f"moments of boundary {moments.boundary} were given for {boundary}")
-        if moments.model not in (None, mine):
-            raise ValueError(
-                f"moments were collected on model {moments.model}, not on {mine}: calibrate again"
-            )
-
-
-def _operate(
-    model: PreTrainedModel, gaps: list[Boundary], operators: Mapping[Boundary, Operator]
-) -> PreTrainedModel:
     if model.config.model_type.startswith(GHOSTED):
         raise ValueError(
             "this model was recovered before: start from the dense model, name all layers"

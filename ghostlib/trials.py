@@ -19,7 +19,7 @@ from ghostlib.excerpts import excerpt, feed, record
 from ghostlib.folding import FOLDED, fold_mlp
 from ghostlib.models import final_hidden, num_layers
 from ghostlib.operators import Operator
-from ghostlib.surgery import prune, recover
+from ghostlib.surgery import operate
 
 
 class Trials:
@@ -89,14 +89,12 @@ class Trials:
     ) -> PreTrainedModel:
         if not layers:
             return self.model
-        if not operators:
-            return prune(self.model, layers)
         # At the gap a folded scale is a scalar: the same function, and the layers before it stay.
         at_gap = {
             gap: replace(op, name="scalar") if op.name == "magnitude" else op
             for gap, op in operators.items()
         }
-        return recover(self.model, {}, layers, at_gap)
+        return operate(self.model, runs(layers, self.total), at_gap)
 
     def _first_change(self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]) -> int:
         """Index of the first dense layer from which this variant differs from the base."""
