@@ -4,6 +4,7 @@ Importing this package registers the recovered model classes with transformers, 
 ``AutoModelForCausalLM.from_pretrained`` reads what ``recovered.save_pretrained`` wrote.
 """
 
+from ghostlib.architectures import ARCHITECTURES
 from ghostlib.boundaries import Boundary, contiguous, runs
 from ghostlib.calibration import calibrate
 from ghostlib.checks import MassiveActivationWarning
@@ -14,8 +15,8 @@ from ghostlib.distributed import calibrate_distributed, shard
 from ghostlib.evaluation import gap_closed, generate, perplexity, window_losses
 from ghostlib.experiment import evaluate
 from ghostlib.gram import SingularGramWarning
+from ghostlib.loading import load_model
 from ghostlib.memory import calibration_bytes
-from ghostlib.models import ARCHITECTURES, load_model
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
 from ghostlib.paper import published

@@ -1,6 +1,6 @@
 """Boundaries: where the stream is cut when decoder layers are removed."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -74,6 +74,15 @@ def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
         else:
             found.append(Boundary(layer, layer + 1))
     return found
+
+
+def gaps_without(layers: Collection[int], num_layers: int) -> list[Boundary]:
+    """As `runs`, for choices that may be empty: without a removed layer there is no gap.
+
+    >>> gaps_without((), num_layers=30)
+    []
+    """
+    return runs(layers, num_layers) if layers else []
 
 
 def contiguous(n: int, num_layers: int) -> list[Boundary]:

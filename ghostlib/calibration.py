@@ -17,6 +17,7 @@ from ghostlib.collector import Calibration, Collector
 from ghostlib.features import Regressor
 from ghostlib.memory import calibration_bytes, require_memory
 from ghostlib.models import EndOfPass, mlp_output, num_layers, receiver
+from ghostlib.nested import widest
 from ghostlib.placement import input_device
 from ghostlib.progress import track
 
@@ -87,7 +88,8 @@ def calibrate(
             before it.
         regressors: what else to regress on, for every boundary: features and weights such as
             ``"x, n(x); 1/|y|"`` (see `ghostlib.features`), found by ``.of("x, n(x); 1/|y|")``;
-            ``"stream"`` is always there, ``"mlp"`` is the same as ``mlp=True``.
+            ``"stream"`` is always there, ``"mlp"`` is the same as ``mlp=True``. Of those with one
+            weight, any whose features another has as well costs nothing.
 
     Returns:
         `Calibration`, a dictionary from `Boundary` to `Moments` (on the CPU, float64).
@@ -112,7 +114,7 @@ def calibrate(
     used = real & (attention_mask.cumsum(1) > skip_leading)
     names = set(regressors) - {"stream"}
     mlp = mlp or "mlp" in names
-    richer = [Regressor.parse(name) for name in sorted(names - {"mlp"})]
+    richer = widest(Regressor.parse(name) for name in names - {"mlp"})
     if richer and not moments:
         raise ValueError("regressors are collected as moments: leave moments=True")
     require_memory(

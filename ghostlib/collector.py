@@ -11,6 +11,7 @@ from ghostlib.boundaries import Boundary
 from ghostlib.features import Regressor, observe
 from ghostlib.models import fingerprint, hidden_size, stream_norm
 from ghostlib.moments import Moments
+from ghostlib.nested import contains, part
 from ghostlib.placement import input_device
 from ghostlib.streams import Stream
 
@@ -35,7 +36,8 @@ class Calibration(dict[Boundary, Moments]):
         similarities: ``{Boundary: Similarity}``.
         mlp: ``{Boundary: Moments}`` for `replaceme`, with the output of the last MLP before the
             boundary in place of ``X``; filled by ``calibrate(…, mlp=True)``.
-        features: ``{(regressor, Boundary): Moments}`` of features of the stream; see `of`.
+        features: ``{(regressor, Boundary): Moments}`` of features of the stream, those that were
+            collected and those that `of` has cut out of them.
         model: fingerprint of the model the activations come from.
         tokens: number of tokens used.
     """
@@ -51,11 +53,19 @@ class Calibration(dict[Boundary, Moments]):
     def of(self, regressor: str) -> dict[Boundary, Moments]:
         """The moments of one regressor: ``"stream"``, ``"mlp"``, or features of the stream.
 
+        Those of some of the features that were collected with the same weight are part of what was.
+
         Raises:
             ValueError: the pass did not collect them.
         """
         if regressor in ("stream", "mlp"):
             return self if regressor == "stream" else self.mlp
+        asked = Regressor.parse(regressor)
+        for (name, boundary), moments in list(self.features.items()):
+            known = Regressor.parse(name)
+            if (regressor, boundary) not in self.features and contains(known, asked):
+                places = [known.features.index(feature) for feature in asked.features]
+                self.features[regressor, boundary] = part(moments, places)
         found = {b: moments for (name, b), moments in self.features.items() if name == regressor}
         if not found:
             raise ValueError(

@@ -7,7 +7,7 @@ from functools import cached_property
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.boundaries import Boundary, runs
+from ghostlib.boundaries import Boundary, gaps_without, runs
 from ghostlib.collector import Calibration, Similarity
 from ghostlib.gram import SingularGramWarning
 from ghostlib.importance import taylor_importance
@@ -98,7 +98,7 @@ class Evidence:
         return gap
 
     def _repairs(self, layers: Layers) -> Mapping[Boundary, Operator]:
-        return {gap: self._repair(gap) for gap in runs(layers, self.total)} if layers else {}
+        return {gap: self._repair(gap) for gap in gaps_without(layers, self.total)}
 
     def _repair(self, gap: Boundary) -> Operator:
         if gap not in self._operators:

@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ghostlib.architectures import ARCHITECTURES
 from ghostlib.features import design, reads_previous
-from ghostlib.models import ARCHITECTURES, GHOSTED, hidden_size, receiver
+from ghostlib.models import GHOSTED, hidden_size, receiver
 from ghostlib.previous import remembering, token_before
 
 VARIANT = "ghosted"

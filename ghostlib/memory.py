@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ghostlib.boundaries import Boundary
 from ghostlib.features import Regressor
 from ghostlib.models import hidden_size
+from ghostlib.nested import widest
 
 _DOUBLE, _SINGLE = 8, 4  # bytes of a float64 and of a float32
 _VECTORS = 7  # of one width, beside G and B, in `Moments`
@@ -54,8 +55,9 @@ def calibration_bytes(
         length, batch_size: tokens of a window, windows of a forward pass.
         moments, mlp: as in `calibrate`; without moments only directions are kept, in float32; with
             those of the MLP there is twice as much of everything, at most.
-        regressors: as in `calibrate`. With k features a boundary has k^2 + k more matrices of its
-            own, and working space for one Gram matrix of k times the width.
+        regressors: as in `calibrate`, which collects the widest of them. With k features a boundary
+            has k^2 + k more matrices of its own, and working space for one Gram matrix of k times
+            the width.
 
     Raises:
         ValueError: a width, length or batch size below 1, or no boundary.
@@ -82,7 +84,7 @@ def calibration_bytes(
         return CalibrationBytes(0, waiting * stream * _SINGLE, 2 * stream * _SINGLE)
     kinds = 2 if mlp else 1
     kept = (len(last_stop) + len(asked)) * matrix + len(asked) * _VECTORS * width * _DOUBLE
-    widths = [len(Regressor.parse(name).features) for name in regressors]
+    widths = [len(r.features) for r in widest(map(Regressor.parse, regressors))]
     richer = sum((k * k + k) * matrix + (2 * k + 5) * width * _DOUBLE for k in widths)
     most = max(widths, default=0)
     return CalibrationBytes(

@@ -1,131 +1,19 @@
-"""Models: load one, and know where its architecture keeps its decoder layers.
-
-This is the only module that does. A supported architecture is one line in `ARCHITECTURES`; the
-contract it must fulfil is one test (``tests/test_models.py``).
-"""
+"""Models: the parts of one, found where `ghostlib.architectures` says they are."""
 
 import hashlib
 from collections.abc import Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import disable_progress_bar
 
-from ghostlib.assets import embedded_model_dir
+from ghostlib.architectures import ARCHITECTURES, Architecture
 from ghostlib.placement import input_device, loaded_parameters
-from ghostlib.progress import shown
-from ghostlib.registry import Registry
 
-EMBEDDED = "smollm2"
 GHOSTED = "ghosted_"  # what `surgery` puts before the model type of a recovered model
-
-
-class Architecture(NamedTuple):
-    """Where a causal LM keeps what this package touches.
-
-    Attributes:
-        layers: the decoder layers. norm: the norm after the last of them.
-        embeddings: what the stream begins with.
-        writers: inside a layer, the modules whose output is added to the stream; the MLP's last.
-        norm_offset: what a norm adds to its weight before it multiplies (Gemma: 1).
-        norm_before: every sub-layer reads the stream through a norm, which takes its scale away.
-        norm_centres: a norm takes the mean over channels away as well (LayerNorm).
-    """
-
-    layers: str
-    norm: str
-    embeddings: tuple[str, ...]
-    writers: tuple[str, ...]
-    norm_offset: float = 0.0
-    norm_before: bool = True
-    norm_centres: bool = False
-
-
-_LLAMA_LIKE = Architecture(
-    "model.layers",
-    "model.norm",
-    ("model.embed_tokens",),
-    ("self_attn.o_proj", "mlp.down_proj"),
-)
-# What attention and MLP return is normalised before it is added.
-_NORM_AFTER = _LLAMA_LIKE._replace(
-    writers=("post_attention_layernorm", "post_feedforward_layernorm")
-)
-
-ARCHITECTURES: Registry[Architecture] = Registry(
-    "architecture",
-    llama=_LLAMA_LIKE,
-    mistral=_LLAMA_LIKE,
-    qwen2=_LLAMA_LIKE,
-    qwen3=_LLAMA_LIKE,
-    gemma2=_NORM_AFTER._replace(norm_offset=1.0),
-    gemma3_text=_NORM_AFTER._replace(norm_offset=1.0),
-    olmo2=_NORM_AFTER._replace(norm_before=False),
-    phi3=_LLAMA_LIKE,
-    gpt_neox=Architecture(
-        "gpt_neox.layers",
-        "gpt_neox.final_layer_norm",
-        ("gpt_neox.embed_in",),
-        ("attention.dense", "mlp.dense_4h_to_h"),
-        norm_centres=True,
-    ),
-    opt=Architecture(
-        "model.decoder.layers",
-        "model.decoder.final_layer_norm",
-        ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-        ("self_attn.out_proj", "fc2"),
-        norm_centres=True,
-    ),
-    gpt2=Architecture(
-        "transformer.h",
-        "transformer.ln_f",
-        ("transformer.wte", "transformer.wpe"),
-        ("attn.c_proj", "mlp.c_proj"),
-        norm_centres=True,
-    ),
-)
-
-
-def load_model(
-    name: str | Path = EMBEDDED,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    **options: Any,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model in evaluation mode, and its tokenizer.
-
-    Args:
-        name: ``"smollm2"`` for the embedded SmolLM2-135M-Instruct (float32, fetched once and
-            checked), a local folder, or any causal-LM id of the Hugging Face hub.
-        dtype: weights' data type; by default float32 for the embedded model and the type the
-            checkpoint was saved in for any other.
-        device: where to put the model; by default where ``from_pretrained`` leaves it.
-        options: passed on to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, …).
-
-    Raises:
-        ValueError: the architecture is not supported; the message lists those that are.
-        OSError: nothing was found under that name.
-    """
-    if not shown():
-        disable_progress_bar()
-    folder = embedded_model_dir() if str(name) == EMBEDDED else name
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
-    architecture(model)
-    if device is not None:
-        model = model.to(device=device)
-    return model.eval(), tokenizer
 
 
 def architecture(model: PreTrainedModel) -> Architecture:

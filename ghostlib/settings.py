@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.corpora import find, token_windows
-from ghostlib.models import fingerprint, load_model
+from ghostlib.loading import load_model
+from ghostlib.models import fingerprint
 from ghostlib.operators import OPERATORS
 from ghostlib.selection import CRITERIA
 from ghostlib.tasks import EMBEDDED

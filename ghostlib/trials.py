@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.boundaries import Boundary, runs
+from ghostlib.boundaries import Boundary, gaps_without
 from ghostlib.calibration import check_windows
 from ghostlib.evaluation import token_losses
 from ghostlib.excerpts import excerpt, feed, record
@@ -46,7 +46,7 @@ class Trials:
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> None:
         """Make the variant without ``layers`` the base: its streams are computed and kept."""
-        self.base = _gaps(layers, self.total)
+        self.base = gaps_without(layers, self.total)
         variant = self._variant(layers, operators or {})
         kept = _survivors(layers, self.total)
         places = range(len(kept) + 1)
@@ -98,7 +98,7 @@ class Trials:
 
     def _first_change(self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]) -> int:
         """Index of the first dense layer from which this variant differs from the base."""
-        gaps = _gaps(layers, self.total)
+        gaps = gaps_without(layers, self.total)
         # both begin with as many gaps as agree before the first that does not
         common = len(
             list(takewhile(lambda pair: pair[0] == pair[1], zip(gaps, self.base, strict=False)))
@@ -110,10 +110,6 @@ class Trials:
         changed = operators.get(gaps[common]) if common < len(gaps) else None
         # A repair folded into the last MLP before the gap changes the layer before it.
         return first - (changed is not None and FOLDED.get(changed.name) is fold_mlp)
-
-
-def _gaps(layers: tuple[int, ...], total: int) -> list[Boundary]:
-    return runs(layers, total) if layers else []
 
 
 def _survivors(layers: tuple[int, ...], total: int) -> list[int]:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import ghostlib as gl
-from ghostlib.models import ARCHITECTURES
+from ghostlib.architectures import ARCHITECTURES
 
 LAYERS, WIDTH, VOCABULARY = 6, 16, 97
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostlib.boundaries import Boundary, check_boundary, contiguous, runs
+from ghostlib.boundaries import Boundary, check_boundary, contiguous, gaps_without, runs
 
 
 def test_a_boundary_names_the_removed_layers() -> None:
@@ -57,6 +57,13 @@ def test_runs_are_maximal_and_cover_the_layers(case: tuple[int, set[int]]) -> No
 def test_runs_refuses(layers: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         runs(layers, 6)
+
+
+def test_without_a_removed_layer_there_is_no_gap() -> None:
+    assert gaps_without((), 6) == []
+    assert gaps_without((4, 2, 3), 6) == runs([4, 2, 3], 6)
+    with pytest.raises(ValueError, match="leaves no layer"):
+        gaps_without(range(6), 6)
 
 
 def test_contiguous_lists_every_block_first_and_last_included() -> None:

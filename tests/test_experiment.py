@@ -165,6 +165,34 @@ def test_more_repairs_and_depths_are_added(done, folder, monkeypatch):
     assert text.index("pruned, n = 1") < text.index("ghost, n = 2") < text.index("pruned, n = 3")
 
 
+def test_operators_with_branches_are_served(folder, tmp_path, monkeypatch):
+    """Beside those of the stream, from the same pass, and as the public functions repair."""
+    passes, original = [], experiment.calibrate
+
+    def counted(*args, **how):
+        passes.append(how)
+        return original(*args, **how)
+
+    monkeypatch.setattr(experiment, "calibrate", counted)
+    branched = "two-branch-relative"
+    operators = ["pruned", "ghost", branched, f"{branched} sequential"]
+    plan = settings(folder, n=[1, 2], operators=operators, tasks=[], criterion="block-influence")
+    model, tokenizer = plan.load()
+    cells = evaluate(model, tokenizer, plan, tmp_path / "evaluation.json").cells
+    assert len(passes) == 2 and passes[1]["regressors"] == {"stream", "x, n(x); 1/|y|"}
+    measured = [(c["operator"], c["n"]) for c in cells.values() if "perplexity" in c]
+    expected = [("dense", 0), *((name, n) for n in (1, 2) for name in operators)]
+    assert list(dict.fromkeys(measured)) == expected and len(measured) == 2 * len(expected)
+    rows = perplexities(cells).set_index(["operator", "n", "corpus"])["perplexity"]
+    assert list(dict.fromkeys(rows.index.droplevel("corpus"))) == expected
+    for n in (1, 2):
+        layers, windows = cells[f"layers n={n}"]["layers"], plan.calibration_windows(tokenizer)
+        for fit, name in (("teacher", branched), ("sequential", f"{branched} sequential")):
+            variant = gl.recover(model, windows, layers, branched, fit=fit)
+            found = gl.corpus_perplexity(variant, tokenizer, plan.perplexity[0], length=16, count=3)
+            assert rows[name, n, "one.txt"] == pytest.approx(found.perplexity, rel=1e-5)
+
+
 @pytest.mark.parametrize("criterion", ["block-influence", "perplexity", "residual"])
 def test_every_kind_of_criterion_chooses_as_alone(criterion, folder, tmp_path):
     plan = settings(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import ghostlib as gl
 from ghostlib import calibration, memory
-from ghostlib.moments import _SUMS
+from ghostlib.sums import SUMS
 
 CASES = {
     "one": [(2, 4)],
@@ -32,7 +32,7 @@ def distinct_bytes(tensors) -> int:
 def test_moments_are_what_calibrate_returns(boundaries):
     model = tiny_model("llama")
     found = gl.calibrate(model, tiny_windows(), boundaries)
-    held = distinct_bytes(getattr(m, name) for m in found.values() for name in _SUMS)
+    held = distinct_bytes(getattr(m, name) for m in found.values() for name in SUMS)
     assert gl.calibration_bytes(model, boundaries).moments == held
     assert gl.calibration_bytes(WIDTH, boundaries) == gl.calibration_bytes(model, boundaries)
 

@@ -6,8 +6,9 @@ from conftest import LAYERS, VOCABULARY, WIDTH, tiny_model, tiny_windows
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig
 
+import ghostlib as gl
 from ghostlib import models
-from ghostlib.models import ARCHITECTURES
+from ghostlib.architectures import ARCHITECTURES
 
 
 def test_adapter_contract(any_tiny):
@@ -107,16 +108,16 @@ def test_load_model_reads_a_folder_in_the_dtype_asked(tmp_path, embedded):
     _, tokenizer = embedded
     tiny_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model, again = models.load_model(tmp_path)
+    model, again = gl.load_model(tmp_path)
     assert model.dtype == torch.float32 and not model.training
     assert again("A test.")["input_ids"] == tokenizer("A test.")["input_ids"]
-    half, _ = models.load_model(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+    half, _ = gl.load_model(str(tmp_path), dtype=torch.bfloat16, device="cpu")
     assert half.dtype == torch.bfloat16
 
 
 def test_load_model_names_what_it_did_not_find():
     with pytest.raises(OSError, match="no-such-folder"):
-        models.load_model("./no-such-folder")
+        gl.load_model("./no-such-folder")
 
 
 def test_embedded_model_is_a_plain_float32_llama(embedded):

@@ -11,7 +11,8 @@ from conftest import LAYERS, tiny_model, tiny_windows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ghostlib as gl
-from ghostlib.models import ARCHITECTURES, decoder_layers, fingerprint, receiver
+from ghostlib.architectures import ARCHITECTURES
+from ghostlib.models import decoder_layers, fingerprint, receiver
 from ghostlib.placement import compute_device, input_device
 
 REMOVED = [0, 2, 3, LAYERS - 1]
