@@ -1,0 +1,91 @@
+"""What more features of a token would buy: held-out alignment error of richer branches.
+
+    python benchmarks/bench_features.py [--start 12] [--layers 7] [--windows 16] [--held-out 4]
+    python benchmarks/bench_features.py --corpora c4.sample.jsonl --windows 64
+
+One pass, no activation kept. Every set of features is fitted with token weight 1/|y| on the train
+windows, with the ridge that serves the held-out windows best: more than any recipe may know, so the
+error printed is the least that this set of features and this many tokens can reach. Errors are
+relative to the error without repair, with the same weights. The features beyond `ghostlib`'s own
+are the normalised stream's absolute values, its products with the token before, and random layers
+of it (ReLU, and SwiGLU), fixed by the seed.
+"""
+
+import argparse
+import math
+
+import torch
+from torch import Tensor
+
+import ghostlib as gl
+from ghostlib.excerpts import record
+from ghostlib.features import FEATURES, Feature, Regressor, observe, rms_norm
+from ghostlib.models import hidden_size
+
+SETS = (
+    "x",
+    "n(x)",
+    "x, n(x)",
+    "x, n(x), |n(x)|",
+    "x, n(x), relu(n(x) R)",
+    "n(x), swiglu(n(x) R)",
+    "x, n(x), n(prev)",
+)
+
+
+def add_features(width: int, seed: int) -> None:
+    """Register the features that `ghostlib` does not have."""
+    generator = torch.Generator().manual_seed(seed)
+    R, S = torch.randn(2, width, width, generator=generator).double() / math.sqrt(width)
+
+    def relu(X: Tensor) -> Tensor:
+        return torch.relu(rms_norm(X) @ R.to(X))
+
+    def swiglu(X: Tensor) -> Tensor:
+        n = rms_norm(X)
+        return torch.nn.functional.silu(n @ R.to(X)) * (n @ S.to(X))
+
+    FEATURES["|n(x)|"] = Feature(lambda X: rms_norm(X).abs())
+    FEATURES["relu(n(x) R)"] = Feature(relu)
+    FEATURES["swiglu(n(x) R)"] = Feature(swiglu)
+
+
+def main() -> None:
+    """Print a line for each set of features."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--start", type=int, default=12, help="first layer to remove")
+    parser.add_argument("--layers", type=int, default=7, help="how many to remove")
+    parser.add_argument("--corpora", nargs="+", default=["wiki", "pydoc"], help="of all windows")
+    parser.add_argument("--windows", type=int, default=16, help="to fit, of all corpora together")
+    parser.add_argument("--held-out", type=int, default=4, help="to judge by, likewise")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--weight", default="1/|y|", help="of a token")
+    parser.add_argument("--seed", type=int, default=0, help="of windows and random features")
+    options = parser.parse_args()
+    model, tokenizer = gl.load_model()
+    gap, width = gl.Boundary(options.start, options.start + options.layers), hidden_size(model)
+    add_features(width, options.seed)
+    regressors = [Regressor.parse(f"{features}; {options.weight}") for features in SETS]
+    parts: list[list[gl.Moments]] = []
+    for split, count in (("train", options.windows), ("test", options.held_out)):
+        each = count // len(options.corpora)
+        how = {"length": options.length, "count": each, "seed": options.seed}
+        moments = [gl.Moments(len(r.features) * width, width, regressor=str(r)) for r in regressors]
+        for corpus in options.corpora:
+            for ids in gl.token_windows(corpus, tokenizer, split=split, **how):
+                x, y = record(model, ids[None], gap).values()
+                for collected in moments:
+                    observe(collected, x[0], y[0])
+        parts.append(moments)
+    print(f"layers {gap.start} … {gap.stop - 1}, weight {options.weight}, seed {options.seed}")
+    print(f"{parts[0][0].tokens:,} tokens to fit, {parts[1][0].tokens:,} held out")
+    for fitted, held_out in zip(*parts, strict=True):
+        path = gl.ridge_path(fitted, held_out=held_out)
+        assert path.held_out_error is not None  # held-out moments were given
+        error, best = (path.held_out_error / held_out.nothing).min(0)
+        names = fitted.regressor.removesuffix(f"; {options.weight}")
+        print(f"{names:24} {float(error):.4f}   ridge {path.ridges[best]:.0e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
