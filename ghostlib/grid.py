@@ -285,34 +285,38 @@ def stored(name: str) -> dict[str, Any]:
     return found
 
 
-def table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """Rows of a grid: criterion, n, layers, repair, corpus, perplexity, dense perplexity.
+def scored(results: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows of what was scored: layers, repair, corpus, perplexity, dense perplexity.
 
     Args:
         results: the cells of a `Results` file.
     """
     dense = {corpus: _perplexity(losses) for corpus, losses in results["dense"].items()}
     rows = []
-    for key, value in results.items():
-        if not key.startswith("select "):
-            continue
-        _, criterion, n = key.split()
-        suffix = f" without {spell(value['layers'])}"
-        for scored, by_corpus in results.items():
-            if scored.endswith(suffix):
-                rows += [
-                    {
-                        "criterion": criterion,
-                        "n": int(n),
-                        "layers": spell(value["layers"]),
-                        "repair": scored.removesuffix(suffix),
-                        "corpus": corpus,
-                        "perplexity": _perplexity(losses),
-                        "dense": dense[corpus],
-                    }
-                    for corpus, losses in by_corpus.items()
-                ]
+    for key, by_corpus in results.items():
+        repair, found, layers = key.rpartition(" without ")
+        if found:
+            rows += [
+                {
+                    "layers": layers,
+                    "repair": repair,
+                    "corpus": corpus,
+                    "perplexity": _perplexity(losses),
+                    "dense": dense[corpus],
+                }
+                for corpus, losses in by_corpus.items()
+            ]
     return pd.DataFrame(rows)
+
+
+def table(results: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows of a grid: criterion and n, and what was `scored` of the layers they choose."""
+    chosen = []
+    for key, value in results.items():
+        if key.startswith("select "):
+            _, criterion, n = key.split()
+            chosen.append({"criterion": criterion, "n": int(n), "layers": spell(value["layers"])})
+    return pd.DataFrame(chosen).merge(scored(results), on="layers")
 
 
 def _perplexity(losses: Sequence[float]) -> float:
