@@ -87,14 +87,12 @@ class Trials:
     def _variant(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]
     ) -> PreTrainedModel:
-        if not layers:
-            return self.model
         # At the gap a folded scale is a scalar: the same function, and the layers before it stay.
         at_gap = {
             gap: replace(op, name="scalar") if op.name == "magnitude" else op
             for gap, op in operators.items()
         }
-        return operate(self.model, runs(layers, self.total), at_gap)
+        return operate(self.model, gaps_without(layers, self.total), at_gap)
 
     def _first_change(self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]) -> int:
         """Index of the first dense layer from which this variant differs from the base."""
