@@ -40,6 +40,7 @@ COLORS: Registry[str] = Registry(
         "two-branch-relative": "#54278f",
         "three-branch": "#6baed6",
         "three-branch-relative": "#08519c",
+        "auto": "#e7298a",
     },
 )
 
