@@ -19,7 +19,8 @@ import torch
 import ghostlib as gl
 from ghostlib import assets
 from ghostlib.boundaries import read_layers
-from ghostlib.grid import REPAIRS, Grid, Plan, blocks, table
+from ghostlib.grid import REPAIRS, Grid, Plan, blocks
+from ghostlib.gridfiles import table
 from ghostlib.models import num_layers
 from ghostlib.recipe import AUTO
 from ghostlib.results import Results

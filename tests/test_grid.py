@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import ghostlib as gl
 from ghostlib import grid as grids
-from ghostlib.boundaries import read_layers
-from ghostlib.grid import REPAIRS, Grid, Plan, blocks, spell, table
+from ghostlib.boundaries import read_layers, spell
+from ghostlib.grid import REPAIRS, Grid, Plan, blocks
+from ghostlib.gridfiles import stored, table
 from ghostlib.results import Results
 
 PLAN = Plan(
@@ -159,9 +160,9 @@ def test_other_corpora_can_be_scored(tmp_path):
 def test_settings_without_other_corpora_are_as_they_were():
     """So that files stored before go on."""
     model = tiny_model("llama")
-    stored = grids.stored("grid")["settings"]
+    known = stored("grid")["settings"]
     mine = json.loads(json.dumps(Plan().settings(model)))
-    assert mine == stored | {name: mine[name] for name in ("model", "dtype")}
+    assert mine == known | {name: mine[name] for name in ("model", "dtype")}
     assert "test_corpora" not in mine
     other = Plan(test_corpora=("wiki",)).settings(model)
     assert other == Plan().settings(model) | {"test_corpora": ["wiki"]}
@@ -241,7 +242,7 @@ def test_what_spells_no_layers_is_refused(bad):
 
 def test_the_stored_grid_is_whole_and_says_what_it_is_of(embedded):
     """What the notebooks show: every criterion, repair and depth, of the embedded model."""
-    found = grids.stored("grid")
+    found = stored("grid")
     assert found["settings"] == json.loads(json.dumps(Plan().settings(embedded[0])))
     rows = table(found["cells"])
     whole = rows.set_index(["criterion", "n", "repair", "corpus"])
@@ -250,7 +251,7 @@ def test_the_stored_grid_is_whole_and_says_what_it_is_of(embedded):
             for repair in REPAIRS:
                 for corpus in Plan().corpora:
                     assert math.isfinite(whole.perplexity[criterion, n, repair, corpus])
-    starts = grids.stored("starts")
+    starts = stored("starts")
     assert starts["settings"] == found["settings"]
     wanted = {f"{r} without {spell(b)}" for r in ("none", "ghost") for b in blocks(7, 30)}
     assert wanted <= set(starts["cells"])
