@@ -96,6 +96,20 @@ CLAIMS: dict[int, Claim] = {
         "A greedy search that scores repaired models finds better layers than the block by cosine",
         "ours",
     ),
+    27: Claim(
+        "A repair that reads the stream and its normalised copy, with errors weighted by 1 / norm, "
+        "beats ghost where ghost fails and where it does not",
+        "ours",
+    ),
+    28: Claim(
+        "The recipe is never worse than the better of no repair and ghost, wherever the block is",
+        "ours",
+    ),
+    29: Claim(
+        "With layers of its own choice the recipe is below ghost on the block by cosine",
+        "ours",
+    ),
+    30: Claim("Branches cost less than a third of a layer a boundary, and no time", "ours"),
 }
 
 
