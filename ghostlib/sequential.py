@@ -63,6 +63,7 @@ def fit_sequential(
     skip_leading: int = 0,
     batch_size: int = 1,
     streams: Mapping[int, Tensor] | None = None,
+    regressor: str | None = None,
     **options: Any,
 ) -> dict[Boundary, Operator]:
     """Solve one operator per boundary, in order, each on what the earlier ones let through.
@@ -78,6 +79,8 @@ def fit_sequential(
         operator: a name from `OPERATORS` that acts on the stream.
         attention_mask, skip_leading, batch_size: as in `calibrate`.
         streams: `dense_streams` at the first start and at every stop, where at hand.
+        regressor: what ``"branches"`` is solved from, such as ``"x, n(x); 1/|y|"``; the other
+            operators' names say it.
         options: passed on to the solver.
 
     Raises:
@@ -85,7 +88,7 @@ def fit_sequential(
             act on the stream; streams of other windows.
     """
     gaps = check_order(boundaries, num_layers(model))
-    regressor = REGRESSORS.get(operator, "stream")
+    regressor = regressor or REGRESSORS.get(operator, "stream")
     if regressor == "mlp":
         raise ValueError(f"{operator} does not act on the stream: fit it with fit='teacher'")
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
