@@ -22,6 +22,7 @@ from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
 from ghostlib.paper import published
 from ghostlib.protocol import corpus_perplexity
 from ghostlib.rank import RankPath, choose_rank, rank_path
+from ghostlib.recipe import Recipe
 from ghostlib.recovery import recover
 from ghostlib.results import Results
 from ghostlib.ridge import choose_ridge, cross_validate, ridge_path
@@ -43,6 +44,7 @@ __all__ = [
     "Moments",
     "Operator",
     "RankPath",
+    "Recipe",
     "Results",
     "Selection",
     "Settings",

@@ -99,3 +99,38 @@ def contiguous(n: int, num_layers: int) -> list[Boundary]:
             f"choose n between 1 and {num_layers - 1}"
         )
     return [Boundary(start, start + n) for start in range(num_layers - n + 1)]
+
+
+def spell(layers: Iterable[int]) -> str:
+    """Layers in short: runs as ``first–last``.
+
+    >>> spell([12, 13, 14, 17, 25, 26])
+    '12–14, 17, 25–26'
+    """
+    listed = list(layers)
+    return ", ".join(
+        f"{gap.start}–{gap.stop - 1}" if len(gap.removed) > 1 else f"{gap.start}"
+        for gap in runs(listed, max(listed, default=0) + 2)
+    )
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """What `spell` wrote, also with a plain hyphen, in ascending order.
+
+    >>> read_layers("12-14,17")
+    (12, 13, 14, 17)
+
+    Raises:
+        ValueError: anything else.
+    """
+    layers: list[int] = []
+    for part in text.replace("–", "-").split(","):
+        try:
+            first, *last = map(int, part.split("-", 1))
+            stop = (last or [first])[0] + 1
+            if stop <= first:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"layers {text!r} are not of the form 12-15,17,25-26") from None
+        layers += range(first, stop)
+    return tuple(sorted(layers))

@@ -17,7 +17,8 @@ import torch
 
 import ghostlib as gl
 from ghostlib import assets
-from ghostlib.grid import REPAIRS, Grid, Plan, blocks, read_layers, table
+from ghostlib.boundaries import read_layers
+from ghostlib.grid import REPAIRS, Grid, Plan, blocks, table
 from ghostlib.models import num_layers
 from ghostlib.results import Results
 from ghostlib.settings import Settings
@@ -145,6 +146,7 @@ def grid(options: argparse.Namespace) -> None:
     """Carry out ``ghostlib grid``; prints the table of perplexities."""
     for criterion in options.criteria:
         gl.CRITERIA[criterion]  # an unknown name is refused before the model is loaded
+    asked = [read_layers(text) for text in options.layers or ()]
     dtype = getattr(torch, options.dtype) if options.dtype else None
     model, tokenizer = gl.load_model(options.model, dtype=dtype, device=options.device)
     known = {field.name for field in fields(Plan)}
@@ -155,7 +157,6 @@ def grid(options: argparse.Namespace) -> None:
     results = Results.open(options.output, plan.settings(model))
     made = Grid(model, tokenizer, results, plan)
     if options.starts or options.layers:
-        asked = [read_layers(text) for text in options.layers or ()]
         asked += blocks(options.starts, num_layers(model)) if options.starts else []
         made.score(asked, options.repairs)
         print(f"{len(results.cells)} cells in {options.output}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.boundaries import Boundary, contiguous, runs
+from ghostlib.boundaries import Boundary, contiguous, runs, spell
 from ghostlib.calibration import calibrate
 from ghostlib.collector import Calibration
 from ghostlib.corpora import token_windows
@@ -199,14 +199,13 @@ class Grid:
             return {}
         if repair == AUTO:
             choice = self._recipe.choose(layers)
-            losses = {name: loss for (_, name), loss in choice.losses.items()}
-            value = {"repair": choice.repair, "losses": losses, "tokens": choice.tokens}
-            self.results.cell(f"choice for {spell(layers)}", partial(dict, value))
+            self.results.cell(f"choice for {spell(layers)}", lambda: choice.summary)
             return choice.operators
         assert self._pass is not None  # made by _prepare
         (name, regressor), gaps = _family(repair), self._gaps(layers)
         if repair.endswith(_SEQUENTIAL) and len(gaps) > 1:
-            return fit_sequential(self.model, self._train[0], gaps, name, streams=self._streams)
+            how: dict[str, Any] = {"streams": self._streams, "regressor": regressor}
+            return fit_sequential(self.model, self._train[0], gaps, name, **how)
         moments = self._pass.of(regressor)
         return {gap: solve(moments[gap], name) for gap in gaps}
 
@@ -227,44 +226,13 @@ def _family(repair: str) -> tuple[str, str]:
     try:
         return "branches", str(Regressor.parse(name))
     except ValueError:
-        OPERATORS[name]  # says what there is
+        OPERATORS[repair if name == AUTO else name]  # says what there is
         raise
 
 
 def blocks(n: int, total: int) -> list[Layers]:
     """Every contiguous choice of ``n`` layers."""
     return [tuple(gap.removed) for gap in contiguous(n, total)]
-
-
-def spell(layers: Iterable[int]) -> str:
-    """Layers in short: runs as ``first–last``.
-
-    >>> spell([12, 13, 14, 17, 25, 26])
-    '12–14, 17, 25–26'
-    """
-    gaps = runs(layers, max(layers := list(layers)) + 2)
-    return ", ".join(
-        f"{g.start}–{g.stop - 1}" if len(g.removed) > 1 else f"{g.start}" for g in gaps
-    )
-
-
-def read_layers(text: str) -> Layers:
-    """What `spell` wrote, also with a plain hyphen.
-
-    >>> read_layers("12-14,17")
-    (12, 13, 14, 17)
-
-    Raises:
-        ValueError: anything else.
-    """
-    layers: list[int] = []
-    for part in text.replace("–", "-").split(","):
-        try:
-            first, *last = map(int, part.split("-", 1))
-        except ValueError:
-            raise ValueError(f"layers {text!r} are not of the form 12-15,17,25-26") from None
-        layers += range(first, (last or [first])[0] + 1)
-    return tuple(layers)
 
 
 def _chosen(criterion: str, n: int) -> str:

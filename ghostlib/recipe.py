@@ -5,22 +5,28 @@ candidate, and the loss of the repaired model on them chooses among the candidat
 repair is one. What was chosen is then solved once more from all windows. Test text plays no part.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.boundaries import Boundary, runs
+from ghostlib.boundaries import Boundary, runs, spell
 from ghostlib.calibration import calibrate, check_windows
 from ghostlib.collector import Calibration
-from ghostlib.models import num_layers
+from ghostlib.features import Regressor
+from ghostlib.models import num_layers, stream_norm
 from ghostlib.moments import Moments
 from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve
 from ghostlib.progress import track
 from ghostlib.ridge import choose_ridge
 from ghostlib.selection import Layers, needed, select_layers
+from ghostlib.surgery import operate
 from ghostlib.trials import Trials
 
 AUTO = "auto"
@@ -32,6 +38,8 @@ CANDIDATES = ("ghost", "two-branch", "two-branch-relative")
 
 SHORTLIST = ("residual", "cosine", "block-influence")
 """Criteria that choose layers from one pass; the loss then decides between their choices."""
+
+TOO_FEW = "the recipe fits some windows and judges by others: give at least 2"
 
 HELD_OUT = 4096
 """Tokens kept out of the fit, or one window where that is longer."""
@@ -45,7 +53,7 @@ class Choice:
         layers: removed. repair: the name of its operators, or ``"none"``.
         operators: solved from all windows, by boundary. ridges: their relative ridges.
         losses: nats per token on the held-out calibration tokens, by layers and repair, each
-            solved without these tokens.
+            solved without these tokens; infinite where the repaired model gives NaN.
         tokens: how many they are.
     """
 
@@ -56,23 +64,34 @@ class Choice:
     losses: dict[tuple[Layers, str], float]
     tokens: int
 
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of the dense ``model`` without the layers and with the operators in place."""
+        return operate(model, runs(self.layers, num_layers(model)), self.operators)
+
+    @property
+    def rivals(self) -> dict[str, float]:
+        """The losses of all repairs for the layers chosen."""
+        return {name: loss for (ls, name), loss in self.losses.items() if ls == self.layers}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The choice in what JSON can hold: repair, losses for its layers, held-out tokens."""
+        losses = {k: loss if math.isfinite(loss) else None for k, loss in self.rivals.items()}
+        return {"repair": self.repair, "losses": losses, "tokens": self.tokens}
+
     def __str__(self) -> str:
         """The choice explained in one line."""
-        gaps = runs(self.layers, max(self.layers) + 2)
         spelt = ", ".join(
-            f"{gap.start}–{gap.stop - 1}"
-            + (f" (ridge {self.ridges[gap]:.0e})" if gap in self.ridges else "")
-            for gap in gaps
+            f"{spell(gap.removed)} (ridge {ridge:.0e})" for gap, ridge in self.ridges.items()
         )
         sets = len({layers for layers, _ in self.losses})
-        mine = sorted(
-            (loss, repair) for (ls, repair), loss in self.losses.items() if ls == self.layers
-        )
         return (
-            f"{AUTO}: {self.repair} for layers {spelt}"
+            f"{AUTO}: {self.repair} for layers {spelt or spell(self.layers)}"
             + (f", best of {sets} choices of layers" if sets > 1 else "")
             + f"; loss on {self.tokens:,} held-out calibration tokens: "
-            + ", ".join(f"{repair} {loss:.3f}" for loss, repair in mine)
+            + ", ".join(
+                f"{k} {loss:.3f}" for k, loss in sorted(self.rivals.items(), key=itemgetter(1))
+            )
         )
 
 
@@ -87,7 +106,8 @@ class Recipe:
         batch_size: windows per forward pass.
 
     Raises:
-        ValueError: fewer than two windows, no candidate, or one that is unknown or of another kind.
+        ValueError: fewer than two windows, no candidate, or one that is unknown, of another kind or
+            without ground in this architecture.
     """
 
     def __init__(
@@ -100,7 +120,7 @@ class Recipe:
     ) -> None:
         check_windows(model, windows)
         if len(windows) < 2:
-            raise ValueError("the recipe fits some windows and judges by others: give at least 2")
+            raise ValueError(TOO_FEW)
         if not candidates:
             raise ValueError(f"no candidate to choose from: name one, such as {CANDIDATES[-1]!r}")
         for name in candidates:
@@ -110,14 +130,18 @@ class Recipe:
                     f"the recipe cannot choose {name}: its candidates are 'ghost' and operators "
                     f"with features or token weights, such as {CANDIDATES[-1]!r}"
                 )
-        self.model, self.candidates, self.batch_size = model, tuple(candidates), batch_size
+        self.regressors = {name: REGRESSORS.get(name, "stream") for name in candidates}
+        _check_ground(model, self.regressors.values())
+        self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
         kept_out = torch.zeros(len(windows), dtype=torch.bool)
         kept_out[[(2 * i + 1) * len(windows) // (2 * count) for i in range(count)]] = True
         self.fitted, self.judges = windows[~kept_out], windows[kept_out]
-        self.total = num_layers(model)
         self._statistics: dict[Boundary, tuple[Calibration, Calibration]] = {}
-        self._trials: Trials | None = None
+
+    @cached_property
+    def _trials(self) -> Trials:
+        return Trials(self.model, self.judges, batch_size=self.batch_size)
 
     def shortlist(self, n: int) -> list[Layers]:
         """What each of `SHORTLIST` would remove, from one pass over the fitted windows."""
@@ -130,46 +154,60 @@ class Recipe:
         """Collect in one pass what all of ``choices`` will be solved from."""
         gaps = {gap for layers in choices for gap in runs(layers, self.total)}
         if missing := sorted(gaps - set(self._statistics)):
-            regressors = {REGRESSORS.get(name, "stream") for name in self.candidates}
-            fit, held_out = (
-                calibrate(
-                    self.model, part, missing, regressors=regressors, batch_size=self.batch_size
-                )
-                for part in (self.fitted, self.judges)
-            )
+            how: dict[str, Any] = {"batch_size": self.batch_size}
+            how["regressors"] = set(self.regressors.values())
+            fit = calibrate(self.model, self.fitted, missing, **how)
+            held_out = calibrate(self.model, self.judges, missing, **how)
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
 
     def choose(self, layers: Iterable[int] | int) -> Choice:
-        """The best candidate for ``layers``, or for the best on the `shortlist` of so many."""
+        """The best candidate for ``layers``, or for the best on the `shortlist` of so many.
+
+        Raises:
+            ValueError: layers that cannot be removed; every candidate, no repair too, gives NaN.
+        """
         asked = self.shortlist(layers) if isinstance(layers, int) else [tuple(sorted(layers))]
         self.collect(asked)
-        if self._trials is None:
-            self._trials = Trials(self.model, self.judges, batch_size=self.batch_size)
         losses: dict[tuple[Layers, str], float] = {}
         ridges: dict[tuple[Layers, str], dict[Boundary, float]] = {}
-        todo = [(layers, repair) for layers in asked for repair in (NONE, *self.candidates)]
+        todo = [(layers, repair) for layers in asked for repair in (NONE, *self.regressors)]
         for key in track(todo, "choosing", unit="repair"):
             layers, repair = key
-            gaps = runs(layers, self.total) if repair != NONE else []
-            ridges[key] = {gap: self._ridge(gap, repair) for gap in gaps}
-            found = {gap: self._solve(gap, repair, r) for gap, r in ridges[key].items()}
-            losses[key] = self._trials.loss(layers, found)
+            parts = self._moments(layers, repair)
+            fits = {gap: fit for gap, (fit, _) in parts.items()}
+            ridges[key] = {gap: choose_ridge(fits[gap], held_out=parts[gap][1]) for gap in parts}
+            loss = self._trials.loss(layers, _solve(fits, repair, ridges[key]))
+            losses[key] = math.inf if math.isnan(loss) else loss
         best = min(losses, key=lambda key: losses[key])  # ties: the fewest numbers, named first
+        if math.isinf(losses[best]):
+            raise ValueError(
+                "every candidate of the recipe, and no repair too, gives NaN or an infinite loss: "
+                "try a wider dtype (bfloat16 or float32), or other windows"
+            )
         layers, repair = best
-        final = {gap: self._solve(gap, repair, r, again=True) for gap, r in ridges[best].items()}
-        tokens = self.judges.numel()
-        return Choice(layers, repair, final, ridges[best], losses, tokens)
+        whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
+        final = _solve(whole, repair, ridges[best])
+        return Choice(layers, repair, final, ridges[best], losses, self.judges.numel())
 
-    def _ridge(self, gap: Boundary, repair: str) -> float:
-        fit, held_out = self._moments(gap, repair)
-        return choose_ridge(fit, held_out=held_out)
+    def _moments(self, layers: Layers, repair: str) -> dict[Boundary, tuple[Moments, Moments]]:
+        """Those that ``repair`` is solved from, of the fitted and of the held-out windows."""
+        found = {}
+        for gap in runs(layers, self.total) if repair != NONE else ():
+            fit, judge = (part.of(self.regressors[repair]) for part in self._statistics[gap])
+            found[gap] = (fit[gap], judge[gap])
+        return found
 
-    def _solve(self, gap: Boundary, repair: str, ridge: float, again: bool = False) -> Operator:
-        """From the fitted windows, or ``again`` from all."""
-        fit, held_out = self._moments(gap, repair)
-        return solve(fit + held_out if again else fit, repair, relative_ridge=ridge)
 
-    def _moments(self, gap: Boundary, repair: str) -> tuple[Moments, Moments]:
-        regressor = REGRESSORS.get(repair, "stream")
-        fit, held_out = self._statistics[gap]
-        return fit.of(regressor)[gap], held_out.of(regressor)[gap]
+def _solve(
+    moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, float]
+) -> dict[Boundary, Operator]:
+    return {gap: solve(m, repair, relative_ridge=ridges[gap]) for gap, m in moments.items()}
+
+
+def _check_ground(model: PreTrainedModel, regressors: Iterable[str]) -> None:
+    """Refuse normalised features, before any pass, where layers read the stream without a norm."""
+    if any(r != "stream" and Regressor.parse(r).normalised for r in regressors):
+        try:
+            stream_norm(model)
+        except ValueError as error:
+            raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None

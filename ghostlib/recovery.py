@@ -72,7 +72,7 @@ def recover(
             )
         choice = Recipe(model, calibration, batch_size=batch_size, **options).choose(layers)
         print(choice)
-        return operate(model, runs(choice.layers, num_layers(model)), choice.operators)
+        return choice.apply(model)
     if isinstance(layers, int):
         raise ValueError(
             f"layers must name the layers to remove, got the number {layers}: choose them with "
