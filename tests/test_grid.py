@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from conftest import LAYERS, VOCABULARY, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ghostlib as gl
 from ghostlib import grid as grids
+from ghostlib.boundaries import read_layers
 from ghostlib.grid import REPAIRS, Grid, Plan, blocks, spell, table
 from ghostlib.results import Results
 
@@ -81,6 +85,88 @@ def test_every_cell_equals_the_public_functions(tmp_path):
     assert "ghost without 0–1" in grid.results.cells
 
 
+def test_what_the_recipe_chose_is_kept_beside_its_cell(tmp_path, monkeypatch):
+    """One choice for each set of layers, from the statistics of one pass for all of them."""
+    passes, collect = [], grids.Recipe.collect
+
+    def counted(self, choices):
+        choices = list(choices)
+        passes.append(sorted(set(choices) - set(passes[0] if passes else ())))
+        collect(self, choices)
+
+    monkeypatch.setattr(grids.Recipe, "collect", counted)
+    model = tiny_model("llama")
+    grid = opened(tmp_path / "grid.json", model)
+    sets = [(1, 2), (1, 4)]
+    grid.score(sets, ["none", "auto"])
+    assert passes == [sets, [], []], "all at once, and nothing is left for each"
+    calib, test = PLAN.train(None)[0], PLAN.test(None)
+    for layers in sets:
+        choice = gl.Recipe(model, calib).choose(layers)
+        kept = grid.results.cells[f"choice for {spell(layers)}"]
+        assert kept["repair"] == choice.repair and kept["tokens"] == 48
+        assert kept["losses"] == pytest.approx(choice.rivals, rel=1e-6)
+        mine = grid.results.cells[f"auto without {spell(layers)}"]
+        expected = gl.window_losses(choice.apply(model), test)
+        assert mine["wiki"] + mine["pydoc"] == pytest.approx(expected.tolist(), rel=1e-5)
+    before = grid.results.path.read_bytes()
+    monkeypatch.setattr(grids, "Recipe", None)
+    opened(tmp_path / "grid.json", model).score(sets, ["none", "auto"])
+    assert grid.results.path.read_bytes() == before
+
+
+def test_a_repair_may_be_what_it_is_solved_from(tmp_path):
+    """A regressor's text is the operator of that name; with ``sequential`` behind it too."""
+    grid = opened(tmp_path / "grid.json", tiny_model("llama"))
+    named, text, free = "two-branch-relative", "x, n(x); 1/|y|", "n(x); 1/|y|^0.5"
+    repairs = [named, text, f"{named} sequential", f"{text} sequential", free, "none"]
+    grid.score([(1, 4)], repairs)
+    cells = {r: grid.results.cells[f"{r} without 1, 4"]["wiki"] for r in repairs}
+    assert cells[text] == pytest.approx(cells[named])
+    assert cells[f"{text} sequential"] == pytest.approx(cells[f"{named} sequential"])
+    assert cells[free] != pytest.approx(cells["none"], rel=1e-3)
+    calib, gaps = PLAN.train(None)[0], gl.runs((1, 4), LAYERS)
+    stats = gl.calibrate(grid.model, calib, gaps, regressors=[free]).of(free)
+    operators = {gap: gl.solve(stats[gap], "branches") for gap in gaps}
+    variant = gl.recover(grid.model, {}, (1, 4), operators)
+    expected = gl.window_losses(variant, PLAN.test(None)[:2]).tolist()
+    assert cells[free] == pytest.approx(expected, rel=1e-5)
+    for bad in ("x, n(y)", "x; 1/|z|", "auto sequential"):
+        with pytest.raises(ValueError, match=f"unknown operator {re.escape(repr(bad))}"):
+            grid.score([(2,)], [bad])
+
+
+def test_other_corpora_can_be_scored(tmp_path):
+    """Calibration and selection windows stay those of ``corpora``."""
+    plan = Plan(**{**vars(PLAN), "test_corpora": ("longer name",)})
+    model = tiny_model("llama")
+    assert plan.scored == ("longer name",) and PLAN.scored == PLAN.corpora
+    for mine, theirs in zip(plan.train(None), PLAN.train(None), strict=True):
+        assert torch.equal(mine, theirs)
+    windows = plan.test(None)
+    assert windows.shape == (2, 16) and not torch.equal(windows, PLAN.test(None)[:2])
+    grid = opened(tmp_path / "grid.json", model, plan)
+    grid.score([(2, 3)], ["ghost"])
+    variant = gl.recover(model, PLAN.train(None)[0], (2, 3))
+    for key, scored in (("dense", model), ("ghost without 2–3", variant)):
+        assert list(grid.results.cells[key]) == ["longer name"]
+        expected = gl.window_losses(scored, windows).tolist()
+        assert grid.results.cells[key]["longer name"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="other settings: test_corpora"):
+        opened(tmp_path / "grid.json", model)
+
+
+def test_settings_without_other_corpora_are_as_they_were():
+    """So that files stored before go on."""
+    model = tiny_model("llama")
+    stored = grids.stored("grid")["settings"]
+    mine = json.loads(json.dumps(Plan().settings(model)))
+    assert mine == stored | {name: mine[name] for name in ("model", "dtype")}
+    assert "test_corpora" not in mine
+    other = Plan(test_corpora=("wiki",)).settings(model)
+    assert other == Plan().settings(model) | {"test_corpora": ["wiki"]}
+
+
 def test_an_interrupted_grid_goes_on_and_computes_nothing_twice(tmp_path, monkeypatch):
     model, path = tiny_model("llama"), tmp_path / "grid.json"
     whole = opened(tmp_path / "whole.json", model)
@@ -135,7 +221,22 @@ def test_unknown_repairs_and_criteria_are_named(tmp_path):
 def test_layers_are_spelt_in_runs():
     assert spell([12, 13, 14, 17, 25, 26]) == "12–14, 17, 25–26"
     assert spell((3,)) == "3"
+    assert spell(iter([4, 2, 3])) == "2–4", "in any order, and read once"
+    with pytest.raises(ValueError, match="no layer"):
+        spell([])
     assert math.isclose(len(blocks(7, 30)), 24)
+
+
+@given(st.sets(st.integers(0, 40), min_size=1).map(lambda s: tuple(sorted(s))))
+def test_spelt_layers_are_read_back(layers):
+    assert read_layers(spell(layers)) == read_layers(spell(layers).replace("–", "-")) == layers
+
+
+@pytest.mark.parametrize("bad", ["", "a", "12-", "-3", "12,,13", "12-14-16", "15-12", "1.5", "3;4"])
+def test_what_spells_no_layers_is_refused(bad):
+    assert read_layers("17, 12-14") == (12, 13, 14, 17)
+    with pytest.raises(ValueError, match=f"layers {re.escape(repr(bad))} are not of the form"):
+        read_layers(bad)
 
 
 def test_the_stored_grid_is_whole_and_says_what_it_is_of(embedded):
