@@ -2,6 +2,7 @@
 
 ghostlib fetch
 ghostlib recover smollm2 out-folder --n 7 --operator ghost --corpus wiki
+ghostlib recover smollm2 out-folder --n 7 --operator auto
 ghostlib grid results/grid.json --n 3 5 7
 ghostlib evaluate results/evaluation.json --n 5 7 9 --limit 100
 """
@@ -20,6 +21,7 @@ from ghostlib import assets
 from ghostlib.boundaries import read_layers
 from ghostlib.grid import REPAIRS, Grid, Plan, blocks, table
 from ghostlib.models import num_layers
+from ghostlib.recipe import AUTO
 from ghostlib.results import Results
 from ghostlib.settings import Settings
 from ghostlib.tables import report
@@ -41,9 +43,12 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
     make.add_argument("output", help="new folder for the recovered model and its tokenizer")
     make.add_argument("--n", type=int, default=7, help="number of layers to remove")
-    make.add_argument("--criterion", default="cosine", help=", ".join(gl.CRITERIA))
+    names = ", ".join(gl.CRITERIA)
+    make.add_argument("--criterion", help=f"{names}; by default cosine, with auto the recipe's own")
     make.add_argument("--layers", type=int, nargs="+", help="remove these instead of choosing")
-    make.add_argument("--operator", default="ghost", help=", ".join(gl.OPERATORS))
+    names = ", ".join(gl.OPERATORS)
+    text = f"{names}; or auto: a recipe chooses on calibration windows kept out of the fit"
+    make.add_argument("--operator", default="ghost", help=text)
     make.add_argument("--relative-ridge", type=float, help="ridge in units of the mean eigenvalue")
     make.add_argument("--rank", type=int, help="of low-rank and branch operators")
     make.add_argument("--fit", default="teacher", help="teacher or sequential, for several gaps")
@@ -117,7 +122,8 @@ def _add_evaluate(commands: Any) -> None:
     add("device_map", "as for transformers; by default auto where there is a GPU")
     add("criterion", f"how to choose layers: {', '.join(gl.CRITERIA)}")
     add("n", "how many layers to remove, each in turn", int, "+")
-    add("operators", f"pruned (no repair), {', '.join(gl.OPERATORS)}", several="+")
+    names = f"pruned (no repair), {', '.join(gl.OPERATORS)}, auto (a recipe chooses)"
+    add("operators", names, several="+")
     add("calibration", f"train splits of {', '.join(gl.CORPORA)}, hub id or file", several="+")
     add("windows", "calibration windows, which the corpora share evenly", int)
     add("length", "tokens of a calibration window", int)
@@ -172,6 +178,7 @@ def recover(options: argparse.Namespace) -> None:
     """Carry out ``ghostlib recover``; prints one line a step."""
     if os.path.isdir(options.output) and os.listdir(options.output):
         raise FileExistsError(f"output folder {options.output} is not empty: name a new one")
+    how = _solver_options(options)  # refused before the model is loaded
     dtype = getattr(torch, options.dtype) if options.dtype else None
     model, tokenizer = gl.load_model(options.model, dtype=dtype, device=options.device)
     drawn = {"length": options.length, "seed": options.seed}
@@ -179,11 +186,16 @@ def recover(options: argparse.Namespace) -> None:
     test = gl.token_windows(
         options.corpus, tokenizer, split="test", count=options.test_windows, **drawn
     )
-    layers = options.layers or gl.select_layers(model, calib, options.n, options.criterion)
+    auto, layers = options.operator == AUTO, options.layers
+    if not layers and not (auto and options.criterion is None):
+        layers = gl.select_layers(model, calib, options.n, options.criterion or "cosine")
+    if auto:
+        choice = gl.Recipe(model, calib).choose(layers or options.n)
+        print(choice)
+        layers, recovered = choice.layers, choice.apply(model)
     print(f"removing layers {', '.join(map(str, layers))}")
-    asked = {"relative_ridge": options.relative_ridge, "rank": options.rank}
-    how = {name: value for name, value in asked.items() if value is not None}
-    recovered = gl.recover(model, calib, layers, options.operator, fit=options.fit, **how)
+    if not auto:
+        recovered = gl.recover(model, calib, layers, options.operator, fit=options.fit, **how)
     for name, scored in (
         ("dense", model),
         ("pruned", gl.prune(model, layers)),
@@ -193,6 +205,18 @@ def recover(options: argparse.Namespace) -> None:
     recovered.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print(f"saved to {options.output}; load it after `import ghostlib`")
+
+
+def _solver_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What was said of the solver, and is refused where the recipe chooses."""
+    asked = {"relative_ridge": options.relative_ridge, "rank": options.rank}
+    how = {name: value for name, value in asked.items() if value is not None}
+    if options.operator == AUTO and (how or options.fit != "teacher"):
+        raise ValueError(
+            "--operator auto chooses the ridge itself, with full rank and the dense model's text: "
+            "leave out --relative-ridge, --rank and --fit"
+        )
+    return how
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

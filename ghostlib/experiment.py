@@ -24,6 +24,7 @@ from ghostlib.models import num_layers
 from ghostlib.operators import OPERATORS, REGRESSORS
 from ghostlib.progress import track
 from ghostlib.protocol import PUBLISHED, corpus_perplexity
+from ghostlib.recipe import AUTO, Recipe
 from ghostlib.recovery import recover
 from ghostlib.results import Results
 from ghostlib.selection import CRITERIA, Layers, needed, select_several
@@ -52,7 +53,8 @@ def evaluate(
 
     Returns:
         Its `Results`. Cells hold the ``layers`` removed for an n, or an ``operator``, its ``n`` (0
-        for the dense model) and either a ``perplexity`` or the ``scores`` of a task's parts.
+        for the dense model) and either a ``perplexity`` or the ``scores`` of a task's parts. What
+        ``"auto"`` chose for an n is printed, and kept under ``"choice n=…"``.
 
     Raises:
         ValueError: a file of other settings, unknown tasks, and what the steps refuse.
@@ -92,6 +94,8 @@ class _Evaluation:
         if not self.todo:
             return
         check_tasks(self.settings.tasks)  # not after hours
+        if any(name == AUTO for name, _ in self.todo):
+            _ = self._recipe  # refuses models without a norm to read
         for operator, n in track(self.todo, "evaluating", unit="model"):
             if operator == DENSE:
                 self._measure(self.model, operator, n)
@@ -123,6 +127,12 @@ class _Evaluation:
         layers = self._layers[n]
         if operator == PRUNED:
             return prune(self.model, layers)
+        if operator == AUTO:
+            self._recipe.collect(self._layers[n] for name, n in self.todo if name == AUTO)
+            choice = self._recipe.choose(layers)
+            print(f"n = {n}, {choice}")
+            self.results.cell(f"choice n={n}", lambda: choice.summary)
+            return choice.apply(self.model)
         name = operator.removesuffix(SEQUENTIAL)
         if name != operator:
             return recover(self.model, self._windows, layers, name, fit="sequential")
@@ -131,6 +141,10 @@ class _Evaluation:
     @cached_property
     def _windows(self) -> Tensor:
         return self.settings.calibration_windows(self.tokenizer)
+
+    @cached_property
+    def _recipe(self) -> Recipe:
+        return Recipe(self.model, self._windows)
 
     @cached_property
     def _statistics(self) -> Calibration:

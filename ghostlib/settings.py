@@ -13,6 +13,7 @@ from ghostlib.corpora import find, token_windows
 from ghostlib.loading import load_model
 from ghostlib.models import fingerprint
 from ghostlib.operators import OPERATORS
+from ghostlib.recipe import AUTO, TOO_FEW
 from ghostlib.selection import CRITERIA
 from ghostlib.tasks import EMBEDDED
 
@@ -28,8 +29,8 @@ class Settings:
             as the model was saved. device_map: as for transformers; by default ``"auto"`` where
             there is a GPU.
         criterion: how layers are chosen, from `CRITERIA`. n: how many, one or several.
-        operators: from `OPERATORS`; ``"pruned"`` is no repair, and ``"ghost sequential"`` is fitted
-            to what the earlier repairs let through.
+        operators: from `OPERATORS`; ``"pruned"`` is no repair, ``"ghost sequential"`` is fitted to
+            what the earlier repairs let through, and ``"auto"`` is what a `Recipe` chooses.
         calibration: corpora; their train splits share the windows evenly.
         windows, length: how many calibration windows in all, of how many tokens.
         selection_windows: how many of these choose the layers, from all corpora; None for all.
@@ -75,8 +76,9 @@ class Settings:
             raise ValueError(f"unknown dtype {self.dtype!r}: use float32, bfloat16 or float16")
         CRITERIA[self.criterion]
         for operator in self.operators:
-            if operator != PRUNED:
-                OPERATORS[operator.removesuffix(SEQUENTIAL)]
+            if operator not in (PRUNED, AUTO):
+                name = operator.removesuffix(SEQUENTIAL)
+                OPERATORS[operator if name == AUTO else name]
         for corpus in (*self.calibration, *self.perplexity):
             find(corpus)
         if not self.calibration or not (self.perplexity or self.tasks):
@@ -89,6 +91,8 @@ class Settings:
                     f"{name} = {count} must lie between {least} (a window of each corpus) and "
                     f"{max(self.windows, least)}"
                 )
+        if AUTO in self.operators and self.windows < 2:
+            raise ValueError(f"windows = {self.windows}: {TOO_FEW}")
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, in its dtype and place, and its tokenizer; see `load_model`."""

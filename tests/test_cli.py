@@ -4,9 +4,11 @@ import json
 import runpy
 
 import pytest
-from conftest import LAYERS, VOCABULARY, tiny_model
+import torch
+from conftest import LAYERS, VOCABULARY, tiny_model, tiny_windows
 from transformers import AutoModelForCausalLM
 
+import ghostlib as gl
 from ghostlib import assets
 from ghostlib.cli import main
 
@@ -34,8 +36,39 @@ def test_recover_saves_a_model_that_loads(folder, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "layers"),
+    [([], 2), (["--layers", "1", "3"], [1, 3]), (["--criterion", "taylor"], None)],
+)
+def test_recover_by_the_recipe(folder, capsys, options, layers):
+    """Without layers or a criterion it chooses the layers as well."""
+    out = folder / "out"
+    small = ["--n", "2", "--windows", "6", "--length", "64", "--test-windows", "1"]
+    options = [*small, "--operator", "auto", "--dtype", "float32", *options]
+    assert main(["recover", str(folder / "tiny"), str(out), *options]) == 0
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("auto: ")]
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert again.config.num_hidden_layers == LAYERS - 2
+    model, tokenizer = gl.load_model(str(folder / "tiny"))
+    calib = gl.token_windows("wiki", tokenizer, length=64, count=6)
+    choice = gl.Recipe(model, calib).choose(layers or gl.select_layers(model, calib, 2, "taylor"))
+    assert line == str(choice)
+    assert f"removing layers {', '.join(map(str, choice.layers))}\n" in printed
+    assert printed.index(line) < printed.index("removing layers")
+    assert printed.count("held-out perplexity") == 3 and "auto: held-out perplexity" in printed
+    ids = tiny_windows(2, 16)
+    with torch.no_grad():
+        expected = choice.apply(model)(ids).logits
+        torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--operator", "auto"], "give at least 2"),
+        (["--operator", "auto", "--relative-ridge", "1e-3"], "leave out --relative-ridge"),
+        (["--operator", "auto", "--rank", "4"], "leave out --relative-ridge, --rank and --fit"),
+        (["--operator", "auto", "--fit", "sequential"], "leave out --relative-ridge, --rank and"),
         (["--operator", "gost"], "did you mean 'ghost'"),
         (["--criterion", "cosin"], "did you mean 'cosine'"),
         (["--corpus", "wikki"], "wiki"),
@@ -72,6 +105,26 @@ def test_grid_prints_its_table_and_goes_on(folder, capsys):
     assert sum(key.startswith("magnitude without") and "–" in key for key in cells) >= 3
 
 
+def test_grid_scores_given_layers_on_other_corpora(folder, capsys):
+    out, text = folder / "grid.json", folder / "mine.txt"
+    text.write_text("\n\n".join(f"Paragraph {i} of a text of my own." for i in range(400)))
+    options = ["--model", str(folder / "tiny"), "--layers", "1-2,4", "3", "--dtype", "float32"]
+    options += ["--repairs", "none", "auto", "x, n(x)", "--test-corpora", str(text)]
+    options += ["--calibration-count", "2", "--calibration-length", "64"]
+    options += ["--test-count", "2", "--test-length", "32"]
+    assert main(["grid", str(out), *options]) == 0
+    assert "9 cells in" in capsys.readouterr().out
+    whole = json.loads(out.read_text())
+    assert whole["settings"]["test_corpora"] == ["mine.txt"]
+    keys = {f"{r} without {ls}" for r in ("none", "auto", "x, n(x)") for ls in ("1–2, 4", "3")}
+    choices = {"choice for 1–2, 4", "choice for 3"}
+    assert whole["cells"].keys() == {"dense"} | keys | choices
+    assert all(list(whole["cells"][key]) == ["mine.txt"] for key in keys)
+    assert main(["grid", str(folder / "new.json"), *options, "--layers", "3-"]) == 2
+    assert "layers '3-' are not of the form 12-15,17,25-26" in capsys.readouterr().err
+    assert not (folder / "new.json").exists()
+
+
 def test_grid_refuses_a_file_of_other_settings(folder, capsys):
     out = folder / "grid.json"
     options = ["--model", str(folder / "tiny"), "--starts", "5", "--repairs", "none"]
@@ -102,4 +155,4 @@ def test_help_and_module_entry(capsys, monkeypatch):
         runpy.run_module("ghostlib", run_name="__main__")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "--operator" in shown and "linearpatch-d" in shown
+    assert "--operator" in shown and "linearpatch-d" in shown and "auto: a recipe" in shown

@@ -193,6 +193,44 @@ def test_operators_with_branches_are_served(folder, tmp_path, monkeypatch):
             assert rows[name, n, "one.txt"] == pytest.approx(found.perplexity, rel=1e-5)
 
 
+def test_the_recipe_is_served(folder, tmp_path, monkeypatch, capsys):
+    """Beside other operators, from one collection for all depths; its choice is kept and told."""
+    passes, original = [], gl.calibrate
+
+    def counted(model, windows, boundaries, **how):
+        passes.append(len(windows))
+        return original(model, windows, boundaries, **how)
+
+    monkeypatch.setattr("ghostlib.recipe.calibrate", counted)
+    plan = settings(folder, n=[1, 2], operators=["pruned", "auto"], tasks=[])
+    model, tokenizer = plan.load()
+    path = tmp_path / "evaluation.json"
+    cells = evaluate(model, tokenizer, plan, path).cells
+    assert passes == [3, 2], "the fitted windows and those kept out, once"
+    rows = perplexities(cells).set_index(["operator", "n", "corpus"])["perplexity"]
+    windows, printed = plan.calibration_windows(tokenizer), capsys.readouterr().out
+    for n in (1, 2):
+        choice = gl.Recipe(model, windows).choose(cells[f"layers n={n}"]["layers"])
+        assert f"n = {n}, {choice}\n" in printed
+        kept = cells[f"choice n={n}"]
+        assert kept["repair"] == choice.repair and kept["losses"] == pytest.approx(choice.rivals)
+        variant = choice.apply(model)
+        found = gl.corpus_perplexity(variant, tokenizer, plan.perplexity[0], length=16, count=3)
+        assert rows["auto", n, "one.txt"] == pytest.approx(found.perplexity, rel=1e-5)
+        assert f"auto n={n} / perplexity of one.txt" in cells
+    assert "auto, n = 2" in report(cells)
+    monkeypatch.setattr(experiment, "Recipe", None)
+    assert evaluate(model, tokenizer, plan, path).cells == cells
+
+
+def test_what_the_recipe_refuses_ends_the_run_before_it_computes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "corpus_perplexity", None)
+    model = tiny_model("olmo2", vocab_size=len(TOKENIZER))
+    plan = settings(folder, operators="auto", tasks=[])
+    with pytest.raises(ValueError, match=r"candidates=\('ghost', 'ghost-relative'\)"):
+        evaluate(model, TOKENIZER, plan, tmp_path / "evaluation.json")
+
+
 @pytest.mark.parametrize("criterion", ["block-influence", "perplexity", "residual"])
 def test_every_kind_of_criterion_chooses_as_alone(criterion, folder, tmp_path):
     plan = settings(
@@ -223,6 +261,12 @@ def test_other_settings_are_refused(done, folder):
     ("changes", "message"),
     [
         ({"operators": ["gost"]}, "did you mean 'ghost'"),
+        ({"operators": ["gost sequential"]}, "did you mean 'ghost'"),
+        ({"operators": ["auto sequential"]}, "unknown operator 'auto sequential'"),
+        (
+            {"operators": "auto", "calibration": ["wiki"], "windows": 1, "selection_windows": 1},
+            "windows = 1: the recipe fits some windows and judges by others: give at least 2",
+        ),
         ({"criterion": "cosin"}, "did you mean 'cosine'"),
         ({"calibration": ["wikki"]}, "wiki"),
         ({"perplexity": ["wikki"]}, "wiki"),
