@@ -28,6 +28,7 @@ from ghostlib.features import (
 )
 from ghostlib.models import receiver, stream_norm
 from ghostlib.operators import REGRESSORS, solve
+from ghostlib.ridge import RIDGES
 from ghostlib.trials import Trials
 
 GAP = gl.Boundary(2, 4)
@@ -247,6 +248,26 @@ def test_order_and_number_of_tokens_change_nothing(seed, name, how, copies) -> N
     torch.testing.assert_close(other.W, one.W, rtol=1e-6, atol=1e-6)
     together = moments_of(REGRESSORS[name], parts[0]) + moments_of(REGRESSORS[name], *parts[1:])
     torch.testing.assert_close(solve(together, name, **how).W, one.W, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, st.sampled_from(BRANCHED), st.floats(-3, 3))
+def test_no_choice_of_a_ridge_depends_on_scale_basis_or_order(seed, name, exponent) -> None:
+    """Held-out errors along the path, in units of doing nothing, and so the ridge chosen."""
+    pairs = [[streams(seed + k, tokens=40) for k in part] for part in ((0, 1, 2), (3, 4))]
+    R = 10**exponent * rotation(seed)
+    turned = [[(X @ R, Y @ R) for X, Y in reversed(part)] for part in pairs]
+    if "prev" not in REGRESSORS[name]:
+        turned = [[(X.flip(0), Y.flip(0)) for X, Y in part] for part in turned]
+    chosen, paths = [], []
+    for parts in (pairs, turned):
+        train, held_out = (moments_of(REGRESSORS[name], *part) for part in parts)
+        path = gl.ridge_path(train, held_out=held_out)
+        assert path.held_out_error is not None
+        paths.append(path.held_out_error / held_out.nothing)
+        chosen.append(RIDGES.index(gl.choose_ridge(train, held_out=held_out)))
+    torch.testing.assert_close(paths[0], paths[1], rtol=1e-6, atol=1e-9)
+    assert paths[0][chosen[1]] == pytest.approx(float(paths[0][chosen[0]]), rel=1e-6)
 
 
 def test_where_every_token_is_massive_there_is_nothing_special() -> None:
