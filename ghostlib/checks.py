@@ -32,7 +32,7 @@ def warn_of_massive_activations(moments: Mapping[Boundary, Moments], operator: s
                 f"boundary {boundary}: {share:.0f} of {found.tokens} tokens own the squared error "
                 f"that {operator} minimises (massive activations born in the removed layers), so "
                 "the others may fare worse than without repair: use operator="
-                "'two-branch-relative', which weighs each token by 1/|y|, or skip_leading=1",
+                "'two-branch-relative', which weighs each token by 1/|y|, or operator='auto'",
                 MassiveActivationWarning,
                 stacklevel=3,
             )

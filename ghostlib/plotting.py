@@ -35,11 +35,13 @@ COLORS: Registry[str] = Registry(
         "replaceme": "#a65628",
         "replaceme-cosine": "#d8a27f",
         "ghost sequential": "#3cb371",
+        "ghost skip-leading": "#b2df8a",
         "ghost-relative": "#4daf4a",
         "two-branch": "#984ea3",
         "two-branch-relative": "#54278f",
         "three-branch": "#6baed6",
         "three-branch-relative": "#08519c",
+        "branches": "#a1558a",
         "auto": "#e7298a",
     },
 )
