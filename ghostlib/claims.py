@@ -96,6 +96,16 @@ CLAIMS: dict[int, Claim] = {
         "A greedy search that scores repaired models finds better layers than the block by cosine",
         "ours",
     ),
+    25: Claim(
+        "Over a block in which the giant is born, the unconstrained optimum can be far worse than "
+        "no repair",
+        "ours",
+    ),
+    26: Claim(
+        "There a normalised copy of the stream and weights by the inverse norm together bring "
+        "perplexity to less than a third of the optimum's",
+        "ours",
+    ),
     27: Claim(
         "A repair that reads the stream and its normalised copy, with errors weighted by 1 / norm, "
         "beats ghost where ghost fails and where it does not",
