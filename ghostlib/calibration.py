@@ -80,8 +80,8 @@ def calibrate(
         windows: (windows, length) token ids.
         boundaries: which blocks may be removed, in any number and overlapping as they like.
         attention_mask: (windows, length), 0 at padding; padding enters no statistic.
-        skip_leading: how many of the first (unpadded) positions of each window to leave out, for
-            instance 1 for the token that carries a massive activation.
+        skip_leading: how many of the first (unpadded) positions of each window to leave out. (For
+            massive activations that is no remedy, see notebook 10: the model needs them repaired.)
         batch_size: windows per forward pass.
         moments: collect second moments; without them the pass gives similarities only.
         mlp: collect the moments that `replaceme` needs as well, for every boundary with a layer
