@@ -150,9 +150,9 @@ def test_other_corpora_can_be_scored(tmp_path):
     grid = opened(tmp_path / "grid.json", model, plan)
     grid.score([(2, 3)], ["ghost"])
     variant = gl.recover(model, PLAN.train(None)[0], (2, 3))
-    for key, scored in (("dense", model), ("ghost without 2–3", variant)):
+    for key, judged in (("dense", model), ("ghost without 2–3", variant)):
         assert list(grid.results.cells[key]) == ["longer name"]
-        expected = gl.window_losses(scored, windows).tolist()
+        expected = gl.window_losses(judged, windows).tolist()
         assert grid.results.cells[key]["longer name"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="other settings: test_corpora"):
         opened(tmp_path / "grid.json", model)
