@@ -114,9 +114,10 @@ REGRESSORS = {
     "two-branch-relative": "x, n(x); 1/|y|",
     "three-branch": "x, n(x), n(prev)",
     "three-branch-relative": "x, n(x), n(prev); 1/|y|",
+    "branches": "x, n(x); 1/|y|",
 }
 """What a family is solved from, where it is not the stream: the ``regressor`` of its `Moments`.
-``"branches"`` takes any features and weight."""
+``"branches"`` takes any features and weight; these where it is not told."""
 OPERATORS: Registry[Callable[..., Fit]] = Registry("operator", **_FAMILIES)
 
 
@@ -149,7 +150,6 @@ def solve(moments: Moments, name: str = "ghost", **options: Any) -> Operator:
     regressor = REGRESSORS.get(name, "stream")
     fitting = moments.of_change if name == "branches" else generic(moments.regressor) == regressor
     if not fitting:
-        regressor = "x, n(x); 1/|y|" if name == "branches" else regressor
         raise ValueError(
             f"{name} is solved from moments of the {regressor}, these are of the "
             f"{moments.regressor}: calibrate(…, regressors=[{regressor!r}]).of({regressor!r})"

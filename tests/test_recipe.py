@@ -295,7 +295,6 @@ def test_every_architecture_is_served_or_told_what_serves_it(any_tiny, tmp_path,
         (tiny_windows(), ("two-branchs",), "unknown operator 'two-branchs'; did you mean 'two-br"),
         (tiny_windows(), ("linearpatch-d",), "cannot choose linearpatch-d: its candidates are"),
         (tiny_windows(), ("ghost", "replaceme"), "cannot choose replaceme"),
-        (tiny_windows(), ("branches",), "cannot choose branches"),
         (tiny_windows() + VOCABULARY, CANDIDATES, "do not fit a vocabulary"),
     ],
 )
