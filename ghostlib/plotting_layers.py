@@ -126,8 +126,13 @@ def grid(
 
 
 def _plain_colour_bar(ax: Axes) -> None:
-    """Numbers beside the colours without powers of ten."""
+    """Numbers beside the colours without powers of ten, and over a wide range only some of them."""
     bar: Any = ax.collections[0].colorbar
+    low, high = bar.mappable.get_clim()
+
+    def written(value: float, _: object) -> str:
+        return "" if high > 20 * low and f"{value:e}"[0] not in "125" else f"{value:,g}"
+
     axis = bar.ax.yaxis
     for write in (axis.set_major_formatter, axis.set_minor_formatter):
-        write(FuncFormatter(lambda value, _: f"{value:g}"))
+        write(FuncFormatter(written))

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ghostlib.plotting import COLORS, color
+from ghostlib.plotting import COLORS, color, short
 
 _PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
 
@@ -52,6 +52,8 @@ def ratios(
 ) -> Axes:
     """Perplexity relative to a reference: a dot for each seed, a bar at their geometric mean.
 
+    The axis is logarithmic where ratios differ by more than a factor of three.
+
     Args:
         table: ``{repair: {corpus: one ratio a seed}}``, drawn from top to bottom; within a row the
             corpora follow each other in the order of the first repair's.
@@ -69,16 +71,20 @@ def ratios(
             ax.plot([mean, mean], [y - 0.4 * step, y + 0.4 * step], color=shade, linewidth=3)
             ax.scatter(values, np.full(len(values), y), s=16, color=shade, alpha=0.6, zorder=3)
             right = float(values.max())
-            note = f"{corpus} {mean:.2f}"
+            note = f"{corpus} {short(mean) if mean < 0.01 else f'{mean:.2f}'}"
             ax.annotate(
                 note, (right, y), (7, 0), textcoords="offset points", va="center", fontsize=9
             )
     ax.axvline(1.0, color=color(reference), linewidth=1.5)
-    ax.set_xscale("log")
+    every = [value for row in table.values() for values in row.values() for value in values]
+    label = f"perplexity relative to {reference}"
+    if max(1.0, *every) > 3 * min(1.0, *every):
+        label += " (log scale)"
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_formatter(_PLAIN)
-    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yticks(range(len(table)), list(table))
-    ax.invert_yaxis()
+    ax.set_ylim(len(table) - 0.5, -0.5)  # from top to bottom, also where panels share the axis
     ax.grid(axis="y", visible=False)
-    ax.set(xlabel=f"perplexity relative to {reference} (log scale)", title=title)
+    ax.set(xlabel=label, title=title)
     return ax

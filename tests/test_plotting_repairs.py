@@ -37,3 +37,8 @@ def test_ratios_show_every_seed_and_their_geometric_mean():
     assert to_hex(means[2].get_color()) == "#808080", "a label without an operator is grey"
     assert to_hex(ax.lines[-1].get_color()) == color("ghost") and ax.lines[-1].get_xdata()[0] == 1
     assert [t.get_text() for t in ax.get_yticklabels()] == ["x, n(x)", "other"]
+    assert ax.get_xscale() == "log" and ax.yaxis_inverted()
+    near = figures.ratios({"ghost": {"wiki": [0.9, 1.1]}}, ax=plt.figure().gca())
+    assert near.get_xscale() == "linear"
+    tiny = figures.ratios({"ghost": {"wiki": [0.00432]}}, ax=plt.figure().gca())
+    assert tiny.texts[0].get_text() == "wiki 0.00432"
