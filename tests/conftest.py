@@ -1,6 +1,7 @@
 """Tiny random models of every supported architecture, and the embedded model loaded once."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GHOSTLIB_PROGRESS", "0")
@@ -84,6 +85,31 @@ def tiny_tokenizer(merges: int = 20, bos: bool = False) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
+
+
+def assert_same_moments(mine: gl.Moments, theirs: gl.Moments) -> None:
+    """Equal up to the rounding of float64 sums."""
+    assert vars(mine).keys() == vars(theirs).keys()
+    for name, value in vars(theirs).items():
+        found = getattr(mine, name)
+        if isinstance(value, torch.Tensor):
+            scale = float(value.abs().max())
+            torch.testing.assert_close(found, value, rtol=1e-13, atol=1e-13 * scale)
+        elif isinstance(value, float):
+            assert found == pytest.approx(value, rel=1e-13), name
+        else:
+            assert found == value, name
+
+
+def saved_and_loaded(model: PreTrainedModel, ids: torch.Tensor, folder: Path) -> PreTrainedModel:
+    """``model`` saved to ``folder`` and read back, after its logits were found to be the same."""
+    with torch.no_grad():
+        logits = model(ids).logits
+    model.save_pretrained(folder / "model")
+    again = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, logits)
+    return again
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))

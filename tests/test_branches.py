@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, tiny_model, tiny_windows
+from conftest import LAYERS, WIDTH, saved_and_loaded, tiny_model, tiny_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import ghostlib as gl
 from ghostlib.calibration import tap
@@ -442,12 +442,7 @@ def test_recovered_models_of_every_architecture(any_tiny, name, layers, tmp_path
             gl.recover(any_tiny, ids, layers, name)
         return
     recovered = gl.recover(any_tiny, ids, layers, name, relative_ridge=RIDGE)
-    with torch.no_grad():
-        logits = recovered(ids).logits
-    recovered.save_pretrained(tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, logits)
+    saved_and_loaded(recovered, ids, tmp_path)
     pruned, count = gl.prune(any_tiny, layers), len(gl.runs(layers, LAYERS))
     k = len(Regressor.parse(REGRESSORS[name]).features)
     added = gl.count_parameters(recovered) - gl.count_parameters(pruned)

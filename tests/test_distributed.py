@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_model, tiny_windows
+from conftest import assert_same_moments, tiny_model, tiny_windows
 from ranks import BOUNDARIES
 
 import ghostlib as gl
@@ -47,15 +47,7 @@ def assert_equal_sums(found: gl.Calibration, expected: gl.Calibration) -> None:
     assert list(found) == list(expected) and found.tokens == expected.tokens
     assert found.model == expected.model
     for boundary, moments in expected.items():
-        for name, value in vars(moments).items():
-            mine = getattr(found[boundary], name)
-            if isinstance(value, torch.Tensor):
-                scale = float(value.abs().max())
-                torch.testing.assert_close(mine, value, rtol=1e-13, atol=1e-13 * scale)
-            elif isinstance(value, float):
-                assert mine == pytest.approx(value, rel=1e-13), name
-            else:
-                assert mine == value, name
+        assert_same_moments(found[boundary], moments)
     for boundary, similarity in expected.similarities.items():
         assert found.similarities[boundary] == pytest.approx(similarity, rel=1e-12)
 

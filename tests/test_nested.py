@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, tiny_model, tiny_windows
+from conftest import LAYERS, WIDTH, assert_same_moments, tiny_model, tiny_windows
 
 import ghostlib as gl
 from ghostlib.features import Regressor
@@ -13,20 +13,6 @@ from ghostlib.nested import widest
 WIDE = "x, n(x), n(prev); 1/|y|"
 NARROW = ["x; 1/|y|", "x, n(x); 1/|y|", "n(prev); 1/|y|", "n(prev), x; 1/|y|"]
 GAPS = [gl.Boundary(1, 2), gl.Boundary(3, LAYERS)]
-
-
-def assert_same(mine: gl.Moments, theirs: gl.Moments) -> None:
-    """Equal up to the rounding of float64 sums."""
-    assert vars(mine).keys() == vars(theirs).keys()
-    for name, value in vars(theirs).items():
-        found = getattr(mine, name)
-        if isinstance(value, torch.Tensor):
-            scale = float(value.abs().max())
-            torch.testing.assert_close(found, value, rtol=1e-13, atol=1e-13 * scale)
-        elif isinstance(value, float):
-            assert found == pytest.approx(value, rel=1e-13), name
-        else:
-            assert found == value, name
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -42,13 +28,13 @@ def test_parts_equal_what_is_collected_directly(model_type: str) -> None:
         alone, found = gl.calibrate(model, ids, GAPS, regressors=[name], **how), together.of(name)
         assert list(found) == GAPS
         for gap in GAPS:
-            assert_same(found[gap], alone.of(name)[gap])
+            assert_same_moments(found[gap], alone.of(name)[gap])
             assert together.of(name)[gap] is found[gap], "cut out once"
     # Adding to a part leaves the whole, and what else it shares with it, as they were.
     whole = together.of(WIDE)[GAPS[0]]
     before, x = whole.to("cpu"), torch.randn(5, WIDTH)
     together.of(NARROW[0])[GAPS[0]].update(x, x)
-    assert_same(whole, before)
+    assert_same_moments(whole, before)
 
 
 def test_the_first_features_take_no_memory() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, VOCABULARY, WIDTH, tiny_model, tiny_windows
+from conftest import LAYERS, VOCABULARY, WIDTH, saved_and_loaded, tiny_model, tiny_windows
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import ghostlib as gl
 from ghostlib.boundaries import spell
@@ -273,12 +273,7 @@ def test_every_architecture_is_served_or_told_what_serves_it(any_tiny, tmp_path,
         how["candidates"] = ("ghost", "ghost-relative")
     recovered = gl.recover(any_tiny, ids, LAYERS_REMOVED, "auto", **how)
     assert recovered.config.num_hidden_layers == LAYERS - 3
-    with torch.no_grad():
-        logits = recovered(ids).logits
-    recovered.save_pretrained(tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, logits)
+    again = saved_and_loaded(recovered, ids, tmp_path)
     text = again.generate(ids[:1, :5], max_new_tokens=4, do_sample=False)
     assert text.shape[1] <= 9
     assert capsys.readouterr().out.count("auto: ") == 1
