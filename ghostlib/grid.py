@@ -23,15 +23,15 @@ from ghostlib.features import Regressor
 from ghostlib.models import fingerprint, num_layers
 from ghostlib.operators import OPERATORS, REGRESSORS, Operator, solve
 from ghostlib.progress import track
-from ghostlib.recipe import AUTO, Recipe
+from ghostlib.recipe import AUTO, NONE, Recipe
 from ghostlib.results import Results
 from ghostlib.selection import Layers, needed, searched, select_several
 from ghostlib.sequential import dense_streams, fit_sequential
-from ghostlib.settings import named
+from ghostlib.settings import SEQUENTIAL, named
 from ghostlib.trials import Trials
 
 REPAIRS = (
-    "none",
+    NONE,
     "magnitude",
     "linearpatch-d",
     "linearpatch-r",
@@ -40,8 +40,7 @@ REPAIRS = (
     "ghost sequential",
     AUTO,
 )
-_SEQUENTIAL = " sequential"
-_WITHOUT_FAMILY = ("none", AUTO)
+_WITHOUT_FAMILY = (NONE, AUTO)
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class Grid:
         indices = {
             index
             for layers, repair in todo
-            if repair.endswith(_SEQUENTIAL) and len(self._gaps(layers)) > 1
+            if repair.endswith(SEQUENTIAL) and len(self._gaps(layers)) > 1
             for index in (layers[0], *(gap.stop for gap in self._gaps(layers)))
         }
         if indices:
@@ -192,7 +191,7 @@ class Grid:
         return self._by_corpus(self._trials.losses(layers, self._operators(layers, repair)))
 
     def _operators(self, layers: Layers, repair: str) -> Mapping[Boundary, Operator]:
-        if repair == "none":
+        if repair == NONE:
             return {}
         if repair == AUTO:
             choice = self._recipe.choose(layers)
@@ -200,7 +199,7 @@ class Grid:
             return choice.operators
         assert self._pass is not None  # made by _prepare
         (name, regressor), gaps = _family(repair), self._gaps(layers)
-        if repair.endswith(_SEQUENTIAL) and len(gaps) > 1:
+        if repair.endswith(SEQUENTIAL) and len(gaps) > 1:
             how: dict[str, Any] = {"streams": self._streams, "regressor": regressor}
             return fit_sequential(self.model, self._train[0], gaps, name, **how)
         moments = self._pass.of(regressor)
@@ -217,7 +216,7 @@ class Grid:
 
 def _family(repair: str) -> tuple[str, str]:
     """(operator, regressor) of a repair, which may be a regressor such as ``"x, n(x); 1/|y|"``."""
-    name = repair.removesuffix(_SEQUENTIAL)
+    name = repair.removesuffix(SEQUENTIAL)
     if name in OPERATORS:
         return name, REGRESSORS.get(name, "stream")
     try:

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
@@ -117,6 +118,12 @@ def perplexity_bars(
 def short(value: float) -> str:
     """Three significant digits, trailing zeros kept, without an exponent."""
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Label an axis without powers of ten, at its major ticks only."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def through_depth(
@@ -265,8 +272,7 @@ def against_tokens(
         ax.axvline(width, color="#404040", linewidth=1, linestyle="-.", label=f"width {width}")
     ax.set(xscale="log", yscale="log", xlabel="calibration tokens", ylabel=ylabel, title=title)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
-        axis.set_minor_formatter(NullFormatter())
+        plain_numbers(axis)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 

@@ -5,11 +5,9 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator
 
-from ghostlib.plotting import COLORS, color, short
-
-_PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
+from ghostlib.plotting import COLORS, color, plain_numbers, short
 
 
 def by_start(
@@ -34,8 +32,7 @@ def by_start(
     if most is not None:
         ax.set_ylim(top=most)
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(_PLAIN)
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    plain_numbers(ax.yaxis)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="first removed layer", ylabel="perplexity (log scale)", title=title)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -81,8 +78,7 @@ def ratios(
     if max(1.0, *every) > 3 * min(1.0, *every):
         label += " (log scale)"
         ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.xaxis.set_major_formatter(_PLAIN)
+    plain_numbers(ax.xaxis)
     ax.set_yticks(range(len(table)), list(table))
     ax.set_ylim(len(table) - 0.5, -0.5)  # from top to bottom, also where panels share the axis
     ax.grid(axis="y", visible=False)
