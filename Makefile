@@ -65,7 +65,7 @@ bench: $(STAMP) assets ## run the benchmarks
 
 assets: $(STAMP) ## fetch and check the embedded model and corpora (once)
 	@echo 'Checking the embedded model and corpus …'
-	@$(PY) -c 'from ghostlib import assets; assets.fetch_all()'
+	@$(PY) -c 'from ghostlib.text import assets; assets.fetch_all()'
 
 clean: ## remove what the other targets made, except the environment
 	rm -rf build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ghostlib as gl
-from ghostlib.models import receiver
+from ghostlib.models.architectures import receiver
 
 BLOCK = gl.Boundary(12, 19)
 LENGTH = 2048

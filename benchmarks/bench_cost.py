@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import ghostlib as gl
-from ghostlib.cost import Spread
-from ghostlib.operators import REGRESSORS
+from ghostlib.evaluation.cost import Spread
+from ghostlib.operators.solve import REGRESSORS
 
 REPAIRS = ("linearpatch-r", "ghost", "two-branch-relative", "three-branch-relative")
 

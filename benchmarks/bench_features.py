@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import ghostlib as gl
-from ghostlib.excerpts import record
-from ghostlib.features import FEATURES, Feature, Regressor, observe, rms_norm
-from ghostlib.models import hidden_size
+from ghostlib.models.architectures import hidden_size
+from ghostlib.models.streams import record
+from ghostlib.statistics.features import FEATURES, Feature, Regressor, observe, rms_norm
 
 SETS = (
     "x",

@@ -18,9 +18,9 @@ from collections.abc import Callable
 import torch
 from memory import peak_gigabytes
 
-from ghostlib.moments import Moments
-from ghostlib.operators import OPERATORS, solve
-from ghostlib.ridge import RIDGES, ridge_path
+from ghostlib.operators.paths import RIDGES, ridge_path
+from ghostlib.operators.solve import OPERATORS, solve
+from ghostlib.statistics.moments import Moments
 
 SEQUENCE = 2048
 

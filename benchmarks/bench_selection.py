@@ -20,7 +20,7 @@ import torch
 from memory import peak_gigabytes
 
 import ghostlib as gl
-from ghostlib.trials import Trials
+from ghostlib.selection.trials import Trials
 
 REMOVED = tuple(range(12, 19))
 

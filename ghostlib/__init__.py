@@ -4,34 +4,47 @@ Importing this package registers the recovered model classes with transformers, 
 ``AutoModelForCausalLM.from_pretrained`` reads what ``recovered.save_pretrained`` wrote.
 """
 
-from ghostlib.architectures import ARCHITECTURES
-from ghostlib.boundaries import Boundary, contiguous, runs
-from ghostlib.calibration import calibrate
-from ghostlib.checks import MassiveActivationWarning
-from ghostlib.collector import Calibration, Similarity
-from ghostlib.corpora import CORPORA, documents, token_windows
-from ghostlib.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
-from ghostlib.distributed import calibrate_distributed, shard
-from ghostlib.evaluation import gap_closed, generate, perplexity, window_losses
-from ghostlib.experiment import evaluate
-from ghostlib.gram import SingularGramWarning
-from ghostlib.loading import load_model
-from ghostlib.memory import calibration_bytes
-from ghostlib.moments import Moments
-from ghostlib.operators import OPERATORS, Operator, antisymmetric_share, solve
-from ghostlib.paper import published
-from ghostlib.protocol import corpus_perplexity
-from ghostlib.rank import RankPath, choose_rank, rank_path
-from ghostlib.recipe import Recipe
-from ghostlib.recovery import recover
-from ghostlib.results import Results
-from ghostlib.ridge import choose_ridge, cross_validate, ridge_path
-from ghostlib.scores import paired
-from ghostlib.selection import CRITERIA, Selection, select_layers
-from ghostlib.sequential import fit_sequential
-from ghostlib.settings import Settings
-from ghostlib.surgery import prune
-from ghostlib.tasks import zero_shot
+from ghostlib.evaluation.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
+from ghostlib.evaluation.perplexity import (
+    corpus_perplexity,
+    gap_closed,
+    generate,
+    perplexity,
+    window_losses,
+)
+from ghostlib.evaluation.tasks import paired, zero_shot
+from ghostlib.experiments.results import Results
+from ghostlib.experiments.run import evaluate
+from ghostlib.experiments.spec import Settings
+from ghostlib.linalg.gram import SingularGramWarning
+from ghostlib.models.architectures import ARCHITECTURES
+from ghostlib.models.boundaries import Boundary, contiguous, runs
+from ghostlib.models.loading import load_model
+from ghostlib.operators.paths import (
+    RankPath,
+    choose_rank,
+    choose_ridge,
+    cross_validate,
+    rank_path,
+    ridge_path,
+)
+from ghostlib.operators.solve import (
+    OPERATORS,
+    MassiveActivationWarning,
+    Operator,
+    antisymmetric_share,
+    solve,
+)
+from ghostlib.recovery.recipe import Recipe
+from ghostlib.recovery.recover import recover
+from ghostlib.recovery.sequential import fit_sequential
+from ghostlib.selection.criteria import CRITERIA, Selection, select_layers
+from ghostlib.statistics.calibration import Calibration, Similarity, calibrate, calibration_bytes
+from ghostlib.statistics.distributed import calibrate_distributed, shard
+from ghostlib.statistics.moments import Moments
+from ghostlib.surgery.cut import prune
+from ghostlib.text.corpora import CORPORA, documents, token_windows
+from ghostlib.tutorial.paper import published
 
 __all__ = [
     "ARCHITECTURES",

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 
 import ghostlib as gl
-from ghostlib import assets
-from ghostlib.boundaries import read_layers
-from ghostlib.grid import REPAIRS, Grid, Plan, blocks
-from ghostlib.gridfiles import table
-from ghostlib.models import num_layers
-from ghostlib.recipe import AUTO
-from ghostlib.results import Results
-from ghostlib.settings import Settings
-from ghostlib.tables import report
-from ghostlib.tasks import EMBEDDED, PAPER_TASKS
+from ghostlib.evaluation.tasks import EMBEDDED, PAPER_TASKS
+from ghostlib.experiments.grid import REPAIRS, Grid, Plan, blocks
+from ghostlib.experiments.results import Results
+from ghostlib.experiments.spec import Settings
+from ghostlib.experiments.tables import report
+from ghostlib.models.architectures import num_layers
+from ghostlib.models.boundaries import read_layers
+from ghostlib.recovery.recipe import AUTO
+from ghostlib.text import assets
+from ghostlib.tutorial.stored import table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -233,3 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ghostlib: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

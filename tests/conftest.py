@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import ghostlib as gl
-from ghostlib.architectures import ARCHITECTURES
+from ghostlib.models.architectures import ARCHITECTURES, decoder_layers, receiver
 
 LAYERS, WIDTH, VOCABULARY = 6, 16, 97
 
@@ -142,3 +142,19 @@ def embedded() -> tuple[PreTrainedModel, object]:
 def wiki(embedded) -> torch.Tensor:
     """Calibration windows (4, 512) of the embedded Wikipedia text."""
     return gl.token_windows("wiki", embedded[1], length=512, count=4)
+
+
+def stored_streams(model, ids, **inputs) -> list[torch.Tensor]:
+    """Every stream (batch, tokens, width), index 0 … LAYERS, from one whole forward pass."""
+    streams: dict[int, torch.Tensor] = {}
+    handles = [
+        receiver(model, i).register_forward_pre_hook(
+            lambda module, args, i=i: streams.__setitem__(i, args[0].clone())
+        )
+        for i in range(len(decoder_layers(model)) + 1)
+    ]
+    with torch.no_grad():
+        model(ids, use_cache=False, **inputs)
+    for handle in handles:
+        handle.remove()
+    return [streams[i] for i in sorted(streams)]

@@ -9,8 +9,8 @@ from conftest import LAYERS, VOCABULARY, tiny_model, tiny_windows
 from transformers import AutoModelForCausalLM
 
 import ghostlib as gl
-from ghostlib import assets
 from ghostlib.cli import main
+from ghostlib.text import assets
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_fetch_names_the_files(capsys, monkeypatch, tmp_path):
 def test_help_and_module_entry(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ghostlib", "recover", "--help"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("ghostlib", run_name="__main__")
+        runpy.run_module("ghostlib.cli", run_name="__main__")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "--operator" in shown and "linearpatch-d" in shown and "auto: a recipe" in shown

@@ -344,7 +344,7 @@ def table(root: Path, repository: str) -> str:
 
 def claims(root: Path) -> list[tuple[Path, int, dict[str, Any]]]:
     """(notebook, execution count, facts) of every claim that stored outputs record."""
-    from ghostlib.claims import MIME
+    from ghostlib.tutorial.claims import MIME
 
     return [
         (path, cell.execution_count, dict(output.data[MIME]))
@@ -357,7 +357,7 @@ def claims(root: Path) -> list[tuple[Path, int, dict[str, Any]]]:
 
 def ledger(root: Path) -> str:
     """The README's table of claims: every row of `CLAIMS`, with what the notebooks measured."""
-    from ghostlib.claims import CLAIMS
+    from ghostlib.tutorial.claims import CLAIMS
 
     measured = claims(root)
     rows = ["| # | claim | from | measured here | verdict | where |", "|---|---|---|---|---|---|"]

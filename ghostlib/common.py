@@ -1,0 +1,46 @@
+"""A dictionary of named choices whose error for an unknown name suggests the known ones."""
+
+import io
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from difflib import get_close_matches
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+
+class Registry(dict[str, T]):
+    """Names of one kind (operators, criteria, corpora …) and what they stand for.
+
+    >>> Registry("operator", ghost=1)["gost"]
+    Traceback (most recent call last):
+    ValueError: unknown operator 'gost'; did you mean 'ghost'? Known: ghost
+    """
+
+    def __init__(self, kind: str, **entries: T) -> None:
+        super().__init__(**entries)
+        self.kind = kind
+
+    def __missing__(self, name: str) -> T:
+        close = get_close_matches(str(name), self, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self)}")
+
+
+def shown() -> bool:
+    """Whether progress bars are wanted."""
+    return os.environ.get("GHOSTLIB_PROGRESS", "1") != "0"
+
+
+def track(items: Iterable[T], what: str, unit: str = "window") -> Iterable[T]:
+    """Iterate over ``items`` under a progress bar that leaves no trace when done."""
+    return tqdm(items, desc=what, unit=unit, leave=False, disable=not shown())
+
+
+def quiet() -> AbstractContextManager[object]:
+    """Other libraries' progress bars stay out of sight where ghostlib may not draw its own."""
+    # Not all of them heed a switch of their own, but all of them write to the error stream.
+    return nullcontext() if shown() else redirect_stderr(io.StringIO())

@@ -1,0 +1,160 @@
+"""Two zero-shot tasks made of the embedded Wikipedia introductions, for machines without a hub.
+
+Each item shows a few words of an introduction and asks for the article's short description, or for
+its topic, among four. Only articles of the corpus' test split are asked about: calibration on
+``split="train"`` has seen none of them. The items depend on nothing but the seed.
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ghostlib.text.assets import asset
+from ghostlib.text.documents import decode, kept
+
+
+class Item(TypedDict):
+    """A multiple-choice question: ``choices[gold]`` is the right answer to ``query``."""
+
+    query: str
+    choices: list[str]
+    gold: int
+
+
+def read_items(path: str | Path) -> list[Item]:
+    """Questions of a ``.jsonl``: ``{"query": text, "choices": [text, …], "gold": index}`` a line.
+
+    Raises:
+        ValueError: a line that is none, by its number and what is wrong with it; or no line at all.
+        FileNotFoundError: no such file.
+    """
+    path, items = Path(path).expanduser(), []
+    if not path.exists():
+        raise FileNotFoundError(f"no such task file: {path}")
+    # Not splitlines(): JSON strings may hold other line separators, such as U+2028, unescaped.
+    for number, line in enumerate(decode(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                items.append(_checked(json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    if not items:
+        raise ValueError(f"{path} has no items: give one {{query, choices, gold}} a line")
+    return items
+
+
+def _checked(record: Any) -> Item:
+    """The fields of an item, or a ValueError that says what is wrong with them."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}, not an object with query, choices and gold")
+    for key in ("query", "choices", "gold"):
+        if key not in record:
+            raise ValueError(f"no key {key!r} (it has: {', '.join(record)})")
+    query, choices, gold = record["query"], record["choices"], record["gold"]
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError("query must be a text that is not empty")
+    texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
+    if not texts or len(choices) < 2:
+        raise ValueError("choices must be two or more texts that are not empty")
+    if type(gold) is not int or not 0 <= gold < len(choices):
+        raise ValueError(
+            f"gold = {json.dumps(gold)} is no index into {len(choices)} choices: "
+            f"use 0 … {len(choices) - 1}"
+        )
+    return {"query": query, "choices": choices, "gold": gold}
+
+
+ITEMS, CHOICES, WORDS = 300, 4, 20
+SEED = 0
+# The corpus' topics, each as one word (and one token of most vocabularies, whose four choices the
+# harness scores in one forward pass); left out is "Uncategorized".
+TOPICS = {
+    "Arts": "art",
+    "Biology and health sciences": "biology",
+    "Everyday life": "life",
+    "Geography": "geography",
+    "History": "history",
+    "Mathematics": "mathematics",
+    "People": "biography",
+    "Philosophy and religion": "religion",
+    "Physical sciences": "physics",
+    "Society and social sciences": "society",
+    "Technology": "technology",
+}
+# Words too common to give an answer away.
+_COMMON = set(
+    re.findall(r"\w+", "a an and as at by for from in into is it its of on or the to with")
+)
+
+
+def descriptions(seed: int = SEED) -> list[Item]:
+    """Choose an article's short description; the others are of articles on the same topic.
+
+    The first sentence, which is all but the description, is not shown. No choice, right or wrong,
+    shares a word with what is (common words aside, and words being equal that begin with the same
+    five letters), so that copying is of no use.
+    """
+    rng, items = random.Random(seed), []
+    articles = [a for a in _articles() if a["description"]]
+    rng.shuffle(articles)
+    described = [(a["topic"], a["description"], _words(a["description"])) for a in articles]
+    for article, (topic, right, meant) in zip(articles, described, strict=True):
+        rest = _sentences(article["extract"])[1:]
+        query = f"{_beginning(' '.join(rest))}\n\nShort description of {article['title']}:"
+        shown = _words(query)
+        if not rest or shown & meant:
+            continue
+        wrong = {d for t, d, w in described if t == topic and w != meant and not shown & w}
+        items.append(_item(query, right, rng.sample(sorted(wrong), CHOICES - 1), rng))
+        if len(items) == ITEMS:
+            break
+    return items
+
+
+def topics(seed: int = SEED) -> list[Item]:
+    """Choose the word for an article's topic from how its introduction begins.
+
+    Every topic is right equally often, and wrong equally often, so that a model gains nothing by
+    preferring the name of one.
+    """
+    rng, items = random.Random(seed), []
+    articles = _articles()
+    rng.shuffle(articles)
+    names = list(TOPICS)
+    queue = {name: iter([a for a in articles if a["topic"] == name]) for name in names}
+    for _ in range(ITEMS // len(names)):
+        rng.shuffle(names)
+        for place, name in enumerate(names):  # wrong are the next three of this round
+            wrong = [TOPICS[names[(place + step) % len(names)]] for step in range(1, CHOICES)]
+            query = f"{_beginning(next(queue[name])['extract'])}\n\nThis text is about"
+            items.append(_item(query, TOPICS[name], wrong, rng))
+    return items
+
+
+def _articles() -> list[dict[str, str]]:
+    """Articles of the test split that have a topic."""
+    entries = list(json.loads(asset("wiki").read_text(encoding="utf-8")).values())
+    by_title = {entry["title"]: entry for entry in entries}
+    documents = ((e["title"], f"{e['title']}\n\n{e['extract']}") for e in entries)
+    test = [by_title[title] for title, _ in kept(documents, "test")]
+    return [article for article in test if article["topic"] in TOPICS]
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))
+
+
+def _beginning(text: str) -> str:
+    return " ".join(text.split()[:WORDS])
+
+
+def _words(text: str) -> set[str]:
+    return {word[:5] for word in re.findall(r"\w+", text.lower())} - _COMMON
+
+
+def _item(query: str, right: str, wrong: list[str], rng: random.Random) -> Item:
+    choices = [right, *wrong]
+    rng.shuffle(choices)
+    return {"query": query, "choices": choices, "gold": choices.index(right)}

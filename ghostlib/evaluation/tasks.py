@@ -1,0 +1,324 @@
+"""Zero-shot accuracy through lm-evaluation-harness itself, on a model in memory.
+
+Tasks are the harness' own by name, among them the paper's nine (`PAPER_TASKS`); local files of
+multiple-choice questions; and two made of the embedded corpus (`EMBEDDED`), which need no hub. A
+table of models × tasks that a stopped run goes on with (see `ghostlib.experiments.results`):
+
+    models = {"dense": model, "pruned": gl.prune(model, layers), "ghost": recovered}
+    results = gl.Results.open("zero-shot.json", {"layers": list(layers), "limit": 100, "seed": 0})
+    for name, scored in models.items():
+        for task in EMBEDDED:
+            results.cell(
+                f"{name} / {task}",
+                lambda scored=scored, task=task: gl.zero_shot(
+                    scored, tokenizer, task, limit=100
+                )[task],
+            )
+    scores = {key: Score(**cell) for key, cell in results.cells.items()}
+    gl.paired(scores["ghost / wiki-topic"], scores["pruned / wiki-topic"])
+"""
+
+import contextlib
+import copy
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ghostlib.common import Registry, quiet
+from ghostlib.evaluation.items import Item, descriptions, read_items, topics
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model scored on one task.
+
+    Attributes:
+        acc, acc_se: share of items whose right choice has the highest log-likelihood, and its
+            standard error (None for a single item), both as the harness computes them.
+        acc_norm, acc_norm_se: the same with log-likelihoods divided by the choices' lengths in
+            characters; None for tasks that the harness scores without it.
+        correct, correct_norm: 1 or 0 for each item, in the task's order.
+        items: a digest of the items, equal for scores of the same ones.
+    """
+
+    task: str
+    acc: float
+    acc_se: float | None
+    acc_norm: float | None
+    acc_norm_se: float | None
+    correct: Sequence[int]
+    correct_norm: Sequence[int] | None
+    items: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more accurate one model is than another, item by item.
+
+    Attributes:
+        difference: accuracy of the first less that of the second; between -1 and 1.
+        low, high: its confidence interval.
+        p_value: of McNemar's exact test that neither is better.
+        first_only, second_only: items that only the one got right. n: all items.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    first_only: int
+    second_only: int
+    n: int
+
+
+def paired(
+    first: Score, second: Score, *, normed: bool = False, confidence: float = 0.95
+) -> Difference:
+    """Compare two models on the same items of one task.
+
+    What both got right, or wrong, says nothing about the difference and does not blur it, so the
+    interval is narrower than that of two separate accuracies. It is the normal approximation with
+    half an item added to each of the four cells of the paired table (Agresti and Min, 2005), which
+    keeps its coverage for few items and for models that never disagree.
+
+    Args:
+        first, second: what `ghostlib.evaluation.tasks.zero_shot` gave, with the same ``limit``.
+        normed: compare ``acc_norm`` instead of ``acc``.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: scores of different items, a task without ``acc_norm``, or a confidence that is
+            not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    if first.items != second.items:
+        raise ValueError(
+            f"scores of different items ({first.task}: {len(first.correct)}, {second.task}: "
+            f"{len(second.correct)}): compare one task with one limit"
+        )
+    a, b = (score.correct_norm if normed else score.correct for score in (first, second))
+    if a is None or b is None:
+        raise ValueError(f"task {first.task!r} is scored without acc_norm: use normed=False")
+    gained = int(np.sum(np.greater(a, b)))
+    lost = int(np.sum(np.less(a, b)))
+    # Agresti and Min: two items more, half of one in each cell
+    n, up, down = len(a) + 2, gained + 0.5, lost + 0.5
+    centre = (up - down) / n
+    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((up + down) / n - centre**2) / np.sqrt(n)
+    return Difference(
+        difference=(gained - lost) / len(a),
+        low=max(float(centre - half), -1.0),
+        high=min(float(centre + half), 1.0),
+        p_value=float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+        first_only=gained,
+        second_only=lost,
+        n=len(a),
+    )
+
+
+PAPER_TASKS = (
+    "arc_easy",
+    "arc_challenge",
+    "hellaswag",
+    "winogrande",
+    "boolq",
+    "openbookqa",
+    "rte",
+    "copa",
+    "race",
+)
+EMBEDDED: Registry[Callable[[], list[Item]]] = Registry("embedded task")
+EMBEDDED["wiki-description"] = descriptions
+EMBEDDED["wiki-topic"] = topics
+
+_INSTEAD = f"use {' or '.join(EMBEDDED)}, or the path of a .jsonl of {{query, choices, gold}}"
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: str | Path | Sequence[str | Path] = tuple(EMBEDDED),
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Score]:
+    """Accuracy of a model on multiple-choice tasks, without examples in the prompt.
+
+    A choice is scored by the log-likelihood of a space and the choice, after the query. The harness
+    drops the beginning of a query that is longer than the model's context.
+
+    Args:
+        model: any causal LM, dense or recovered; it is left as it is.
+        tokenizer: its tokenizer.
+        tasks: names of `EMBEDDED` tasks, of the harness' own, or paths of ``.jsonl`` files (see
+            `read_items`), which are called by the name of the file.
+        limit: the first so many items of each task; None for all.
+        batch_size: sequences (an item has one for each choice) in a forward pass.
+
+    Returns:
+        ``{task: Score}``; a group of tasks comes as its members.
+
+    Raises:
+        ModuleNotFoundError: lm-eval is not installed.
+        ValueError: an unknown task, a file that cannot be used (the message names the line), a
+            task without accuracy, two of one name, or a bad ``limit``.
+        FileNotFoundError: no such file.
+        ConnectionError: a task's data cannot be had from the hub.
+        ghostlib.text.assets.AssetError: an embedded task whose corpus is not to be had.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be a positive number of items, not {limit}")
+    lm_eval, huggingface = _harness()
+    wanted = [tasks] if isinstance(tasks, str | Path) else list(tasks)
+    trained = model.training
+    with _silence():
+        loaded = [part for task in wanted for part in _load(task)]
+        names = [part.task_name for part in loaded]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"two tasks are called {min(twice)!r}: name each once, by its own name"
+            )
+        try:
+            lm = huggingface.HFLM(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
+                backend="causal",  # a recovered model's type is none that the harness knows
+                batch_size=batch_size,
+            )
+            found = lm_eval.simple_evaluate(
+                lm,
+                tasks=loaded,
+                task_manager=_manager(False),
+                limit=limit,
+                # nothing is drawn: the caller's random state is none of the harness' business
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
+        finally:
+            model.train(trained)
+    return {task: _score(task, found) for task in found["samples"]}
+
+
+def check_tasks(tasks: Sequence[str | Path]) -> None:
+    """Raise what `zero_shot` would for tasks it cannot have, before hours of other work."""
+    if tasks:
+        _harness()
+    with _silence():
+        for task in tasks:
+            _load(task)
+
+
+def _harness() -> tuple[Any, Any]:
+    try:
+        import lm_eval
+        from lm_eval.models import huggingface
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"zero-shot tasks need lm-eval ({error}): pip install 'ghostlib[eval]'"
+        ) from error
+    return lm_eval, huggingface
+
+
+@cache
+def _manager(everything: bool) -> Any:
+    """The harness' index of tasks; that of all fourteen thousand takes some seconds to build."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=everything)
+
+
+def _load(task: str | Path) -> list[Any]:
+    """The harness' task objects behind a name or a path."""
+    name = str(task)
+    if name in EMBEDDED:
+        return [_task_of(name, EMBEDDED[name])]
+    if isinstance(task, Path) or name.endswith(".jsonl"):
+        return [_task_of(Path(name).stem, partial(read_items, name))]
+    known = _manager(True)
+    if name not in known.all_tasks:
+        names = dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known.all_tasks])
+        raise ValueError(_unknown(name, list(names)))
+    # datasets raises a dozen kinds of error for "not reachable", "not there" and "not readable".
+    try:
+        return list(known.load([name])["tasks"].values())
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ConnectionError(
+            f"task {name!r} could not be read from the Hugging Face hub "
+            f"({type(error).__name__}: {first}): without network {_INSTEAD}"
+        ) from error
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known, n=3) or [*EMBEDDED, *PAPER_TASKS]
+    return f"unknown task {name!r}; near are {', '.join(close)}; or {_INSTEAD}"
+
+
+def _task_of(name: str, read: Callable[[], list[Item]]) -> Any:
+    """A task of the harness made of items."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    items = read()
+    return ConfigurableTask(
+        config={
+            "task": name,
+            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "query",
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "metric_list": [
+                {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+                for metric in ("acc", "acc_norm")
+            ],
+        }
+    )
+
+
+def _score(task: str, found: Any) -> Score:
+    totals = found["results"][task]
+    if "acc,none" not in totals:
+        raise ValueError(f"task {task!r} has no accuracy: zero_shot is for multiple-choice tasks")
+    items = sorted(found["samples"][task], key=lambda item: item["doc_id"])
+    normed = "acc_norm,none" in totals
+
+    def total(name: str) -> float | None:
+        value = totals.get(f"{name},none")
+        return float(value) if isinstance(value, float) else None  # "N/A": one item's error
+
+    return Score(
+        task,
+        float(totals["acc,none"]),
+        total("acc_stderr"),
+        total("acc_norm"),
+        total("acc_norm_stderr"),
+        [int(item["acc"]) for item in items],
+        [int(item["acc_norm"]) for item in items] if normed else None,
+        hashlib.sha256("".join(item["doc_hash"] for item in items).encode()).hexdigest(),
+    )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No log of the harness; its progress bars only where ghostlib may draw its own."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with quiet():
+            yield
+    finally:
+        logger.setLevel(level)

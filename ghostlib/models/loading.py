@@ -1,0 +1,51 @@
+"""Loading: a model and its tokenizer, the embedded one or any other by its name."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from ghostlib.common import shown
+from ghostlib.models.architectures import architecture
+from ghostlib.text.assets import embedded_model_dir
+
+EMBEDDED = "smollm2"
+
+
+def load_model(
+    name: str | Path = EMBEDDED,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: ``"smollm2"`` for the embedded SmolLM2-135M-Instruct (float32, fetched once and
+            checked), a local folder, or any causal-LM id of the Hugging Face hub.
+        dtype: weights' data type; by default float32 for the embedded model and the type the
+            checkpoint was saved in for any other.
+        device: where to put the model; by default where ``from_pretrained`` leaves it.
+        options: passed on to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, …).
+
+    Raises:
+        ValueError: the architecture is not supported; the message lists those that are.
+        OSError: nothing was found under that name.
+    """
+    if not shown():
+        disable_progress_bar()
+    folder = embedded_model_dir() if str(name) == EMBEDDED else name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
+    architecture(model)
+    if device is not None:
+        model = model.to(device=device)
+    return model.eval(), tokenizer

@@ -1,0 +1,249 @@
+"""The ridge path: every amount of regularisation for the price of one eigendecomposition.
+
+In the eigenbasis ``G = V diag(s) V'`` a ridge on ``M = W - I`` only rescales rows,
+
+    ``M(ridge) = V diag(f) C``,  ``f_i = 1/(s_i + ridge)``,  ``C = V' X'Delta``,
+
+so the training error is a sum over ``p`` rows, and the error on any other moments a quadratic form
+in ``f`` whose (p, p) matrix is computed once. Ridges are relative: multiples of ``tr(G)/p``.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from ghostlib.linalg.gram import Regularisation, check_ridge, gram
+from ghostlib.operators.families import block_units, normal_equations, whitened
+from ghostlib.statistics.moments import Moments, check_alike, check_moments, check_square
+
+RIDGES: tuple[float, ...] = tuple(10 ** (k / 5) for k in range(-40, 11))
+
+
+@dataclass(frozen=True, eq=False)
+class RidgePath:
+    """Errors of ``ghost`` along a sequence of k relative ridges; float64 tensors of shape (k,).
+
+    Attributes:
+        ridges: multiples of the mean eigenvalue ``tr(G)/p``.
+        train_error: squared error on the training moments.
+        held_out_error: squared error on the held-out moments, or None without them.
+        dof: effective number of parameters, ``q * sum_i s_i/(s_i + ridge)``, at most ``p q``.
+        gcv: generalised cross-validation score, an estimate of the squared error per token from
+            the training moments alone; infinite where the fit interpolates them.
+    """
+
+    ridges: Tensor
+    train_error: Tensor
+    held_out_error: Tensor | None
+    dof: Tensor
+    gcv: Tensor
+
+
+def ridge_path(
+    train: Moments, ridges: Iterable[float] = RIDGES, held_out: Moments | None = None
+) -> RidgePath:
+    """Errors of ``solve(train, "ghost", relative_ridge=r)`` for every ``r``, without a solve each.
+
+    After the decomposition of ``train.G`` (shared with `solve`) a value costs O(p) on the training
+    moments and O(p^2) on held-out ones.
+
+    **Generalised cross-validation** is ``(error/n) / (1 - h/n)^2`` with ``n`` tokens and ``h =
+    sum_i s_i/(s_i + ridge)``, the trace of the hat matrix. Both are functions of the moments, so
+    the score is exact. Leave-one-*token*-out is not: it weights the residual of each token by its
+    own leverage ``x' (G + ridge)^-1 x``, and the moments keep sums over tokens, not tokens; GCV
+    replaces every leverage by the mean ``h/n``. Leaving out a whole *fold* is exact again, because
+    its moments can be taken out of the sum: `cross_validate`. Neighbouring tokens of a text are
+    dependent, which GCV ignores; whole documents held out do not have that bias.
+
+    Args:
+        train: square moments (p = q), or those of features of the stream, whose errors are those
+            of `ghostlib.operators.families.branches`. ridges: k positive multiples of ``tr(G)/p``.
+        held_out: moments of other tokens, of the same width and regressor.
+
+    Raises:
+        ValueError: no ridge, one that is not positive and finite, no tokens, different widths or
+            regressors.
+    """
+    values = torch.tensor([check_ridge(ridge) for ridge in ridges], dtype=torch.float64)
+    if not len(values):
+        raise ValueError("no ridge to try: name at least one")
+    check_moments(train)
+    if not train.of_change:
+        check_square(train, "a ridge path around the identity")
+    G, cross = normal_equations(train)
+    found = gram(G)
+    s, V = found.values, found.vectors
+    gains = [found.regularise(relative_ridge=float(ridge)).gain for ridge in values]
+    f = torch.stack(gains)  # (k, p)
+    C = V.T @ cross  # (p, q)
+    rows = C.square().sum(1)
+    train_error = (f.square() * s - 2 * f) @ rows + train.nothing
+    h = (f * s).sum(1)
+    n = train.tokens
+    free = 1.0 - h / n
+    gcv = torch.where(free > 1e-6, train_error / n / free.square(), torch.inf)
+    return RidgePath(
+        ridges=values,
+        train_error=train_error.clamp_min(0.0).cpu(),
+        held_out_error=None
+        if held_out is None
+        else _held_out_error(V, C, f, train, held_out).cpu(),
+        dof=(train.out_width * h).cpu(),
+        gcv=gcv.clamp_min(0.0).cpu(),
+    )
+
+
+def cross_validate(folds: Sequence[Moments], ridges: Iterable[float] = RIDGES) -> Tensor:
+    """Held-out error of each fold when ``ghost`` is solved from all the others.
+
+    Args:
+        folds: k moments of disjoint sets of tokens, best of whole documents.
+        ridges: positive multiples of ``tr(G)/p``, where ``G`` is that of the other folds.
+
+    Returns:
+        (folds, ridges) squared errors; their sum over folds is the cross-validation score.
+
+    Raises:
+        ValueError: fewer than two folds, or as in `ridge_path`.
+    """
+    if len(folds) < 2:
+        raise ValueError(f"cross-validation needs at least 2 folds, got {len(folds)}")
+    ridges = tuple(ridges)
+    errors = []
+    for left_out, fold in enumerate(folds):
+        # Summing the others loses no digits, where subtracting the fold from the total would.
+        first, *rest = (other for index, other in enumerate(folds) if index != left_out)
+        error = ridge_path(sum(rest, start=first), ridges, held_out=fold).held_out_error
+        assert error is not None  # because held-out moments were given
+        errors.append(error)
+    return torch.stack(errors)
+
+
+def choose_ridge(
+    train: Moments | Sequence[Moments],
+    ridges: Iterable[float] = RIDGES,
+    *,
+    held_out: Moments | None = None,
+) -> float:
+    """The relative ridge with the lowest estimated error, for ``solve(…, relative_ridge=…)``.
+
+    Args:
+        train: moments to fit: judged on ``held_out`` where given, by GCV otherwise. Or several
+            moments, the folds of a cross-validation.
+        ridges: candidates; ties go to the larger ridge.
+        held_out: moments of other tokens.
+
+    Raises:
+        ValueError: folds together with ``held_out``, or as in `ridge_path`; every candidate
+            interpolates the training tokens, so that GCV has nothing to judge by.
+    """
+    ridges = sorted(ridges, reverse=True)
+    if not isinstance(train, Moments):
+        if held_out is not None:
+            raise ValueError("give folds or held_out moments, not both")
+        score = cross_validate(train, ridges).sum(0)
+    else:
+        path = ridge_path(train, ridges, held_out)
+        score = path.gcv if path.held_out_error is None else path.held_out_error
+        if torch.isinf(score).all():
+            raise ValueError(
+                f"every ridge up to {ridges[0]:g} interpolates the {train.tokens} training "
+                f"tokens: try larger ones, or judge on held_out moments"
+            )
+    return ridges[int(score.argmin())]
+
+
+def _held_out_error(V: Tensor, C: Tensor, f: Tensor, train: Moments, held_out: Moments) -> Tensor:
+    """(k,) errors ``tr(M'G_v M) - 2 tr(M'X_v'Delta_v) + ||Delta_v||^2`` of ``M = V diag(f) C``."""
+    check_moments(held_out)
+    check_alike(train, held_out)
+    unit = block_units(train) if train.of_change else None
+    G, cross = (t.to(C) for t in normal_equations(held_out, unit))
+    quadratic = (V.T @ G @ V) * (C @ C.T)
+    linear = (V.T @ cross * C).sum(1)
+    errors = ((f @ quadratic) * f).sum(1) - 2 * f @ linear + held_out.nothing
+    return errors.clamp_min(0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class RankPath:
+    """Squared errors of `low_rank` for every rank 1 … width; float64 tensors of shape (width,).
+
+    Attributes:
+        train_error: on the training moments. held_out_error: on the held-out moments.
+    """
+
+    train_error: Tensor
+    held_out_error: Tensor
+
+
+def rank_path(train: Moments, held_out: Moments, **how: Unpack[Regularisation]) -> RankPath:
+    """Errors of ``solve(train, "low-rank", rank=r)`` for every r from one decomposition.
+
+    The operators of reduced-rank regression are nested: ``M_r`` is the sum of the first ``r`` of
+    the products ``p_i q_i'``. So the error of every rank is a running sum.
+
+    Args:
+        train: square moments to solve from, or those of features of the stream.
+        held_out: of other tokens, of the same width and regressor.
+        how: ``rcond``, ``ridge`` or ``relative_ridge``, as in `ghost`.
+
+    Raises:
+        ValueError: no tokens, or different widths or regressors.
+    """
+    for moments in (train, held_out):
+        check_moments(moments)
+        if not moments.of_change:
+            check_square(moments, "a rank path")
+    check_alike(train, held_out)
+    unit = block_units(train) if train.of_change else None
+    G, cross = normal_equations(train, unit)
+    inverse = gram(G).regularise(**how)
+    root, A = whitened(inverse, cross)
+    Q = torch.linalg.eigh(A.T @ A).eigenvectors.flip(1).T  # rows q_i', the strongest first
+    P = inverse.gram.vectors @ (root * (A @ Q.T))  # columns p_i
+    return RankPath(*(_errors(P, Q, moments, unit) for moments in (train, held_out)))
+
+
+def choose_rank(
+    train: Moments,
+    held_out: Moments,
+    ranks: Iterable[int] | None = None,
+    *,
+    tolerance: float = 0.0,
+    **how: Unpack[Regularisation],
+) -> int:
+    """The smallest rank whose held-out error is within ``tolerance`` of the best.
+
+    Args:
+        train, held_out, how: as in `rank_path`.
+        ranks: candidates; all by default.
+        tolerance: 0.01 accepts 1 % more error than the best candidate has.
+
+    Raises:
+        ValueError: no candidate, one outside 1 … width, or a negative tolerance.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, got {tolerance}")
+    errors = rank_path(train, held_out, **how).held_out_error
+    tried = sorted(
+        {operator.index(r) for r in (range(1, len(errors) + 1) if ranks is None else ranks)}
+    )
+    if not tried or not 1 <= tried[0] <= tried[-1] <= len(errors):
+        raise ValueError(f"ranks must lie between 1 and the width {len(errors)}, got {tried}")
+    scores = {rank: float(errors[rank - 1]) for rank in tried}
+    enough = min(scores.values()) * (1 + tolerance)
+    return next(rank for rank, score in scores.items() if score <= enough)
+
+
+def _errors(P: Tensor, Q: Tensor, moments: Moments, unit: Tensor | None) -> Tensor:
+    """(q,) errors of ``sum_{i <= r} p_i q_i'`` for r = 1 …"""
+    G, cross = (t.to(P) for t in normal_equations(moments, unit))
+    pairs = (P.T @ G @ P) * (Q @ Q.T)
+    quadratic = pairs.cumsum(0).cumsum(1).diagonal()
+    linear = (P * (cross @ Q.T)).sum(0).cumsum(0)
+    return (quadratic - 2 * linear + moments.nothing).clamp_min(0.0).cpu()

@@ -1,0 +1,246 @@
+"""Selection: which layers to remove, and the scores that say why."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ghostlib.common import Registry, track
+from ghostlib.models.architectures import num_layers
+from ghostlib.models.boundaries import Boundary, contiguous
+from ghostlib.selection.evidence import Evidence, Layers
+from ghostlib.statistics.calibration import Calibration, calibrate
+
+
+class Selection(tuple[int, ...]):
+    """The layers to remove, in ascending order, with the scores that decided.
+
+    Attributes:
+        criterion: name of the criterion.
+        n: how many layers were asked for.
+        scores: ``{layers: score}`` of every candidate, named by the layers it removes: a block, a
+            single layer, or what a greedy search tried at any of its steps. Lowest removed.
+    """
+
+    criterion: str
+    n: int
+    scores: dict[Layers, float]
+
+    def __new__(cls, layers: Layers, criterion: str, scores: Mapping[Layers, float]) -> "Selection":
+        selection = super().__new__(cls, sorted(layers))
+        selection.criterion = criterion
+        selection.n = len(selection)
+        selection.scores = dict(scores)
+        return selection
+
+    def first(self, n: int) -> "Selection":
+        """The best set of ``n`` layers that was scored: where a greedy search stood at step ``n``.
+
+        Raises:
+            ValueError: none of that size was scored.
+        """
+        scored = [(score, layers) for layers, score in self.scores.items() if len(layers) == n]
+        if not scored:
+            raise ValueError(f"no set of {n} layers was scored: choose n <= {self.n}")
+        return Selection(min(scored)[1], self.criterion, self.scores)
+
+
+class Criterion(NamedTuple):
+    """How candidates are searched, what must be known of them, and the score; low is removed first.
+
+    Attributes:
+        search: ``"block"``: the best run of n layers; ``"each"``: the n best single layers;
+            ``"greedy"``: one layer after another, each the best beside those chosen before.
+        needs: what the score is computed from: ``"similarity"``, ``"moments"``, ``"windows"``.
+        score: from `Evidence` and the layers a candidate removes to a number.
+    """
+
+    search: str
+    needs: frozenset[str]
+    score: Callable[[Evidence, Layers], float]
+
+
+_SIMILARITY, _MOMENTS, _WINDOWS = (frozenset({n}) for n in ("similarity", "moments", "windows"))
+
+CRITERIA: Registry[Criterion] = Registry("criterion")
+# The block whose ends point the same way does least (LLM-Streamline, arXiv 2403.19135).
+CRITERIA["cosine"] = Criterion("block", _SIMILARITY, lambda e, ls: -e.similarity(ls).cosine)
+# The same by mean angle (Gromov et al., arXiv 2403.17887).
+CRITERIA["angular"] = Criterion("block", _SIMILARITY, lambda e, ls: e.similarity(ls).angular)
+# Single layers anywhere, by how little each turns the stream (ShortGPT, arXiv 2403.03853).
+CRITERIA["block-influence"] = Criterion(
+    "each", _SIMILARITY, lambda e, ls: 1 - e.similarity(ls).cosine
+)
+# Single layers by first-order weight importance (Shortened LLaMA, arXiv 2402.02834).
+CRITERIA["taylor"] = Criterion("each", _WINDOWS, lambda e, ls: e.importance(ls))
+# One layer at a time, by the loss of the pruned model (SLEB, arXiv 2402.09025).
+CRITERIA["perplexity"] = Criterion("greedy", _WINDOWS, lambda e, ls: e.loss(ls))
+# The block whose repair leaves least behind; and one layer at a time, with every repair in place.
+CRITERIA["residual"] = Criterion("block", _MOMENTS, lambda e, ls: e.residual(ls))
+CRITERIA["greedy-recovered"] = Criterion(
+    "greedy", _MOMENTS | _WINDOWS, lambda e, ls: e.recovered_loss(ls)
+)
+
+
+def select_layers(
+    model: PreTrainedModel,
+    calibration: Tensor | Calibration,
+    n: int,
+    criterion: str = "cosine",
+    *,
+    windows: Tensor | None = None,
+    operator: str = "ghost",
+    beam: int = 1,
+    attention_mask: Tensor | None = None,
+    skip_leading: int = 0,
+    batch_size: int = 1,
+) -> Selection:
+    """Choose ``n`` decoder layers of ``model`` to remove.
+
+    Args:
+        model: the dense model.
+        calibration: (windows, length) token ids, for one streaming pass; or a `Calibration` that
+            holds what the criterion needs.
+        n: number of layers to remove.
+        criterion: a name from `CRITERIA`. Every candidate is considered, first and last layers
+            included; ties go to the lower index.
+        windows: (windows, length) ids that ``taylor``, ``perplexity`` and ``greedy-recovered``
+            score, without padding; the calibration windows by default. Never test text.
+        operator: the repair in place while ``residual`` and ``greedy-recovered`` score.
+        beam: how many of the best sets a greedy search keeps at every step.
+        attention_mask, skip_leading, batch_size: as in `calibrate`, when windows are given.
+
+    Returns:
+        `Selection`: a tuple of layer indices with ``.scores``.
+
+    Raises:
+        ValueError: unknown criterion, ``n`` out of range, a calibration without the statistics the
+            criterion needs, or a score that is not a number.
+    """
+    rule, total = CRITERIA[criterion], num_layers(model)
+    contiguous(n, total)  # checks n
+    if beam < 1:
+        raise ValueError(f"beam must be at least 1, got {beam}")
+    if windows is None and isinstance(calibration, Tensor):
+        if "windows" in rule.needs and attention_mask is not None and not attention_mask.all():
+            raise ValueError(
+                f"criterion {criterion!r} would score the padding of these windows: "
+                "pass windows=… without any"
+            )
+        windows = calibration
+    if "windows" in rule.needs and windows is None:
+        raise ValueError(f"criterion {criterion!r} scores token windows: pass windows=…")
+    boundaries = needed(criterion, n, total)
+    if isinstance(calibration, Tensor) and boundaries:
+        calibration = calibrate(
+            model,
+            calibration,
+            boundaries,
+            attention_mask=attention_mask,
+            skip_leading=skip_leading,
+            batch_size=batch_size,
+            moments="moments" in rule.needs,
+        )
+    known = calibration if isinstance(calibration, Calibration) else None
+    evidence = Evidence(model, known, windows, operator=operator, batch_size=batch_size)
+    if known is not None:
+        _check(criterion, n, known, boundaries)
+    chosen, scores = _search(rule, evidence, n, total, beam, criterion)
+    return Selection(chosen, criterion, scores)
+
+
+def select_several(
+    model: PreTrainedModel,
+    calibration: Tensor | Calibration,
+    ns: Iterable[int],
+    criterion: str = "cosine",
+    **options: Any,
+) -> dict[int, Selection]:
+    """What `select_layers` chooses for each of ``ns``, by the fewest searches.
+
+    Args:
+        calibration: as there. Give a `Calibration` of what is `needed` for all of ``ns``: from
+            windows every search makes a pass of its own.
+        options: as there; so are the errors.
+
+    Returns:
+        ``{n: Selection}``; those of a greedy criterion have the scores of the one search.
+    """
+    ns = list(ns)
+    found = {
+        n: select_layers(model, calibration, n, criterion, **options)
+        for n in searched(criterion, ns)
+    }
+    return {n: found[n] if n in found else found[max(ns)].first(n) for n in ns}
+
+
+def searched(criterion: str, ns: Iterable[int]) -> list[int]:
+    """Those of ``ns`` that take a search: a greedy one for the most layers passes by all others.
+
+    >>> [searched(c, (3, 5, 7)) for c in ("residual", "greedy-recovered")]
+    [[3, 5, 7], [7]]
+    """
+    sizes = sorted(set(ns))
+    return sizes[-1:] if CRITERIA[criterion].search == "greedy" else sizes
+
+
+def needed(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary]:
+    """What a calibration must hold for ``criterion`` to choose ``ns`` (one or more) of ``total``.
+
+    >>> [len(needed(c, 7, 30)) for c in ("residual", "greedy-recovered", "taylor")]
+    [24, 189, 0]
+    """
+    rule = CRITERIA[criterion]
+    if rule.needs == _WINDOWS:
+        return []
+    sizes = searched(criterion, ns if isinstance(ns, Iterable) else [ns])
+    lengths = {"block": sizes, "each": [1], "greedy": range(1, max(sizes) + 1)}[rule.search]
+    return [boundary for length in lengths for boundary in contiguous(length, total)]
+
+
+def _check(criterion: str, n: int, known: Calibration, boundaries: list[Boundary]) -> None:
+    if missing := [b for b in boundaries if b not in known.similarities]:
+        raise ValueError(
+            f"criterion {criterion!r} with n = {n} needs boundaries the calibration lacks, "
+            f"such as {missing[0]}: calibrate with boundaries=… all {len(boundaries)} of them"
+        )
+    if "moments" in CRITERIA[criterion].needs and (unsolved := set(boundaries) - set(known)):
+        raise ValueError(
+            f"criterion {criterion!r} needs second moments, which this calibration lacks for "
+            f"{min(unsolved)}: calibrate with moments=True"
+        )
+
+
+def _search(
+    rule: Criterion, evidence: Evidence, n: int, total: int, beam: int, criterion: str
+) -> tuple[Layers, dict[Layers, float]]:
+    scores: dict[Layers, float] = {}
+
+    def ranked(candidates: list[Layers]) -> list[Layers]:
+        for layers in candidates:
+            if layers not in scores:
+                scores[layers] = rule.score(evidence, layers)
+                if scores[layers] != scores[layers]:
+                    raise ValueError(
+                        f"criterion {criterion!r} scores NaN without layers {layers}: try a wider "
+                        "dtype (bfloat16 or float32), or other windows"
+                    )
+        return sorted(candidates, key=lambda layers: (scores[layers], layers))
+
+    if rule.search == "block":
+        return ranked([tuple(b.removed) for b in contiguous(n, total)])[0], scores
+    if rule.search == "each":
+        singles = ranked([(layer,) for layer in range(total)])
+        return tuple(sorted(layer for (layer,) in singles[:n])), scores
+    parents: list[Layers] = [()]
+    for _ in track(range(n), "removing", unit="layer"):
+        children: set[Layers] = set()
+        for parent in parents:
+            evidence.grow_from(parent)
+            mine = [
+                tuple(sorted({*parent, layer})) for layer in range(total) if layer not in parent
+            ]
+            children.update(ranked(mine))
+        parents = ranked(list(children))[:beam]
+    return parents[0], scores

@@ -1,0 +1,157 @@
+"""Evidence: what a criterion may ask about a set of layers, computed when it is first asked."""
+
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from ghostlib.common import track
+from ghostlib.linalg.gram import SingularGramWarning
+from ghostlib.models.architectures import decoder_layers, num_layers
+from ghostlib.models.boundaries import Boundary, gaps_without, runs
+from ghostlib.models.placement import input_device
+from ghostlib.models.streams import check_windows
+from ghostlib.operators.solve import Operator, solve
+from ghostlib.selection.trials import Trials
+from ghostlib.statistics.calibration import Calibration, Similarity
+
+
+def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
+    """``sum |w dL/dw|`` over the weights of each layer (Shortened LLaMA, arXiv 2402.02834).
+
+    To first order, setting the weight ``w`` to zero changes the loss ``L`` by ``-w dL/dw``. ``L``
+    is the mean negative log-likelihood over ``windows``, one backward pass each; the gradients of a
+    weight are summed over windows before the absolute value, as the published code does.
+
+    Args:
+        model: the dense model; neither its weights nor their ``.grad`` are touched.
+        windows: (windows, length) token ids.
+
+    Returns:
+        One number a layer, in nats.
+    """
+    check_windows(model, windows)
+    layer_of = {
+        id(parameter): index
+        for index, layer in enumerate(decoder_layers(model))
+        for parameter in layer.parameters()
+    }
+    # Detached views with gradients of their own, so that the model's parameters keep theirs.
+    weights = {
+        name: parameter.detach().requires_grad_()
+        for name, parameter in model.named_parameters()
+        if id(parameter) in layer_of
+    }
+    owner = [layer_of[id(p)] for p in model.parameters() if id(p) in layer_of]
+    totals = [torch.zeros_like(weight) for weight in weights.values()]
+    for ids in track(windows.to(input_device(model)).split(1), "differentiating"):
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+        loss = functional_call(model, weights, (), inputs).loss / len(windows)
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        for total, gradient in zip(totals, gradients, strict=True):
+            if gradient is not None:
+                total += gradient
+    importance = [0.0] * len(decoder_layers(model))
+    for index, weight, total in zip(owner, weights.values(), totals, strict=True):
+        importance[index] += float((weight.detach() * total).abs().sum(dtype=torch.float64))
+    return importance
+
+
+Layers = tuple[int, ...]
+
+
+class Evidence:
+    """Facts about removing layers of ``model``.
+
+    Args:
+        model: the dense model.
+        calibration: similarities and moments, or None where the criterion needs none.
+        windows: (windows, length) token ids to score, or None.
+        operator: the repair whose residual and loss are asked for.
+        batch_size: windows per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration | None,
+        windows: Tensor | None,
+        *,
+        operator: str = "ghost",
+        batch_size: int = 1,
+    ) -> None:
+        self.model, self.calibration, self.windows = model, calibration, windows
+        self.operator, self.batch_size = operator, batch_size
+        self.total = num_layers(model)
+        self._operators: dict[Boundary, Operator] = {}
+        self._repaired: bool | None = None
+        self._parent: Layers = ()
+
+    def similarity(self, layers: Layers) -> Similarity:
+        """How alike the stream is before and behind the block ``layers``."""
+        assert self.calibration is not None
+        return self.calibration.similarities[self._block(layers)]
+
+    def residual(self, layers: Layers) -> float:
+        """Squared error that the repair of a block leaves, relative to ``||X_post||^2``.
+
+        On the tokens the repair was solved from. The unit is what the next layer should have
+        received, so that blocks of any place and length compare.
+        """
+        assert self.calibration is not None
+        gap = self._block(layers)
+        return self._repair(gap).residual / self.calibration[gap].t
+
+    def importance(self, layers: Layers) -> float:
+        """Summed first-order importance of the weights of ``layers``."""
+        return sum(self._importance[layer] for layer in layers)
+
+    def loss(self, layers: Layers) -> float:
+        """Mean loss on the windows without ``layers``."""
+        self._settle(repaired=False)
+        return self._trials.loss(layers)
+
+    def recovered_loss(self, layers: Layers) -> float:
+        """Mean loss on the windows without ``layers`` and with every gap repaired."""
+        self._settle(repaired=True)
+        return self._trials.loss(layers, self._repairs(layers))
+
+    def grow_from(self, parent: Layers) -> None:
+        """The sets asked for next are ``parent`` and one layer more: keep its streams."""
+        self._parent, self._repaired = parent, None
+
+    def _settle(self, repaired: bool) -> None:
+        if self._parent and self._repaired != repaired:  # trials begin with the dense model
+            self._trials.rebase(self._parent, self._repairs(self._parent) if repaired else None)
+            self._repaired = repaired
+
+    @cached_property
+    def _trials(self) -> Trials:
+        assert self.windows is not None
+        return Trials(self.model, self.windows, batch_size=self.batch_size)
+
+    @cached_property
+    def _importance(self) -> list[float]:
+        assert self.windows is not None
+        return taylor_importance(self.model, self.windows)
+
+    def _block(self, layers: Layers) -> Boundary:
+        (gap,) = runs(layers, self.total)
+        return gap
+
+    def _repairs(self, layers: Layers) -> Mapping[Boundary, Operator]:
+        return {gap: self._repair(gap) for gap in gaps_without(layers, self.total)}
+
+    def _repair(self, gap: Boundary) -> Operator:
+        if gap not in self._operators:
+            assert self.calibration is not None
+            with warnings.catch_warnings():
+                # A candidate that is not chosen need not trouble anyone.
+                warnings.simplefilter("ignore", SingularGramWarning)
+                found = solve(self.calibration[gap], self.operator)
+            self._operators[gap] = found
+        return self._operators[gap]

@@ -1,0 +1,114 @@
+"""Trials: score many ways to prune and repair one model on the same windows.
+
+Whatever two ways have in common up to a layer, they compute alike up to there. The streams of one
+of them, the base, are kept, and a trial runs only from where it begins to differ.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ghostlib.evaluation.perplexity import token_losses
+from ghostlib.models.architectures import num_layers
+from ghostlib.models.boundaries import Boundary, gaps_without
+from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
+from ghostlib.operators.solve import Operator
+from ghostlib.surgery.cut import operate
+from ghostlib.surgery.folding import FOLDED, fold_mlp
+
+
+class Trials:
+    """Losses of pruned and repaired variants of ``model`` on ``windows``.
+
+    Args:
+        model: the dense model; it is not changed, and it is the first base.
+        windows: (windows, length) token ids, at least two tokens long.
+        batch_size: windows per forward pass.
+
+    The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> None:
+        check_windows(model, windows)
+        if windows.shape[1] < 2:
+            raise ValueError("windows of one token predict nothing: use a length of at least 2")
+        self.model = model
+        self.batches = windows.split(batch_size)
+        self.total = num_layers(model)
+        self.rebase(())
+
+    def rebase(
+        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
+    ) -> None:
+        """Make the variant without ``layers`` the base: its streams are computed and kept."""
+        self.base = gaps_without(layers, self.total)
+        variant = self._variant(layers, operators or {})
+        kept = _survivors(layers, self.total)
+        places = range(len(kept) + 1)
+        keys = [0, *(layer + 1 for layer in kept)]
+        self.streams: list[dict[int, Tensor]] = []
+        for ids in self.batches:
+            streams = record(variant, ids, places)
+            self.streams.append({keys[place]: streams[place] for place in places})
+
+    def losses(
+        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
+    ) -> Tensor:
+        """Mean negative log-likelihood per predicted token (nats) of each window, float64.
+
+        Args:
+            layers: removed layers.
+            operators: repairs; of the gaps in common with the base the same ones as there.
+        """
+        operators = operators or {}
+        variant = self._variant(layers, operators)
+        kept = _survivors(layers, self.total)
+        place = sum(layer < self._first_change(layers, operators) for layer in kept)
+        part = excerpt(variant, place)
+        key = kept[place - 1] + 1 if place else 0
+        found = []
+        for ids, streams in zip(self.batches, self.streams, strict=True):
+            with feed(part, streams[key]):
+                hidden = final_hidden(part, ids)
+            found.append(token_losses(part, hidden, ids).mean(1))
+        return torch.cat(found)
+
+    def loss(
+        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
+    ) -> float:
+        """Mean of `losses`; its exponential is the perplexity."""
+        return float(self.losses(layers, operators).mean())
+
+    def _variant(
+        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]
+    ) -> PreTrainedModel:
+        # At the gap a folded scale is a scalar: the same function, and the layers before it stay.
+        at_gap = {
+            gap: replace(op, name="scalar") if op.name == "magnitude" else op
+            for gap, op in operators.items()
+        }
+        return operate(self.model, gaps_without(layers, self.total), at_gap)
+
+    def _first_change(self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]) -> int:
+        """Index of the first dense layer from which this variant differs from the base."""
+        gaps = gaps_without(layers, self.total)
+        # both begin with as many gaps as agree before the first that does not
+        common = len(
+            list(takewhile(lambda pair: pair[0] == pair[1], zip(gaps, self.base, strict=False)))
+        )
+        different = [*gaps[common : common + 1], *self.base[common : common + 1]]
+        if not different:
+            return self.total
+        first = min(gap.start for gap in different)
+        changed = operators.get(gaps[common]) if common < len(gaps) else None
+        # A repair folded into the last MLP before the gap changes the layer before it.
+        return first - (changed is not None and FOLDED.get(changed.name) is fold_mlp)
+
+
+def _survivors(layers: tuple[int, ...], total: int) -> list[int]:
+    removed = set(layers)
+    return [layer for layer in range(total) if layer not in removed]

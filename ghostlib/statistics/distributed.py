@@ -1,0 +1,195 @@
+"""Data-parallel calibration: each process runs its own windows, then their sums are added up.
+
+Moments are sums over tokens, so those of all processes together are what one process would have
+collected from all windows (paper, appendix H). Every process gets them, solves the same operator
+and has the same recovered model. A whole script, for ``torchrun --nproc-per-node 2 script.py``::
+
+    import torch.distributed as dist
+    import ghostlib as gl
+
+    dist.init_process_group("gloo")
+    model, tokenizer = gl.load_model()
+    windows = gl.token_windows("wiki", tokenizer, length=512, count=8)  # the same everywhere
+    calibration = gl.calibrate_distributed(model, gl.shard(windows), [(12, 19)])
+    recovered = gl.recover(model, calibration, range(12, 19))
+    if dist.get_rank() == 0:
+        recovered.save_pretrained("smollm2-ghost7")
+
+With one GPU a process: ``init_process_group("nccl")`` and ``load_model(device=f"cuda:{rank}")``,
+``rank`` being the environment's ``LOCAL_RANK``. Under ``accelerate launch``,
+``accelerate.PartialState()`` starts the process group.
+
+This is a function of its own. `calibrate` does not look for a process group: it would wait for
+ever where one process alone calls it, and count windows twice where all are given the same.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ghostlib.models.boundaries import Boundary
+from ghostlib.models.placement import input_device
+from ghostlib.statistics.calibration import Calibration, Similarity, calibrate
+from ghostlib.statistics.moments import Moments
+
+
+def shard(windows: Tensor) -> Tensor:
+    """This process's part of ``windows`` (or of their attention mask): every n-th of them.
+
+    Of k windows and n processes, process r has windows r, r + n, r + 2n …; without a process group,
+    all of them.
+    """
+    rank, processes = _place()
+    return windows[rank::processes]
+
+
+def calibrate_distributed(
+    model: PreTrainedModel,
+    windows: Tensor,
+    boundaries: Iterable[Boundary | tuple[int, int]],
+    **options: Any,
+) -> Calibration:
+    """As `calibrate`, with the sums over all processes of the default group.
+
+    Every process must call it, with the same model, boundaries and options and with windows of its
+    own. If anything is wrong in one process, the call ends with an error in all of them. Without a
+    process group there is one process.
+
+    Args:
+        model, boundaries: see `calibrate`.
+        windows: (windows, length) token ids of this process alone, such as ``shard(windows)``.
+        options: see `calibrate`; an ``attention_mask`` belongs to this process's windows.
+
+    Returns:
+        The same `Calibration` in every process, equal to that of one process with all windows up to
+        the rounding of float64 sums.
+
+    Raises:
+        ValueError: a process without windows, two with the same windows, or processes that do not
+            agree on the boundaries, the options or the model.
+        RuntimeError: `calibrate` failed in one of the processes (the message says which and why).
+    """
+    asked = list(boundaries)
+    device = torch.device("cpu")
+    if _place()[1] > 1 and "cpu:" not in dist.get_backend_config():
+        device = input_device(model)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        plan = repr((asked, {k: v for k, v in options.items() if k != "attention_mask"}))
+        _check_plans(_gather((plan, _digest(windows, options.get("attention_mask")))))
+        calibration, failure = None, None
+        try:
+            calibration = calibrate(model, windows, asked, **options)
+        except Exception as error:
+            failure = error
+        outcomes = _gather(f"{type(failure).__name__}: {failure}" if failure else None)
+        for rank, message in enumerate(outcomes):
+            if message is not None:
+                raise RuntimeError(
+                    f"process {rank} of {len(outcomes)} could not calibrate its windows: {message}"
+                ) from failure
+        assert calibration is not None
+        models = _gather(calibration.model)
+        if len(set(models)) > 1:
+            raise ValueError(f"processes hold different models: {', '.join(models)}")
+        return all_reduce(calibration, device)
+
+
+def all_reduce(calibration: Calibration, device: torch.device | str = "cpu") -> Calibration:
+    """Add up ``calibration``, in place, over all processes; returns it.
+
+    Each must hold the same boundaries. A Gram matrix that boundaries share is added up once and
+    stays shared.
+
+    Args:
+        device: where the process group's backend wants tensors: a GPU for NCCL.
+    """
+    attached = (calibration, *vars(calibration).values())
+    collected = [
+        moments
+        for found in attached
+        if isinstance(found, dict)
+        for moments in found.values()
+        if isinstance(moments, Moments)
+    ]
+    similar = calibration.similarities
+    means = torch.tensor(list(similar.values()), dtype=torch.float64) * calibration.tokens
+    counts = [(m.tokens, m.weight, m.sequences, m.fourth) for m in collected]
+    counts.append((calibration.tokens, 0, 0, 0))
+    totals = _total(torch.tensor(counts, dtype=torch.float64), device).tolist()
+    calibration.tokens = int(totals.pop()[0])
+    means = _total(means, device) / calibration.tokens
+    for boundary, row in zip(similar, means.tolist(), strict=True):
+        similar[boundary] = Similarity(*row)
+
+    done: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, whose id must not go astray
+    for moments, (tokens, weight, sequences, fourth) in zip(collected, totals, strict=True):
+        moments.tokens, moments.weight, moments.sequences = int(tokens), weight, int(sequences)
+        moments.fourth = fourth
+        for name, mine in list(vars(moments).items()):
+            if isinstance(mine, Tensor):
+                if id(mine) not in done:
+                    done[id(mine)] = mine, _total(mine, device)
+                setattr(moments, name, done[id(mine)][1])
+    return calibration
+
+
+def _place() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _gather(mine: Any) -> list[Any]:
+    """What every process passed, by rank."""
+    processes = _place()[1]
+    found = [mine] * processes
+    if processes > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
+def _total(values: Tensor, device: torch.device | str) -> Tensor:
+    if _place()[1] == 1:
+        return values
+    moved = values.to(device, copy=True)
+    dist.all_reduce(moved)
+    return moved.to(values.device)
+
+
+def _digest(windows: Any, mask: Any) -> str | None:
+    """What tells these windows from others; "" for none, None for what `calibrate` will refuse."""
+    if not isinstance(windows, Tensor):
+        return None
+    if windows.numel() == 0:
+        return ""
+    tensors = (t.cpu().numpy() for t in (windows, mask) if isinstance(t, Tensor))
+    return hashlib.sha256(b"".join(t.tobytes() for t in tensors)).hexdigest()
+
+
+def _check_plans(plans: list[tuple[str, str | None]]) -> None:
+    """Refuse, in every process, what `calibrate` cannot notice in one."""
+    processes = len(plans)
+    first: dict[str, int] = {}
+    for rank, (plan, digest) in enumerate(plans):
+        if plan != plans[0][0]:
+            raise ValueError(
+                f"processes 0 and {rank} were asked for different things: "
+                f"{plans[0][0]} and {plan}; call with the same boundaries and options"
+            )
+        if digest == "":
+            raise ValueError(
+                f"process {rank} of {processes} has no windows: take at least {processes} windows, "
+                "or start fewer processes"
+            )
+        if digest is not None and first.setdefault(digest, rank) != rank:
+            raise ValueError(
+                f"processes {first[digest]} and {rank} have the same windows, which would count "
+                "twice: give each process its own, calibrate_distributed(model, shard(windows), …)"
+            )

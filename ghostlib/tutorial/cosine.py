@@ -1,0 +1,106 @@
+"""ReplaceMe's other objective: the angle between streams, which has no closed form."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ghostlib.common import track
+from ghostlib.models.architectures import num_layers
+from ghostlib.models.boundaries import Boundary, check_boundary
+from ghostlib.models.placement import input_device
+from ghostlib.models.streams import check_windows, listen, tap
+from ghostlib.operators.solve import Operator
+
+
+class MlpActivations(NamedTuple):
+    """The tokens around a gap, each (tokens, hidden) in float32 on the CPU.
+
+    Attributes:
+        F: output of the last MLP before the gap. R: the rest of the stream there, ``X_pre - F``.
+        Y: ``X_post``.
+    """
+
+    F: Tensor
+    R: Tensor
+    Y: Tensor
+
+
+def mlp_activations(
+    model: PreTrainedModel, windows: Tensor, boundary: Boundary | tuple[int, int]
+) -> MlpActivations:
+    """Every token's `MlpActivations`: 3 x tokens x hidden x 4 bytes.
+
+    Raises:
+        ValueError: a boundary at layer 0, or windows that do not fit the model.
+    """
+    gap = check_boundary(boundary, num_layers(model))
+    check_windows(model, windows)
+    if gap.start == 0:
+        raise ValueError("boundary starts at layer 0: no MLP is before it")
+    heard: list[Tensor] = []
+    seen: dict[int, Tensor] = {}
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    with (
+        tap(model, gap, seen.__setitem__) as run,
+        listen(model, [gap.start], lambda start, output: heard.append(output)),
+    ):
+        for ids in track(windows.split(1), "collecting"):
+            run(input_ids=ids.to(input_device(model)))
+            F, x, y = (
+                t.float().cpu().flatten(0, -2)
+                for t in (heard.pop(), seen[gap.start], seen[gap.stop])
+            )
+            parts.append((F, x - F, y))
+    return MlpActivations(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def fit_cosine(
+    activations: MlpActivations,
+    *,
+    steps: int = 200,
+    batch: int = 1024,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    start: Tensor | None = None,
+) -> Operator:
+    """``T`` that minimises the mean of ``1 - cos(R + F T, Y)`` over tokens (arXiv 2505.02819).
+
+    By Adam on random batches, the rate falling to zero along a cosine. Every
+    token counts alike whatever its norm, which least squares does not grant.
+
+    Args:
+        activations: from `mlp_activations`.
+        steps, batch, learning_rate, seed: of the optimiser; a batch is drawn with replacement.
+        start: (hidden, hidden) where it starts, such as `replaceme`'s ``W``; the identity by
+            default, from which it needs many more steps.
+
+    Returns:
+        `Operator` of the name ``"replaceme-cosine"``, for ``recover(model, {}, layers, {gap: …})``.
+
+    Raises:
+        ValueError: options out of range, or an objective that became NaN.
+    """
+    for name, value in (("steps", steps), ("batch", batch), ("learning_rate", learning_rate)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    F, R, Y = activations
+    generator = torch.Generator().manual_seed(seed)
+    T = (torch.eye(F.shape[1]) if start is None else start.float().clone()).requires_grad_()
+    optimiser = torch.optim.Adam([T], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in track(range(steps), "turning", unit="step"):
+        rows = torch.randint(len(F), (min(batch, len(F)),), generator=generator)
+        loss = 1 - nn.functional.cosine_similarity(R[rows] + F[rows] @ T, Y[rows]).mean()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the cosine objective became {loss.item()}: lower learning_rate")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    W = T.detach().double()
+    with torch.no_grad():
+        residual = float((R + F @ T - Y).double().square().sum())
+    return Operator(W, "replaceme-cosine", W.numel(), 0, 1.0, residual)

@@ -1,0 +1,184 @@
+"""The published protocol against its pieces, and bytes against what the tokens decode to."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import ghostlib as gl
+from ghostlib.evaluation.perplexity import PUBLISHED, corpus_perplexity, token_bytes
+from ghostlib.text.tokens import SEPARATOR
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+TEXT = "The theory – größer als 東京 – of the thing.\n\n" * 40
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def falling_back() -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2's: spaces as ▁, one in front, unknown characters as their bytes."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghij.ö", "ab"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    raw = Tokenizer(models.BPE(vocabulary, [("a", "b")], byte_fallback=True, unk_token="<unk>"))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.ByteFallback()
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+def test_is_the_perplexity_of_the_same_windows(book: Path) -> None:
+    model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
+    found = corpus_perplexity(model, tokenizer, book, split="all", length=32, batch_size=3)
+    windows = gl.token_windows(book, tokenizer, split="all", length=32, count=None)
+    losses = gl.window_losses(model, windows)
+    assert found.perplexity == pytest.approx(gl.perplexity(model, windows), rel=1e-6)
+    assert found.nll_se == pytest.approx(float(losses.std()) / len(windows) ** 0.5, rel=1e-5)
+    assert (found.windows, found.length, found.tokens) == (*windows.shape, len(windows) * 31)
+    assert (found.corpus, found.split, found.separator) == ("book.txt", "all", "\n\n")
+    assert found.special_tokens == []
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_bits_per_byte_of_a_uniform_model(book: Path, bos: bool) -> None:
+    """Each token costs log2(300) bits; without merges it is one byte, except an added one."""
+    model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer(0, bos)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = corpus_perplexity(model, tokenizer, book, split="all", length=16, count=3)
+    assert found.perplexity == pytest.approx(300, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(math.log2(300), rel=1e-5)
+    assert found.bytes == found.tokens == 45
+    assert found.special_tokens == (["<bos>"] if bos else [])
+    one = corpus_perplexity(model, tokenizer, book, split="all", length=16, count=1)
+    assert one.nll_se is None
+
+
+def test_bytes_are_those_the_scored_tokens_cover(book: Path) -> None:
+    """Against decoding: all of a window but its first token, counted in bytes."""
+    model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer(bos=True)
+    found = corpus_perplexity(model, tokenizer, book, split="all", length=64)
+    ids = tokenizer(TEXT.strip(), add_special_tokens=True)["input_ids"]
+    letters = {letter: byte for byte, letter in byte_letters().items()}
+    whole = [bytes(letters[c] for c in tokenizer.convert_ids_to_tokens(i)) for i in ids[1:]]
+    assert b"".join(whole).decode() == TEXT.strip()  # the reference itself is right
+    sizes = [0, *map(len, whole)]
+    scored = [n for i, n in enumerate(sizes[: found.windows * 64]) if i % 64]
+    assert found.bytes == sum(scored) and found.windows == len(ids) // 64
+    assert found.bits_per_byte == pytest.approx(
+        found.nll / math.log(2) * len(scored) / sum(scored), rel=1e-12
+    )
+
+
+def byte_letters() -> dict[int, str]:
+    """GPT-2's letter for every byte, by its published rule."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {b: chr(b) for b in shown} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+
+
+@given(st.text(max_size=40), st.booleans())
+def test_byte_level_tokens_cover_the_text(text: str, bos: bool) -> None:
+    tokenizer = TOKENIZERS[bos]
+    sizes = token_bytes(tokenizer, text, special_tokens=True)
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    assert sizes is not None
+    assert sizes.tolist() == [0 if p == "<bos>" else len(p) for p in pieces]
+    assert sizes.sum() == len(text.encode())
+
+
+TOKENIZERS = {bos: tiny_tokenizer(bos=bos) for bos in (False, True)}
+FALLING_BACK = falling_back()
+
+
+@given(st.text(alphabet="abcj öß東😀", max_size=30))
+def test_tokens_that_fall_back_to_bytes(text: str) -> None:
+    sizes = token_bytes(FALLING_BACK, text)
+    pieces = FALLING_BACK.convert_ids_to_tokens(FALLING_BACK(text)["input_ids"])
+    assert sizes is not None and sizes.sum() == len(text.encode())
+    expected = [1 if p.startswith("<0x") else len(p.replace("▁", " ").encode()) for p in pieces]
+    if expected:
+        expected[0] -= 1  # the space that is put in front
+    assert sizes.tolist() == expected
+
+
+def test_text_that_is_dropped_or_not_followed() -> None:
+    raw = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    sizes = token_bytes(PreTrainedTokenizerFast(tokenizer_object=raw), "a  b ö")
+    assert sizes is not None and sizes.tolist() == [3, 2, 2]
+
+    class Slow:
+        is_fast = False
+
+    assert token_bytes(Slow(), "a") is None  # type: ignore[arg-type]
+
+
+def test_without_bytes_there_is_a_perplexity_still(book: Path, monkeypatch: Any) -> None:
+    model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
+    monkeypatch.setattr("ghostlib.evaluation.perplexity.token_bytes", lambda *_, **__: None)
+    found = corpus_perplexity(model, tokenizer, book, split="all", length=16, count=2)
+    assert found.bits_per_byte is None and found.bytes is None and found.perplexity > 1
+
+
+def test_published_corpora_have_their_splits_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load_dataset(path: str, config: str | None, **options: Any) -> list[dict[str, str]]:
+        asked.append(options["split"])
+        return [{"text": "the theory " * 9, "sentence": "the thing " * 9} for _ in range(400)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
+    found = [corpus_perplexity(model, tokenizer, name, length=8) for name in PUBLISHED]
+    assert asked == ["test", "validation", "validation"] == [f.split for f in found]
+    assert found[2].windows == 256 < found[0].windows
+    few = corpus_perplexity(model, tokenizer, "c4", split="test", length=8, count=2)
+    assert (few.windows, few.split, few.corpus) == (2, "test", "c4")
+
+
+def test_bad_requests(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
+    with pytest.raises(ValueError, match=r"tokens, fewer than one window of 99999"):
+        corpus_perplexity(model, tokenizer, book, split="all", length=99999)
+    with pytest.raises(ValueError, match="count must be a positive integer, not 0"):
+        corpus_perplexity(model, tokenizer, book, count=0)
+
+    def unreachable(path: str, config: str | None, **options: Any) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ConnectionError, match=r"no route.*'wiki' or 'pydoc', or the path"):
+        corpus_perplexity(model, tokenizer, "wikitext2")
+
+
+@pytest.mark.embedded
+def test_embedded_model_on_embedded_text(embedded: Any) -> None:
+    model, tokenizer = embedded
+    found = corpus_perplexity(model, tokenizer, "wiki", length=256, count=3)
+    assert 5 < found.perplexity < 60
+    assert 0.5 < found.bits_per_byte < 1.5  # type: ignore[operator]
+    assert found.split == "test" and found.special_tokens == []
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared evaluation data is not here")
+@pytest.mark.embedded
+@pytest.mark.parametrize("name", ["wikitext2.valid.raw", "c4.sample.jsonl"])
+def test_public_files_are_covered_to_the_byte(name: str, embedded: Any) -> None:
+    text = SEPARATOR.join(gl.documents(SHARED / name, split="all"))[:200_000]
+    sizes = token_bytes(embedded[1], text)
+    ids = embedded[1](text, verbose=False)["input_ids"]
+    assert sizes is not None and len(sizes) == len(ids)
+    assert np.sum(sizes) == len(text.encode())

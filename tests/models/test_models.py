@@ -1,0 +1,133 @@
+"""The contract every architecture adapter must pass, and what is refused."""
+
+import pytest
+import torch
+from conftest import LAYERS, VOCABULARY, WIDTH, tiny_model, tiny_windows
+from torch import nn
+from transformers import AutoModelForCausalLM, BloomConfig
+
+import ghostlib as gl
+from ghostlib.models import architectures as models
+from ghostlib.models import streams
+from ghostlib.models.architectures import ARCHITECTURES
+
+
+def test_adapter_contract(any_tiny):
+    """Layers, width, receivers, head and final hidden states of every supported architecture."""
+    model, ids = any_tiny, tiny_windows(2, 12)
+    assert models.num_layers(model) == LAYERS == model.config.num_hidden_layers
+    assert models.hidden_size(model) == WIDTH
+    seen: list[int] = []
+    handles = [
+        models.receiver(model, index).register_forward_pre_hook(
+            lambda module, args, index=index: seen.append((index, tuple(args[0].shape)))
+        )
+        for index in range(LAYERS + 1)
+    ]
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    # Every receiver is called once, in order, with the stream as its first argument.
+    assert seen == [(index, (2, 12, WIDTH)) for index in range(LAYERS + 1)]
+    with torch.no_grad():
+        torch.testing.assert_close(models.head(model, streams.final_hidden(model, ids)), logits)
+    assert logits.shape[-1] == VOCABULARY
+
+
+def test_receivers_compute_the_residual_update(any_tiny):
+    """Overwriting a receiver's input changes the output: it is the stream, not a copy."""
+    ids = tiny_windows(1, 8)
+    with torch.no_grad():
+        before = any_tiny(ids).logits
+        for index in (0, 3, LAYERS):
+            handle = models.receiver(any_tiny, index).register_forward_pre_hook(
+                lambda module, args: (torch.zeros_like(args[0]), *args[1:])
+            )
+            assert not torch.allclose(any_tiny(ids).logits, before)
+            handle.remove()
+
+
+def test_keep_layers_makes_everything_agree(any_tiny):
+    kept = [0, 2, 5]
+    layer_types = getattr(any_tiny.config, "layer_types", None)
+    originals = [models.decoder_layers(any_tiny)[index] for index in kept]
+    models.keep_layers(any_tiny, kept)
+    assert list(models.decoder_layers(any_tiny)) == originals
+    assert any_tiny.config.num_hidden_layers == 3
+    if layer_types is not None:
+        assert any_tiny.config.layer_types == [layer_types[index] for index in kept]
+    for position, layer in enumerate(models.decoder_layers(any_tiny)):
+        indices = {m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")}
+        assert indices == {position}
+
+
+def test_other_architectures_are_refused_by_name():
+    model = AutoModelForCausalLM.from_config(
+        BloomConfig(hidden_size=8, n_layer=2, n_head=2, vocab_size=11)
+    )
+    with pytest.raises(ValueError, match=r"unknown architecture 'bloom'.*llama.*gpt2"):
+        models.decoder_layers(model)
+
+
+def test_gpt2_with_index_dependent_attention_is_refused():
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx"):
+        models.keep_layers(model, [0, 1])
+
+
+def test_post_norm_opt_has_nothing_to_receive_its_last_stream():
+    model = tiny_model("opt", do_layer_norm_before=False)
+    assert isinstance(models.receiver(model, LAYERS - 1), nn.Module)
+    with pytest.raises(ValueError, match=f"keep layer {LAYERS - 1}"):
+        models.receiver(model, LAYERS)
+
+
+def test_fingerprint_tells_models_apart_and_copies_together():
+    first, again = tiny_model("llama"), tiny_model("llama")
+    other = tiny_model("llama", seed=1)
+    assert models.fingerprint(first) == models.fingerprint(again)
+    assert models.fingerprint(first) != models.fingerprint(other)
+    assert models.fingerprint(first).startswith(f"llama-{LAYERS}x{WIDTH}-")
+
+
+def test_final_hidden_leaves_no_hook_behind():
+    model = tiny_model("llama")
+    with pytest.raises((IndexError, RuntimeError)):
+        streams.final_hidden(model, torch.full((1, 4), VOCABULARY + 5))
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_model_that_bypasses_its_head_is_reported(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(model, "forward", lambda **inputs: None)
+    with pytest.raises(RuntimeError, match="never called its output embeddings"):
+        streams.final_hidden(model, tiny_windows(1, 4))
+
+
+def test_load_model_reads_a_folder_in_the_dtype_asked(tmp_path, embedded):
+    _, tokenizer = embedded
+    tiny_model("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, again = gl.load_model(tmp_path)
+    assert model.dtype == torch.float32 and not model.training
+    assert again("A test.")["input_ids"] == tokenizer("A test.")["input_ids"]
+    half, _ = gl.load_model(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+    assert half.dtype == torch.bfloat16
+
+
+def test_load_model_names_what_it_did_not_find():
+    with pytest.raises(OSError, match="no-such-folder"):
+        gl.load_model("./no-such-folder")
+
+
+def test_embedded_model_is_a_plain_float32_llama(embedded):
+    model, tokenizer = embedded
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.dtype == torch.float32 and not model.training
+    assert (models.num_layers(model), models.hidden_size(model)) == (30, 576)
+    assert not hasattr(model.config, "quantization_config")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert set(ARCHITECTURES) >= {"llama", "gemma3_text"}
+    text = "The capital of France is Paris."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

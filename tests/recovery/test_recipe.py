@@ -1,0 +1,328 @@
+"""The recipe against an independent path: what it keeps out, fits, judges by and chooses."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS, VOCABULARY, WIDTH, saved_and_loaded, tiny_model, tiny_windows
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import ghostlib as gl
+from ghostlib.models.architectures import decoder_layers
+from ghostlib.models.boundaries import spell
+from ghostlib.operators.paths import RIDGES, choose_ridge
+from ghostlib.operators.solve import REGRESSORS, Operator, solve
+from ghostlib.recovery.recipe import CANDIDATES, NONE, SHORTLIST, Choice, Recipe
+from ghostlib.selection.trials import Trials
+
+LENGTH = 40
+KEPT_OUT = [1, 3, 5]  # of six short windows, half
+LAYERS_REMOVED = (1, 2, 4)
+GAPS = gl.runs(LAYERS_REMOVED, LAYERS)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+def windows() -> Tensor:
+    return tiny_windows(6, LENGTH)
+
+
+def parts() -> tuple[Tensor, Tensor]:
+    """(fitted, judges) by hand."""
+    ids = windows()
+    return ids[[i for i in range(len(ids)) if i not in KEPT_OUT]], ids[KEPT_OUT]
+
+
+def moments(model: PreTrainedModel, ids: Tensor, repair: str) -> dict[gl.Boundary, gl.Moments]:
+    regressor = REGRESSORS.get(repair, "stream")
+    return gl.calibrate(model, ids, GAPS, regressors=[regressor]).of(regressor)
+
+
+def losing(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], other: float = 2.0) -> None:
+    """Trials find these losses, by the operator's name."""
+
+    def loss(self, layers, operators) -> float:
+        names = {op.name for op in operators.values()} or {NONE}
+        return losses.get(names.pop(), other)
+
+    monkeypatch.setattr(Trials, "loss", loss)
+
+
+# --- what is kept out -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "kept_out"),
+    [
+        (16, 2048, [4, 12]),  # 8 + 8 windows of two corpora: one of each
+        (32, 2048, [8, 24]),
+        (8, 1024, [1, 3, 5, 7]),
+        (5, 512, [1, 3]),  # never more than half
+        (3, 24, [1]),
+        (2, 24, [1]),
+        (9, 4096, [4]),
+        (4, 6000, [2]),  # longer windows: one
+    ],
+)
+def test_windows_kept_out_are_spread_and_whole(model, count, length, kept_out) -> None:
+    ids = torch.arange(count)[:, None].expand(count, length)
+    recipe = gl.Recipe(model, ids)
+    assert recipe.judges[:, 0].tolist() == kept_out
+    assert recipe.fitted[:, 0].tolist() == [i for i in range(count) if i not in kept_out]
+    assert recipe.judges.shape[1] == recipe.fitted.shape[1] == length
+
+
+# --- what is chosen ---------------------------------------------------------------------------
+
+
+def test_every_loss_is_that_of_a_model_recovered_from_the_fitted_windows(model) -> None:
+    fitted, judges = parts()
+    choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
+    expected = {NONE: math.log(gl.perplexity(gl.prune(model, LAYERS_REMOVED), judges))}
+    for repair in CANDIDATES:
+        train, held_out = (moments(model, ids, repair) for ids in (fitted, judges))
+        operators = {}
+        for gap in GAPS:
+            ridge = choose_ridge(train[gap], held_out=held_out[gap])
+            operators[gap] = solve(train[gap], repair, relative_ridge=ridge)
+            best = min(
+                held_out[gap].error(solve(train[gap], repair, relative_ridge=r)) for r in RIDGES
+            )
+            assert held_out[gap].error(operators[gap]) == pytest.approx(best, rel=1e-9)
+            if repair == choice.repair:
+                assert choice.ridges[gap] == ridge
+        repaired = gl.recover(model, {}, LAYERS_REMOVED, operators)
+        expected[repair] = math.log(gl.perplexity(repaired, judges))
+    assert choice.rivals == pytest.approx(expected, rel=1e-5)
+    assert list(choice.rivals) == [NONE, *CANDIDATES]
+    assert choice.repair == min(expected, key=lambda repair: expected[repair]) != NONE
+    assert choice.layers == LAYERS_REMOVED and choice.tokens == judges.numel() == 120
+
+
+@pytest.mark.parametrize("repair", [*CANDIDATES, "ghost-relative", "three-branch-relative"])
+def test_what_was_chosen_is_solved_again_from_all_windows(model, repair, capsys) -> None:
+    recovered = gl.recover(
+        model, windows(), LAYERS_REMOVED, "auto", candidates=[repair], batch_size=2
+    )
+    choice = gl.Recipe(model, windows(), candidates=[repair]).choose(LAYERS_REMOVED)
+    assert choice.repair == repair
+    whole = moments(model, windows(), repair)
+    for gap in GAPS:
+        op = solve(whole[gap], repair, relative_ridge=choice.ridges[gap])
+        torch.testing.assert_close(choice.operators[gap].W, op.W, rtol=1e-6, atol=1e-8)
+        assert choice.operators[gap].residual == pytest.approx(op.residual, rel=1e-6)
+    with torch.no_grad():
+        expected = gl.recover(model, {}, LAYERS_REMOVED, choice.operators)(windows()).logits
+        torch.testing.assert_close(recovered(windows()).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(choice.apply(model)(windows()).logits, expected)
+    assert capsys.readouterr().out.startswith(f"auto: {repair} for layers 1–2 (ridge ")
+
+
+def test_ties_go_to_no_repair_and_then_to_the_first_named(model, monkeypatch) -> None:
+    idle = tiny_model("llama")
+    layer: Any = decoder_layers(idle)[3]
+    for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        nn.init.zeros_(module.weight)
+    choice = gl.Recipe(idle, windows()).choose([3])  # which did nothing to the stream
+    assert len(set(choice.rivals.values())) == 1 and choice.repair == NONE
+    losing(monkeypatch, {NONE: 3.0})
+    assert gl.Recipe(model, windows()).choose([3]).repair == "ghost"
+    backwards = gl.Recipe(model, windows(), candidates=CANDIDATES[::-1])
+    assert backwards.choose([3]).repair == CANDIDATES[-1]
+
+
+def test_no_repair_can_win(model, monkeypatch, capsys) -> None:
+    losing(monkeypatch, {NONE: 1.0})
+    recovered = gl.recover(model, windows(), LAYERS_REMOVED, "auto")
+    assert type(recovered) is type(model) and not hasattr(recovered.config, "ghost")
+    with torch.no_grad():
+        expected = gl.prune(model, LAYERS_REMOVED)(windows()).logits
+        assert torch.equal(recovered(windows()).logits, expected)
+    choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
+    assert not choice.operators and not choice.ridges
+    assert capsys.readouterr().out == str(choice) + "\n"
+    assert str(choice).startswith("auto: none for layers 1–2, 4; loss on 120 held-out ")
+
+
+def test_nan_never_wins(model, monkeypatch) -> None:
+    losing(monkeypatch, {NONE: math.nan, "ghost": 3.0, "two-branch": math.nan})
+    recipe = gl.Recipe(model, windows(), candidates=("two-branch", "ghost"))
+    choice = recipe.choose([2])
+    assert choice.repair == "ghost"
+    assert choice.rivals == {NONE: math.inf, "two-branch": math.inf, "ghost": 3.0}
+    assert choice.summary["losses"] == {NONE: None, "two-branch": None, "ghost": 3.0}
+    assert str(choice).endswith("ghost 3.000, none inf, two-branch inf")
+    losing(monkeypatch, {}, other=math.nan)
+    with pytest.raises(ValueError, match=r"every candidate of the recipe.* try a wider dtype"):
+        recipe.choose([2])
+
+
+# --- the choice of layers ---------------------------------------------------------------------
+
+
+def test_a_number_of_layers_is_the_best_of_the_shortlist(capsys) -> None:
+    model, fitted = tiny_model("gpt2", seed=1), parts()[0]
+    sets = {tuple(gl.select_layers(model, fitted, 2, criterion)) for criterion in SHORTLIST}
+    assert len(sets) > 1
+    recipe = gl.Recipe(model, windows())
+    choice = recipe.choose(2)
+    assert set(recipe.shortlist(2)) == {layers for layers, _ in choice.losses} == sets
+    alone = {layers: recipe.choose(layers).losses for layers in sets}
+    assert choice.losses == {key: loss for losses in alone.values() for key, loss in losses.items()}
+    assert choice.losses[choice.layers, choice.repair] == min(choice.losses.values())
+    recovered = gl.recover(model, windows(), 2, "auto")
+    assert recovered.config.num_hidden_layers == LAYERS - 2
+    with torch.no_grad():
+        assert torch.equal(recovered(windows()).logits, choice.apply(model)(windows()).logits)
+    assert f"best of {len(sets)} choices of layers" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="n = 6 layers cannot be removed"):
+        recipe.choose(LAYERS)
+
+
+def test_one_pass_collects_what_several_choices_need(model, monkeypatch) -> None:
+    passes = []
+    calibrate = gl.calibrate
+
+    def counted(model, ids, boundaries, **how):
+        passes.append((len(ids), boundaries))
+        return calibrate(model, ids, boundaries, **how)
+
+    monkeypatch.setattr("ghostlib.recovery.recipe.calibrate", counted)
+    recipe = gl.Recipe(model, windows())
+    recipe.collect([(1, 2), (1, 2, 4), (0,)])
+    gaps = [gl.Boundary(0, 1), gl.Boundary(1, 3), gl.Boundary(4, 5)]
+    assert passes == [(3, gaps), (3, gaps)]  # the fitted, and those kept out
+    once = recipe.choose((1, 2, 4)).losses
+    assert len(passes) == 2
+    assert gl.Recipe(model, windows()).choose([4, 2, 1]).losses == pytest.approx(once)
+
+
+def test_the_line_says_what_was_chosen_and_why(model) -> None:
+    choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
+    line, ridges = str(choice), [f"{choice.ridges[gap]:.0e}" for gap in GAPS]
+    assert "\n" not in line
+    assert line.startswith(
+        f"auto: {choice.repair} for layers 1–2 (ridge {ridges[0]}), 4 (ridge {ridges[1]}); "
+        "loss on 120 held-out calibration tokens: "
+    )
+    losses = dict(part.split() for part in line.rpartition(": ")[2].split(", "))
+    assert losses == {name: f"{loss:.3f}" for name, loss in choice.rivals.items()}
+    assert next(iter(losses)) == choice.repair, "lowest first"
+    assert choice.summary == {"repair": choice.repair, "losses": choice.rivals, "tokens": 120}
+
+
+# --- what changes nothing ---------------------------------------------------------------------
+
+
+def turned(model: PreTrainedModel, R: Tensor) -> PreTrainedModel:
+    """The same llama with its stream multiplied by ``R``, a multiple of a rotation."""
+    found = tiny_model("llama")
+    scale = float(R.square().sum().sqrt()) / WIDTH**0.5
+    Q, inner = R / scale, found.model
+    with torch.no_grad():
+        inner.embed_tokens.weight.copy_(inner.embed_tokens.weight @ R)
+        found.lm_head.weight.copy_(found.lm_head.weight @ Q)
+        for layer in inner.layers:
+            attn, mlp = layer.self_attn, layer.mlp
+            for reader in (attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj):
+                reader.weight.copy_(reader.weight @ Q)
+            for writer in (attn.o_proj, mlp.down_proj):
+                writer.weight.copy_(R.T @ writer.weight)
+    return found
+
+
+def rotation() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
+
+
+@pytest.mark.parametrize("R", [16 * torch.eye(WIDTH), rotation()], ids=["scale", "rotation"])
+def test_scale_and_basis_of_the_stream_change_no_choice(model, R) -> None:
+    other = turned(model, R)
+    with torch.no_grad():
+        same = other(windows()).logits
+        torch.testing.assert_close(same, model(windows()).logits, rtol=1e-3, atol=1e-3)
+    mine, theirs = (gl.Recipe(m, windows()).choose(LAYERS_REMOVED) for m in (model, other))
+    assert theirs.repair == mine.repair
+    assert theirs.losses == pytest.approx(mine.losses, rel=1e-4)
+    assert list(theirs.ridges.values()) == list(mine.ridges.values())
+
+
+def test_order_of_windows_and_batches_change_no_choice(model) -> None:
+    order = [2, 5, 0, 3, 4, 1]  # those kept out stay kept out
+    mine = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
+    theirs = gl.Recipe(model, windows()[order], batch_size=4).choose(LAYERS_REMOVED)
+    assert theirs.repair == mine.repair and theirs.ridges == mine.ridges
+    assert theirs.losses == pytest.approx(mine.losses, rel=1e-5)
+
+
+# --- recovered models -------------------------------------------------------------------------
+
+
+def test_every_architecture_is_served_or_told_what_serves_it(any_tiny, tmp_path, capsys) -> None:
+    ids, how = windows(), dict[str, Any]()
+    if any_tiny.config.model_type == "olmo2":
+        remedy = r"without a norm: .* candidates=\('ghost', 'ghost-relative'\)"
+        with pytest.raises(ValueError, match=remedy):
+            gl.recover(any_tiny, ids, LAYERS_REMOVED, "auto")
+        how["candidates"] = ("ghost", "ghost-relative")
+    recovered = gl.recover(any_tiny, ids, LAYERS_REMOVED, "auto", **how)
+    assert recovered.config.num_hidden_layers == LAYERS - 3
+    again = saved_and_loaded(recovered, ids, tmp_path)
+    text = again.generate(ids[:1, :5], max_new_tokens=4, do_sample=False)
+    assert text.shape[1] <= 9
+    assert capsys.readouterr().out.count("auto: ") == 1
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "candidates", "message"),
+    [
+        (tiny_windows(1), CANDIDATES, "give at least 2"),
+        (tiny_windows(), (), "no candidate to choose from: name one, such as 'two-branch-rel"),
+        (tiny_windows(), ("two-branchs",), "unknown operator 'two-branchs'; did you mean 'two-br"),
+        (tiny_windows(), ("linearpatch-d",), "cannot choose linearpatch-d: its candidates are"),
+        (tiny_windows(), ("ghost", "replaceme"), "cannot choose replaceme"),
+        (tiny_windows() + VOCABULARY, CANDIDATES, "do not fit a vocabulary"),
+    ],
+)
+def test_recipes_that_cannot_be(model, ids, candidates, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(model, ids, candidates=candidates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_mask": torch.ones(6, LENGTH)}, "leave out attention_mask, skip_leading and"),
+        ({"skip_leading": 1}, "leave out attention_mask, skip_leading and fit"),
+        ({"fit": "sequential"}, "leave out attention_mask, skip_leading and fit"),
+        ({"calibration": {}}, "give token windows, not statistics"),
+        ({"operator": "ghost", "layers": 2}, r"got the number 2: .* or use operator='auto'"),
+        ({"layers": [LAYERS]}, "out of range"),
+    ],
+)
+def test_what_auto_cannot_heed_is_refused(model, changes, message) -> None:
+    asked = {"calibration": windows(), "layers": [2], "operator": "auto"} | changes
+    with pytest.raises(ValueError, match=message):
+        gl.recover(model, **asked)
+
+
+def test_choices_are_spelt_without_the_model() -> None:
+    op = Operator(torch.eye(2), "ghost", 4, 2, 1.0, 0.0)
+    gap = gl.Boundary(3, 6)
+    losses: dict[tuple[tuple[int, ...], str], float]
+    losses = {((3, 4, 5), NONE): 4.0, ((3, 4, 5), "ghost"): 2.5, ((1, 2, 3), "ghost"): 3.0}
+    choice = Choice((3, 4, 5), "ghost", {gap: op}, {gap: 0.01}, losses, 4096)
+    assert spell(choice.layers) == "3–5"
+    assert str(choice) == (
+        "auto: ghost for layers 3–5 (ridge 1e-02), best of 2 choices of layers; loss on 4,096 "
+        "held-out calibration tokens: ghost 2.500, none 4.000"
+    )

@@ -1,0 +1,272 @@
+"""Criteria against brute force, first and last layers included."""
+
+import math
+
+import pytest
+import torch
+from conftest import LAYERS, stored_streams, tiny_model, tiny_windows
+
+import ghostlib as gl
+from ghostlib import Boundary
+from ghostlib.models.architectures import decoder_layers
+from ghostlib.selection.criteria import CRITERIA, needed, searched, select_several
+
+CONTIGUOUS = [name for name, rule in CRITERIA.items() if rule.search == "block"]
+SCATTERED = [name for name in CRITERIA if name not in CONTIGUOUS]
+
+
+def cosine(streams, start, stop):
+    x, y = streams[start].flatten(0, 1), streams[stop].flatten(0, 1)
+    cosines = [
+        float(a @ b / (a.norm() * b.norm())) for a, b in zip(x.double(), y.double(), strict=True)
+    ]
+    return sum(cosines) / len(cosines)
+
+
+def relative_residual(streams, start, stop):
+    """What least squares on stored activations leaves, relative to the target."""
+    x, y = (streams[index].flatten(0, 1).double() for index in (start, stop))
+    W = torch.linalg.lstsq(x, y).solution
+    return float((x @ W - y).square().sum() / y.square().sum())
+
+
+def by_hand(model, ids, layers, repaired: bool) -> float:
+    """Mean loss without ``layers``, by the public functions and the model's own loss."""
+    variant = gl.recover(model, ids, layers) if repaired else gl.prune(model, layers)
+    with torch.no_grad():
+        return float(sum(variant(w[None], labels=w[None]).loss for w in ids) / len(ids))
+
+
+def greedy_by_hand(model, ids, n: int, repaired: bool) -> tuple[int, ...]:
+    chosen: tuple[int, ...] = ()
+    for _ in range(n):
+        children = [tuple(sorted({*chosen, i})) for i in range(LAYERS) if i not in chosen]
+        chosen = min(children, key=lambda layers: by_hand(model, ids, layers, repaired))
+    return chosen
+
+
+@pytest.mark.parametrize("n", [1, 2, LAYERS - 1])
+def test_cosine_equals_brute_force(any_tiny, n):
+    ids = tiny_windows(2, 10)
+    selection = gl.select_layers(any_tiny, ids, n)
+    streams = stored_streams(any_tiny, ids)
+    means = {start: cosine(streams, start, start + n) for start in range(LAYERS - n + 1)}
+    best = max(means, key=lambda start: (means[start], -start))
+    assert selection == tuple(range(best, best + n))
+    assert {layers[0] for layers in selection.scores} == set(range(LAYERS - n + 1))
+    for layers, score in selection.scores.items():
+        assert -score == pytest.approx(means[layers[0]], abs=1e-6)
+    assert (selection.criterion, selection.n) == ("cosine", n)
+
+
+def test_block_influence_takes_single_layers_anywhere():
+    model, ids = tiny_model("llama"), tiny_windows(2, 10)
+    selection = gl.select_layers(model, ids, 3, "block-influence")
+    streams = stored_streams(model, ids)
+    influence = [1 - cosine(streams, i, i + 1) for i in range(LAYERS)]
+    assert set(selection) == set(sorted(range(LAYERS), key=influence.__getitem__)[:3])
+    assert list(selection) == sorted(selection)
+    assert selection.scores[(4,)] == pytest.approx(influence[4], abs=1e-6)
+
+
+def test_angular_orders_blocks_by_mean_angle():
+    model, ids = tiny_model("llama"), tiny_windows(2, 10)
+    selection = gl.select_layers(model, ids, 2, "angular")
+    streams = stored_streams(model, ids)
+    for layers, score in selection.scores.items():
+        x, y = (streams[i].flatten(0, 1).double() for i in (layers[0], layers[-1] + 1))
+        angles = torch.nn.functional.cosine_similarity(x, y).clamp(-1, 1).arccos() / math.pi
+        assert score == pytest.approx(float(angles.mean()), abs=1e-6)
+    assert selection == min(selection.scores, key=lambda ls: (selection.scores[ls], ls))
+
+
+@pytest.mark.parametrize("n", [1, 2, LAYERS - 1])
+def test_residual_equals_least_squares_on_stored_activations(n):
+    model, ids = tiny_model("llama"), tiny_windows(4, 24)
+    selection = gl.select_layers(model, ids, n, "residual")
+    streams = stored_streams(model, ids)
+    expected = {s: relative_residual(streams, s, s + n) for s in range(LAYERS - n + 1)}
+    assert {layers[0]: score for layers, score in selection.scores.items()} == pytest.approx(
+        expected, abs=1e-6
+    )
+    assert selection[0] == min(expected, key=lambda start: expected[start])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_taylor_equals_gradients_by_backward(model_type):
+    model, ids = tiny_model(model_type), tiny_windows(3, 12)
+    selection = gl.select_layers(model, ids, 2, "taylor")
+    assert all(p.grad is None for p in model.parameters()), "the model must stay as it is"
+    reference = tiny_model(model_type)
+    for window in ids:
+        (reference(window[None], labels=window[None]).loss / len(ids)).backward()
+    for index, layer in enumerate(decoder_layers(reference)):
+        expected = sum(float((p * p.grad).abs().sum().detach()) for p in layer.parameters())
+        assert selection.scores[(index,)] == pytest.approx(expected, rel=1e-4)
+    ranked = sorted(selection.scores, key=lambda layers: selection.scores[layers])
+    assert selection == tuple(sorted(layer for (layer,) in ranked[:2]))
+
+
+def test_taylor_serves_frozen_models():
+    model, ids = tiny_model("llama").requires_grad_(False), tiny_windows(2, 12)
+    frozen = gl.select_layers(model, ids, 2, "taylor")
+    assert frozen.scores == gl.select_layers(tiny_model("llama"), ids, 2, "taylor").scores
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gemma3_text"])
+@pytest.mark.parametrize("criterion", ["perplexity", "greedy-recovered"])
+def test_greedy_criteria_equal_brute_force(model_type, criterion):
+    model, ids = tiny_model(model_type), tiny_windows(4, 24)
+    selection = gl.select_layers(model, ids, 3, criterion)
+    repaired = criterion == "greedy-recovered"
+    assert selection == greedy_by_hand(model, ids, 3, repaired)
+    # every layer at the first step, every other layer at the second and third
+    assert [sum(len(k) == n for k in selection.scores) for n in (1, 2, 3)] == [6, 5, 4]
+    for layers, score in selection.scores.items():
+        assert score == pytest.approx(by_hand(model, ids, layers, repaired), rel=1e-4)
+
+
+def test_a_wide_beam_is_exhaustive_search():
+    model, ids = tiny_model("llama"), tiny_windows(2, 16)
+    selection = gl.select_layers(model, ids, 3, "perplexity", beam=20)
+    triples = {layers: s for layers, s in selection.scores.items() if len(layers) == 3}
+    assert len(triples) == math.comb(LAYERS, 3)
+    assert selection == min(triples, key=lambda layers: by_hand(model, ids, layers, False))
+    narrow = gl.select_layers(model, ids, 3, "perplexity")
+    assert selection.scores[tuple(selection)] <= narrow.scores[tuple(narrow)]
+
+
+def test_smaller_choices_lie_on_the_path_of_a_greedy_search():
+    model, ids = tiny_model("llama"), tiny_windows(2, 16)
+    long = gl.select_layers(model, ids, 4, "perplexity")
+    for n in (1, 2, 3):
+        assert long.first(n) == gl.select_layers(model, ids, n, "perplexity")
+    with pytest.raises(ValueError, match="no set of 5 layers was scored"):
+        long.first(5)
+
+
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
+    model, ids, ns = tiny_model("llama"), tiny_windows(3, 20), (3, 1)
+    alone = {n: gl.select_layers(model, ids, n, criterion) for n in ns}
+    wanted = needed(criterion, ns, LAYERS)
+    assert len(set(wanted)) == len(wanted)
+    assert set(wanted) == {b for n in ns for b in needed(criterion, n, LAYERS)}
+    stats = gl.calibrate(model, ids, wanted) if wanted else ids
+    searches, original = [], gl.select_layers
+
+    def counted(model, calibration, n, *args, **options):
+        searches.append(n)
+        return original(model, calibration, n, *args, **options)
+
+    monkeypatch.setattr("ghostlib.selection.criteria.select_layers", counted)
+    found = select_several(model, stats, ns, criterion, windows=ids)
+    assert found == alone and list(found) == list(ns)
+    expected = [3] if CRITERIA[criterion].search == "greedy" else [1, 3]
+    assert searches == searched(criterion, ns) == expected
+    for n, chosen in found.items():
+        assert (chosen.criterion, chosen.n) == (criterion, n)
+        scores = {layers: chosen.scores[layers] for layers in alone[n].scores}
+        assert scores == pytest.approx(alone[n].scores)
+
+
+def test_selection_windows_may_differ_from_calibration_windows():
+    model, ids, other = tiny_model("llama"), tiny_windows(), tiny_windows(3, 20, seed=1)
+    stats = gl.calibrate(model, ids, needed("greedy-recovered", 2, LAYERS))
+    with pytest.raises(ValueError, match=r"'greedy-recovered' scores token windows: pass windows="):
+        gl.select_layers(model, stats, 2, "greedy-recovered")
+    selection = gl.select_layers(model, stats, 2, "greedy-recovered", windows=other)
+    assert selection == gl.select_layers(model, ids, 2, "greedy-recovered", windows=other)
+    score = selection.scores[(3,)]
+    variant = gl.recover(model, stats, [3])
+    with torch.no_grad():
+        expected = sum(float(variant(w[None], labels=w[None]).loss) for w in other) / len(other)
+    assert score == pytest.approx(expected, rel=1e-4)
+
+
+def test_ties_go_to_the_lower_index(monkeypatch):
+    for search, expected in (("block", (0, 1)), ("each", (0, 1)), ("greedy", (0, 1))):
+        flat = CRITERIA["cosine"]._replace(search=search, score=lambda e, layers: 0.0)
+        monkeypatch.setitem(CRITERIA, "flat", flat)
+        assert gl.select_layers(tiny_model("llama"), tiny_windows(1, 8), 2, "flat") == expected
+
+
+def test_a_calibration_serves_instead_of_windows():
+    model, ids = tiny_model("llama"), tiny_windows()
+    stats = gl.calibrate(model, ids, gl.contiguous(2, LAYERS))
+    assert gl.select_layers(model, stats, 2) == gl.select_layers(model, ids, 2)
+    with pytest.raises(ValueError, match=r"needs boundaries the calibration lacks, such as"):
+        gl.select_layers(model, stats, 3)
+
+
+def test_one_pass_serves_every_start_and_length():
+    model, ids = tiny_model("llama"), tiny_windows()
+    everything = [b for n in range(1, LAYERS) for b in gl.contiguous(n, LAYERS)]
+    stats = gl.calibrate(model, ids, everything)
+    for criterion in ("cosine", "residual", "block-influence", "greedy-recovered"):
+        for n in (1, 3):
+            apart = gl.select_layers(model, ids, n, criterion)
+            together = gl.select_layers(model, stats, n, criterion, windows=ids)
+            assert together == apart
+            assert together.scores == pytest.approx(apart.scores)
+
+
+def test_statistics_that_were_not_collected_are_named():
+    model, ids = tiny_model("llama"), tiny_windows()
+    only = gl.calibrate(model, ids, needed("residual", 2, LAYERS), moments=False)
+    with pytest.raises(ValueError, match=r"lacks for .0, 2.: calibrate with moments=True"):
+        gl.select_layers(model, only, 2, "residual")
+    with pytest.raises(ValueError, match="'taylor' scores token windows: pass windows="):
+        gl.select_layers(model, only, 2, "taylor")
+
+
+def test_padding_is_never_scored():
+    model, ids = tiny_model("llama"), tiny_windows()
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    with pytest.raises(ValueError, match="'perplexity' would score the padding"):
+        gl.select_layers(model, ids, 1, "perplexity", attention_mask=mask)
+    other = tiny_windows(2, 16, seed=1)
+    chosen = gl.select_layers(model, ids, 1, "greedy-recovered", attention_mask=mask, windows=other)
+    stats = gl.calibrate(model, ids, needed("greedy-recovered", 1, LAYERS), attention_mask=mask)
+    assert chosen == gl.select_layers(model, stats, 1, "greedy-recovered", windows=other)
+
+
+@pytest.mark.parametrize("n", [0, -1, LAYERS, 99])
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_n_must_leave_a_layer(n, criterion):
+    with pytest.raises(ValueError, match=rf"n = {n} layers .* between 1 and {LAYERS - 1}"):
+        gl.select_layers(tiny_model("llama"), tiny_windows(), n, criterion)
+
+
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_a_model_of_one_layer_has_none_to_spare(criterion):
+    model = tiny_model("llama", num_hidden_layers=1)
+    with pytest.raises(ValueError, match="one layer has none to spare"):
+        gl.select_layers(model, tiny_windows(), 1, criterion)
+
+
+@pytest.mark.parametrize("search", ["block", "each", "greedy"])
+def test_a_score_that_is_not_a_number_is_refused(monkeypatch, search):
+    broken = CRITERIA["cosine"]._replace(search=search, score=lambda e, layers: math.nan)
+    monkeypatch.setitem(CRITERIA, "broken", broken)
+    with pytest.raises(ValueError, match=r"criterion 'broken' scores NaN without layers \(0,"):
+        gl.select_layers(tiny_model("llama"), tiny_windows(), 1, "broken")
+
+
+def test_unknown_criterion_and_bad_beam_are_named():
+    model, ids = tiny_model("llama"), tiny_windows()
+    with pytest.raises(ValueError, match="unknown criterion 'cosin'; did you mean 'cosine'"):
+        gl.select_layers(model, ids, 2, "cosin")
+    with pytest.raises(ValueError, match="beam must be at least 1, got 0"):
+        gl.select_layers(model, ids, 2, "perplexity", beam=0)
+
+
+def test_embedded_model_chooses_the_published_block(embedded, wiki):
+    """DESIGN's measurement beforehand: n = 7 by cosine removes layers 12 … 18."""
+    selection = gl.select_layers(embedded[0], wiki, 7)
+    assert selection == tuple(range(12, 19))
+    assert tuple(Boundary(0, 7).removed) in selection.scores
+    assert tuple(Boundary(23, 30).removed) in selection.scores
+    assert torch.tensor(list(selection.scores.values())).isfinite().all()

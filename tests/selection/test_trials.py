@@ -1,0 +1,95 @@
+"""A trial resumed from the base's streams scores what the whole variant scores."""
+
+import pytest
+import torch
+from conftest import LAYERS, tiny_model, tiny_windows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ghostlib as gl
+from ghostlib.models.architectures import decoder_layers
+from ghostlib.selection.trials import Trials
+from ghostlib.tutorial.cosine import fit_cosine, mlp_activations
+
+UNFOLDABLE = {"replaceme": ("gemma2", "gemma3_text", "olmo2"), "magnitude": ("olmo2",)}
+SETS = st.sets(st.integers(0, LAYERS - 1), max_size=LAYERS - 1).map(lambda s: tuple(sorted(s)))
+
+
+def whole(model, ids, layers, operators=None) -> torch.Tensor:
+    if not layers:
+        return gl.window_losses(model, ids)
+    variant = gl.recover(model, {}, layers, operators) if operators else gl.prune(model, layers)
+    return gl.window_losses(variant, ids)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(base=SETS, layers=SETS, repaired=st.booleans())
+def test_any_base_serves_any_trial(base, layers, repaired):
+    model, ids = tiny_model("llama"), tiny_windows(3, 12)
+    everything = [b for n in range(1, LAYERS) for b in gl.contiguous(n, LAYERS)]
+    stats = gl.calibrate(model, tiny_windows(), everything)
+
+    def repairs(chosen):
+        gaps = gl.runs(chosen, LAYERS) if chosen and repaired else []
+        return {gap: gl.solve(stats[gap], "ghost") for gap in gaps}
+
+    trials = Trials(model, ids, batch_size=2)
+    trials.rebase(base, repairs(base))
+    expected = whole(model, ids, layers, repairs(layers))
+    torch.testing.assert_close(trials.losses(layers, repairs(layers)), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["replaceme", "magnitude", "low-rank", "affine"])
+@pytest.mark.parametrize("layers", [(2, 3), (1, 3, 5)])
+def test_every_kind_of_repair(any_tiny, name, layers):
+    if any_tiny.config.model_type in UNFOLDABLE.get(name, ()):
+        pytest.skip("refused for this architecture: see test_folding.py")
+    ids = tiny_windows(2, 12)
+    options = {"rank": 5} if name == "low-rank" else {}
+    gaps = gl.runs(layers, LAYERS)
+    stats = gl.calibrate(any_tiny, tiny_windows(), gaps, mlp=name == "replaceme")
+    source = stats.mlp if name == "replaceme" else stats
+    operators = {gap: gl.solve(source[gap], name, **options) for gap in gaps}
+    trials = Trials(any_tiny, ids)
+    expected = gl.window_losses(gl.recover(any_tiny, stats, layers, name, **options), ids)
+    # Folding rescales what every norm reads, which its epsilon notices.
+    tolerance = 1e-3 if name == "magnitude" else 1e-5
+    torch.testing.assert_close(trials.losses(layers, operators), expected, rtol=tolerance, atol=0)
+
+
+def test_a_turned_mlp_counts_like_replaceme():
+    model, ids, gap = tiny_model("llama"), tiny_windows(2, 12), gl.Boundary(2, 4)
+    op = fit_cosine(mlp_activations(model, tiny_windows(), gap), steps=5, learning_rate=0.1)
+    expected = gl.window_losses(gl.recover(model, {}, gap.removed, {gap: op}), ids)
+    found = Trials(model, ids).losses(tuple(gap.removed), {gap: op})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert not torch.allclose(found, gl.window_losses(gl.prune(model, gap.removed), ids), rtol=1e-3)
+
+
+def test_layers_before_the_first_change_do_not_run_again():
+    model, ids = tiny_model("llama"), tiny_windows(2, 12)
+    trials = Trials(model, ids)
+    ran = []
+    for index, layer in enumerate(decoder_layers(model)):
+        # Variants share the model's parameters but not its modules: hooks are copied with them.
+        layer.register_forward_hook(lambda m, a, o, index=index: ran.append(index))
+    trials.losses((3,))
+    assert ran == [4, 5] * len(ids)
+    ran.clear()
+    trials.rebase((3,))
+    assert ran == [0, 1, 2, 4, 5] * len(ids)
+    ran.clear()
+    trials.losses((3, 5))
+    assert ran == []  # layer 5 was the last: only norm and head are left
+
+
+def test_loss_is_the_mean_and_the_model_stays():
+    model, ids = tiny_model("llama"), tiny_windows(2, 12)
+    with torch.no_grad():
+        before = model(ids).logits
+    trials = Trials(model, ids)
+    assert trials.loss((1, 2)) == pytest.approx(float(trials.losses((1, 2)).mean()))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+    with pytest.raises(ValueError, match="predict nothing"):
+        Trials(model, ids[:, :1])

@@ -1,0 +1,230 @@
+"""The streaming pass against stored activations, and everything it must refuse."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYERS, VOCABULARY, WIDTH, stored_streams, tiny_model, tiny_windows
+
+import ghostlib as gl
+from ghostlib import Boundary, Moments
+from ghostlib.models.architectures import decoder_layers
+from ghostlib.models.streams import tap
+
+
+def hooks_left(model) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_streamed_moments_equal_stored_activations(any_tiny):
+    ids = tiny_windows(5, 20)
+    asked = [(0, 2), (1, 4), (0, LAYERS), (3, 4), (LAYERS - 1, LAYERS)]
+    calibration = gl.calibrate(any_tiny, ids, asked, batch_size=5)
+    streams = stored_streams(any_tiny, ids)
+    assert list(calibration) == [Boundary(*b) for b in asked]
+    for start, stop in asked:
+        X = streams[start].flatten(0, 1).double()
+        Y = streams[stop].flatten(0, 1).double()
+        m = calibration[Boundary(start, stop)]
+        torch.testing.assert_close(m.G, X.T @ X, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(m.B, X.T @ Y, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(m.y2, (Y**2).sum(0), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(m.x1, X.sum(0), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(m.y_abs, Y.abs().sum(0), rtol=1e-9, atol=1e-9)
+        assert (m.tokens, m.weight, m.sequences) == (100, 100.0, 5)
+        ratios = [
+            (y.double().abs().mean(0) / x.double().abs().mean(0))
+            for x, y in zip(streams[start], streams[stop], strict=True)
+        ]
+        torch.testing.assert_close(m.ratio, torch.stack(ratios).sum(0))
+        # Similarity: cosine over channels, averaged over tokens.
+        cosine = torch.nn.functional.cosine_similarity(X, Y, dim=1)
+        similarity = calibration.similarities[Boundary(start, stop)]
+        assert similarity.cosine == pytest.approx(float(cosine.mean()), abs=1e-6)
+        angle = (cosine.clamp(-1, 1).arccos() / torch.pi).mean()
+        assert similarity.angular == pytest.approx(float(angle), abs=1e-4)
+
+
+def test_ghost_from_streamed_moments_equals_lstsq_on_stored_activations(embedded, wiki):
+    """The issue's acceptance figure: residuals agree to 1e-8, in float64, on the embedded model."""
+    model, _ = embedded
+    boundary = Boundary(12, 19)
+    op = gl.solve(gl.calibrate(model, wiki, [boundary])[boundary], "ghost")
+    streams = stored_streams(model, wiki)
+    X, Y = (streams[i].flatten(0, 1).double().numpy() for i in boundary)
+    assert len(X) == 2048 > X.shape[1]
+    reference = np.linalg.lstsq(X, Y, rcond=None)[0]
+    best = np.linalg.norm(X @ reference - Y) ** 2
+    mine = np.linalg.norm(X @ op.W.numpy() - Y) ** 2
+    assert abs(mine - best) / best < 1e-8
+    assert op.residual == pytest.approx(best, rel=1e-6)
+
+
+def test_one_pass_serves_many_boundaries_as_well_as_one_each():
+    model, ids = tiny_model("llama"), tiny_windows()
+    together = gl.calibrate(model, ids, gl.contiguous(2, LAYERS) + gl.contiguous(1, LAYERS))
+    for boundary, moments in together.items():
+        alone = gl.calibrate(model, ids, [boundary])[boundary]
+        assert torch.equal(moments.G, alone.G) and torch.equal(moments.B, alone.B)
+    shared = together[Boundary(2, 4)].G
+    assert shared is together[Boundary(2, 3)].G  # one Gram matrix a start
+
+
+def test_halves_add_up_to_the_whole():
+    model, ids = tiny_model("llama"), tiny_windows(6)
+    boundary = Boundary(2, 4)
+    whole = gl.calibrate(model, ids, [boundary])[boundary]
+    halves = [gl.calibrate(model, part, [boundary])[boundary] for part in ids.split(3)]
+    total = halves[0] + halves[1]
+    torch.testing.assert_close(total.G, whole.G, rtol=1e-14, atol=0)
+    torch.testing.assert_close(total.B, whole.B, rtol=1e-13, atol=1e-13)
+    assert total.tokens == whole.tokens and total.sequences == whole.sequences
+    assert torch.equal((halves[1] + halves[0]).B, total.B)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_enters_no_statistic(side):
+    model, boundary = tiny_model("llama"), Boundary(1, 3)
+    ids = tiny_windows(2, 12)
+    short = ids[1:, :7]
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    where = slice(7, None) if side == "right" else slice(0, 5)
+    kept = slice(0, 7) if side == "right" else slice(5, None)
+    padded[1, where], mask[1, where], padded[1, kept] = 0, 0, short[0]
+    together = gl.calibrate(model, padded, [boundary], attention_mask=mask, batch_size=2)
+    apart = [gl.calibrate(model, part, [boundary])[boundary] for part in (ids[:1], short)]
+    total = apart[0] + apart[1]
+    assert together[boundary].tokens == 19 == together.tokens
+    torch.testing.assert_close(together[boundary].G, total.G, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[boundary].B, total.B, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_that_is_all_padding_counts_for_nothing():
+    model, boundary = tiny_model("llama"), Boundary(1, 3)
+    ids, mask = tiny_windows(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1] = 0
+    calibration = gl.calibrate(model, ids, [boundary], attention_mask=mask)
+    assert calibration[boundary].sequences == 1 and calibration.tokens == 12
+    mask[:] = 0
+    with pytest.raises(ValueError, match="leave no token"):
+        gl.calibrate(model, ids, [boundary], attention_mask=mask)
+
+
+def test_the_batch_size_changes_only_rounding():
+    model, ids, boundary = tiny_model("llama"), tiny_windows(5), Boundary(1, 4)
+    one, two, five = (
+        gl.calibrate(model, ids, [boundary], batch_size=b)[boundary] for b in (1, 2, 5)
+    )
+    for other in (two, five):
+        torch.testing.assert_close(other.G, one.G, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other.B, one.B, rtol=1e-5, atol=1e-5)
+        assert (other.tokens, other.sequences) == (one.tokens, one.sequences)
+
+
+def test_leading_positions_are_left_out_on_request():
+    model, ids, boundary = tiny_model("llama"), tiny_windows(3, 10), Boundary(2, 4)
+    streams = stored_streams(model, ids)
+    X = streams[2][:, 2:].flatten(0, 1).double()
+    moments = gl.calibrate(model, ids, [boundary], skip_leading=2, batch_size=3)[boundary]
+    torch.testing.assert_close(moments.G, X.T @ X, rtol=1e-9, atol=1e-9)
+    assert moments.tokens == 24
+    # With left padding, "leading" counts from the first real token.
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    padded = gl.calibrate(model, ids, [boundary], attention_mask=mask, skip_leading=2)
+    assert padded.tokens == 3 * (10 - 3 - 2)
+
+
+def test_the_pass_stops_after_the_last_boundary():
+    model, ids = tiny_model("llama"), tiny_windows(1, 6)
+    ran: list[int] = []
+    layers = decoder_layers(model)
+    for index, layer in enumerate(layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    model.lm_head.register_forward_hook(lambda *_: ran.append(-1))
+    gl.calibrate(model, ids, [(1, 3)])
+    assert ran == [0, 1, 2]
+    ran.clear()
+    gl.calibrate(model, ids, [(4, LAYERS)])
+    assert ran == list(range(LAYERS))  # every layer, never the head
+
+
+def test_similarities_alone_collect_no_moments():
+    model, ids = tiny_model("llama"), tiny_windows()
+    bare = gl.calibrate(model, ids, [(1, 3)], moments=False)
+    assert not bare and set(bare.similarities) == {(1, 3)}
+    full = gl.calibrate(model, ids, [(1, 3)])
+    assert full.similarities == bare.similarities
+
+
+def test_bfloat16_activations_give_float64_moments():
+    model = tiny_model("llama").to(torch.bfloat16)
+    moments = gl.calibrate(model, tiny_windows(), [(1, 3)], batch_size=4)[Boundary(1, 3)]
+    assert moments.G.dtype == torch.float64
+    streams = stored_streams(model, tiny_windows())
+    X = streams[1].flatten(0, 1).double()
+    torch.testing.assert_close(moments.G, X.T @ X, rtol=1e-9, atol=1e-9)
+
+
+def test_hooks_are_removed_whatever_happens():
+    model, ids = tiny_model("llama"), tiny_windows()
+    before = hooks_left(model)
+    gl.calibrate(model, ids, [(1, 3)])
+    assert hooks_left(model) == before
+    with pytest.raises(RuntimeError, match="boom"), tap(model, [1, 2], lambda *_: None):
+        raise RuntimeError("boom")
+    with pytest.raises(ValueError, match="no final norm"):
+        gl.calibrate(tiny_model("opt", do_layer_norm_before=False), ids, [(1, LAYERS)])
+    with torch.no_grad():
+        decoder_layers(model)[2].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 3 "):
+        gl.calibrate(model, ids, [(1, 3)])
+    assert hooks_left(model) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_activations_name_layer_and_window(value):
+    model, ids = tiny_model("llama"), tiny_windows(4)
+    ids[ids == 50] = 49
+    ids[2, 5] = 50  # the only window that meets the spoilt embedding
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = value
+    with pytest.raises(ValueError, match=r"input of layer 1 .* window 2"):
+        gl.calibrate(model, ids, [(1, 3)], batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boundaries": []}, "no boundary"),
+        ({"boundaries": [(3, 3)]}, r"\(3, 3\) does not fit a model of 6 layers"),
+        ({"boundaries": [(3, 7)]}, r"\(3, 7\) does not fit"),
+        ({"boundaries": [(-1, 2)]}, r"\(-1, 2\) does not fit"),
+        ({"windows": torch.zeros(4, dtype=torch.long)}, r"got \(4,\)"),
+        ({"windows": torch.zeros(2, 3)}, "token ids"),
+        ({"windows": [[1, 2]]}, "got list"),
+        ({"windows": torch.zeros(0, 8, dtype=torch.long)}, "no token"),
+        ({"windows": torch.full((1, 8), VOCABULARY)}, "another model's tokenizer"),
+        ({"windows": torch.full((1, 8), -1)}, "token ids -1"),
+        ({"attention_mask": torch.ones(1, 3, dtype=torch.long)}, "windows' shape"),
+        ({"skip_leading": 24}, "skip_leading must lie in 0 … 23, got 24"),
+        ({"skip_leading": -1}, "skip_leading"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {"windows": tiny_windows(), "boundaries": [(1, 3)]} | change
+    windows, boundaries = arguments.pop("windows"), arguments.pop("boundaries")
+    with pytest.raises(ValueError, match=message):
+        gl.calibrate(tiny_model("llama"), windows, boundaries, **arguments)
+
+
+def test_moments_from_any_activations_match_the_pass():
+    """`Moments(width).update` is the same arithmetic as the streaming pass."""
+    model, ids, boundary = tiny_model("llama"), tiny_windows(2), Boundary(2, 4)
+    streams = stored_streams(model, ids)
+    by_hand = Moments(WIDTH)
+    for x, y in zip(streams[2], streams[4], strict=True):
+        by_hand.update(x, y)
+    streamed = gl.calibrate(model, ids, [boundary])[boundary]
+    for name in ("G", "B", "y2", "ratio", "ratio_rotated"):
+        torch.testing.assert_close(getattr(by_hand, name), getattr(streamed, name))

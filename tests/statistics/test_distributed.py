@@ -1,0 +1,199 @@
+"""Two processes calibrate together what one calibrates alone, or both are told why not."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import assert_same_moments, tiny_model, tiny_windows
+from ranks import BOUNDARIES
+
+import ghostlib as gl
+from ghostlib.statistics import distributed
+
+PROCESSES = 2
+SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two gloo processes got."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("ranks.py")
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(PROCESSES), str(folder)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(PROCESSES)
+    ]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:
+            process.kill()
+    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(PROCESSES)]
+
+
+def assert_equal_sums(found: gl.Calibration, expected: gl.Calibration) -> None:
+    """Equal up to the order in which float64 numbers were added."""
+    assert list(found) == list(expected) and found.tokens == expected.tokens
+    assert found.model == expected.model
+    for boundary, moments in expected.items():
+        assert_same_moments(found[boundary], moments)
+    for boundary, similarity in expected.similarities.items():
+        assert found.similarities[boundary] == pytest.approx(similarity, rel=1e-12)
+
+
+def test_windows_are_dealt_out(outcomes: list[dict[str, Any]]) -> None:
+    ids = tiny_windows(5)
+    for rank, outcome in enumerate(outcomes):
+        assert torch.equal(outcome["windows"], ids[rank::PROCESSES])
+
+
+@pytest.mark.parametrize("case", ["all", "padded"])
+def test_sums_of_two_processes_are_those_of_one(outcomes: list[dict[str, Any]], case: str) -> None:
+    for outcome in outcomes:
+        assert_equal_sums(outcome[case], outcome[f"{case}, alone"])
+    tokens = outcomes[0][case].tokens
+    assert tokens == (5 * 24 if case == "all" else 5 * 23 - 7 - 4)
+
+
+def test_every_process_has_the_same_operator(outcomes: list[dict[str, Any]]) -> None:
+    (one, alone), (other, _) = (outcome["operators"] for outcome in outcomes)
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, alone)
+
+
+def test_a_shared_gram_matrix_stays_shared(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        calibration = outcome["all"]
+        assert calibration[(2, 4)].G is calibration[(2, 3)].G
+        assert calibration[(2, 4)].G is not calibration[(1, 3)].G
+
+
+def test_similarities_need_no_moments(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        bare = outcome["similarities"]
+        assert not bare and bare.similarities == outcome["all"].similarities
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "no windows",
+            "ValueError: process 1 of 2 has no windows: take at least 2 windows, "
+            "or start fewer processes",
+        ),
+        ("same windows", "ValueError: processes 0 and 1 have the same windows"),
+        ("other boundaries", "ValueError: processes 0 and 1 were asked for different things"),
+        ("other options", "ValueError: processes 0 and 1 were asked for different things"),
+        ("other model", "ValueError: processes hold different models: llama-6x16-"),
+        (
+            "bad ids",
+            "RuntimeError: process 1 of 2 could not calibrate its windows: ValueError: token ids",
+        ),
+        ("no tensor", "RuntimeError: process 0 of 2 could not calibrate its windows: ValueError"),
+    ],
+)
+def test_what_is_wrong_in_one_process_ends_all(
+    outcomes: list[dict[str, Any]], case: str, message: str
+) -> None:
+    told = {outcome[case] for outcome in outcomes}
+    assert len(told) == 1 and told.pop().startswith(message)
+
+
+def test_refusals_leave_the_processes_in_step(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        assert_equal_sums(outcome["afterwards"], outcome["all"])
+
+
+def test_one_process_alone_needs_no_group() -> None:
+    model, ids = tiny_model("llama"), tiny_windows()
+    assert gl.shard(ids) is not None and torch.equal(gl.shard(ids), ids)
+    assert_equal_sums(
+        gl.calibrate_distributed(model, gl.shard(ids), BOUNDARIES),
+        gl.calibrate(model, ids, BOUNDARIES),
+    )
+    with pytest.raises(ValueError, match="process 0 of 1 has no windows: take at least 1 windows"):
+        gl.calibrate_distributed(model, ids[:0], BOUNDARIES)
+    with pytest.raises(RuntimeError, match="ValueError: token ids") as caught:
+        gl.calibrate_distributed(model, ids + 90, BOUNDARIES)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_every_dictionary_of_moments_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for a second process that has the same sums."""
+    richer: dict[str, Any] = {"regressors": ["x, n(x); 1/|y|"]}
+    calibration = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES, **richer)
+    again = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES)
+    of_features = calibration.of("x, n(x); 1/|y|")[gl.Boundary(2, 4)]
+    before, fourth = of_features.G.clone(), of_features.fourth
+    vars(calibration)["others"] = {(2, 4): again[gl.Boundary(2, 4)]}
+    monkeypatch.setattr(distributed, "_place", lambda: (0, 2))
+    monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(2))
+    distributed.all_reduce(calibration)
+    one, other = calibration[gl.Boundary(2, 4)], again[gl.Boundary(2, 4)]
+    assert torch.equal(one.G, other.G) and one.tokens == other.tokens == calibration.tokens
+    assert torch.equal(of_features.G, 2 * before) and of_features.fourth == 2 * fourth
+    single = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES)
+    assert torch.equal(one.G, 2 * single[gl.Boundary(2, 4)].G)
+    for boundary, similarity in single.similarities.items():
+        assert calibration.similarities[boundary] == pytest.approx(similarity)
+
+
+def test_backends_without_the_cpu_get_tensors_on_the_models_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: set[str] = set()
+
+    def total(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        asked.add(str(device))
+        return values
+
+    monkeypatch.setattr(distributed, "_place", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "_gather", lambda mine: [mine])
+    monkeypatch.setattr(distributed, "_total", total)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+    monkeypatch.setattr(distributed, "input_device", lambda model: torch.device("meta"))
+    gl.calibrate_distributed(tiny_model("llama"), tiny_windows(), [(1, 3)])
+    assert asked == {"meta"}
+
+
+def documented_script() -> str:
+    """The script in the module's docstring."""
+    doc = inspect.getdoc(distributed) or ""
+    lines = doc.partition("script.py``::\n\n")[2].splitlines()
+    end = next(i for i, line in enumerate(lines) if line and not line.startswith("    "))
+    return "\n".join(line.removeprefix("    ") for line in lines[:end])
+
+
+@pytest.mark.embedded
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["torchrun", "accelerate"])
+def test_the_documented_script_runs(start: str, tmp_path: Path) -> None:
+    code = documented_script()
+    if start == "accelerate":
+        group = 'dist.init_process_group("gloo")'
+        assert group in code
+        code = code.replace(group, "import accelerate; accelerate.PartialState(cpu=True)")
+        code = code.replace("length=512, count=8", "length=64, count=2")
+    (tmp_path / "script.py").write_text(code + "\ndist.destroy_process_group()\n")
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "smollm2-ghost7" / "model.ghosted.safetensors").exists()

@@ -1,0 +1,172 @@
+"""Folded repairs equal the same repair as a module, in every architecture, and cost nothing."""
+
+import pytest
+import torch
+from conftest import LAYERS, WIDTH, tiny_model, tiny_windows
+from transformers import AutoModelForCausalLM
+
+import ghostlib as gl
+from ghostlib import Boundary
+from ghostlib.models.architectures import decoder_layers, mlp_output
+from ghostlib.models.streams import tap
+
+GAPS = [Boundary(1, 3), Boundary(4, 5)]
+REMOVED = [1, 2, 4]
+NORM_AFTER = ("gemma2", "gemma3_text", "olmo2")
+
+
+def logits(model, ids) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folded_scale_is_a_scale_at_the_gap(any_tiny, tied):
+    kind = any_tiny.config.model_type
+    model = tiny_model(kind, tie_word_embeddings=tied).double()
+    ids, before = tiny_windows(), state(model)
+    operators = {}
+    for gap, a in zip(GAPS, (1.7, 0.6), strict=True):
+        X = torch.randn(40, WIDTH, dtype=torch.float64)
+        operators[gap] = gl.solve(gl.Moments(WIDTH).update(X, a * X), "magnitude")
+        assert torch.allclose(operators[gap].W, a * torch.eye(WIDTH, dtype=torch.float64))
+    if kind == "olmo2":
+        with pytest.raises(ValueError, match="olmo2 reads its stream without a norm"):
+            gl.recover(model, {}, REMOVED, operators)
+        return
+    # The epsilon of a norm is the one thing a scale does not pass by.
+    for module in model.modules():
+        for name in {"variance_epsilon", "eps"} & set(vars(module)):
+            setattr(module, name, 1e-30)
+    folded = gl.recover(model, {}, REMOVED, operators)
+    as_module = {
+        gap: gl.solve(gl.Moments(WIDTH).update(X, op.W[0, 0] * X), "scalar")
+        for gap, op in operators.items()
+    }
+    expected = logits(gl.recover(model, {}, REMOVED, as_module), ids)
+    torch.testing.assert_close(logits(folded, ids), expected, rtol=1e-4, atol=1e-4)
+    assert type(folded) is type(model), "nothing is added: the model's own class serves"
+    pruned = gl.prune(model, REMOVED)
+    assert sum(p.numel() for p in folded.parameters()) == sum(
+        p.numel() for p in pruned.parameters()
+    )
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_folded_models_survive_saving(tied, tmp_path):
+    model, ids = tiny_model("llama", tie_word_embeddings=tied), tiny_windows()
+    for name in ("magnitude", "replaceme"):
+        recovered = gl.recover(model, ids, REMOVED, name)
+        recovered.save_pretrained(tmp_path / name)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(logits(again, ids), logits(recovered, ids))
+        head, table = again.get_output_embeddings(), again.get_input_embeddings()
+        assert (head.weight is table.weight) == tied
+
+
+def test_replaceme_is_least_squares_on_the_last_mlp(any_tiny):
+    """The repaired stream behind the gap is R + F T, with T from lstsq on stored activations."""
+    ids, gap = tiny_windows(4, 24), Boundary(2, 4)
+    if any_tiny.config.model_type in NORM_AFTER:
+        with pytest.raises(ValueError, match="normalises what its MLP returns"):
+            gl.recover(any_tiny, ids, gap.removed, "replaceme")
+        return
+    F: list[torch.Tensor] = []
+    hook = mlp_output(any_tiny, gap.start - 1).register_forward_hook(
+        lambda module, args, output: F.append(output.detach().reshape(-1, WIDTH).double())
+    )
+    dense: dict[int, torch.Tensor] = {}
+    with tap(any_tiny, gap, dense.__setitem__) as run:
+        run(input_ids=ids)
+    hook.remove()
+    (f,) = F
+    x, y = (dense[index].flatten(0, 1).double() for index in gap)
+    T = torch.linalg.lstsq(f, y - (x - f)).solution
+    recovered = gl.recover(any_tiny, ids, gap.removed, "replaceme")
+    assert type(recovered) is type(any_tiny)
+    seen: dict[int, torch.Tensor] = {}
+    with tap(recovered, [gap.start], seen.__setitem__) as run:
+        run(input_ids=ids)
+    got = seen[gap.start].flatten(0, 1).double()
+    torch.testing.assert_close(got, x - f + f @ T, rtol=1e-3, atol=1e-3)
+
+
+def test_mlp_moments_come_from_the_same_pass():
+    model, ids = tiny_model("llama"), tiny_windows(3, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    gaps = [Boundary(0, 2), Boundary(2, 4), Boundary(2, 5)]
+    stats = gl.calibrate(model, ids, gaps, mlp=True, attention_mask=mask, batch_size=2)
+    assert set(stats.mlp) == set(gaps[1:]), "nothing is before layer 0"
+    assert stats.mlp[gaps[1]].G is stats.mlp[gaps[2]].G
+    assert stats.mlp[gaps[1]].tokens == stats[gaps[1]].tokens == 52
+    assert stats.mlp[gaps[1]].regressor == "mlp"
+    plain = gl.calibrate(model, ids, gaps, attention_mask=mask, batch_size=2)
+    assert not plain.mlp
+    for gap in gaps:
+        assert torch.equal(plain[gap].B, stats[gap].B)
+    left = gl.calibrate(model, ids, gaps, mlp=True, moments=False)
+    assert not left.mlp and not left
+
+
+def test_moments_of_the_wrong_regressor_are_refused(tmp_path):
+    model, ids, gap = tiny_model("llama"), tiny_windows(), Boundary(2, 4)
+    stats = gl.calibrate(model, ids, [gap], mlp=True)
+    with pytest.raises(ValueError, match="replaceme is solved from moments of the mlp"):
+        gl.solve(stats[gap], "replaceme")
+    with pytest.raises(ValueError, match="ghost is solved from moments of the stream"):
+        gl.solve(stats.mlp[gap], "ghost")
+    with pytest.raises(ValueError, match="different regressor cannot be added"):
+        _ = stats[gap] + stats.mlp[gap]
+    stats.mlp[gap].save(tmp_path / "mlp.safetensors")
+    again = gl.Moments.load(tmp_path / "mlp.safetensors")
+    assert again.regressor == "mlp" and (again + stats.mlp[gap]).regressor == "mlp"
+    from_stats = gl.recover(model, stats, gap.removed, "replaceme")
+    from_windows = gl.recover(model, ids, gap.removed, "replaceme")
+    assert torch.equal(logits(from_stats, ids), logits(from_windows, ids))
+
+
+def test_a_gap_at_the_first_layer_has_no_mlp_before_it():
+    model, ids = tiny_model("llama"), tiny_windows()
+    with pytest.raises(ValueError, match=r"no moments for boundary \(0, 2\)"):
+        gl.recover(model, ids, [0, 1], "replaceme")
+    moments = gl.Moments(WIDTH, regressor="mlp").update(
+        torch.randn(40, WIDTH), torch.randn(40, WIDTH)
+    )
+    with pytest.raises(ValueError, match="replaceme acts on the MLP before the gap"):
+        gl.recover(model, {}, [0, 1], {Boundary(0, 2): gl.solve(moments, "replaceme")})
+
+
+def test_magnitude_is_the_mean_of_linearpatch():
+    model, ids, gap = tiny_model("llama"), tiny_windows(), Boundary(2, 4)
+    moments = gl.calibrate(model, ids, [gap])[gap]
+    patch = gl.solve(moments, "linearpatch-d")
+    assert float(gl.solve(moments, "magnitude").W[0, 0]) == pytest.approx(
+        float(patch.W.diagonal().mean())
+    )
+
+
+def test_a_low_rank_repair_is_stored_as_two_factors(tmp_path):
+    model, ids, gap = tiny_model("llama"), tiny_windows(), Boundary(2, 4)
+    stats = gl.calibrate(model, ids, [gap])
+    op = gl.solve(stats[gap], "low-rank", rank=3)
+    recovered = gl.recover(model, stats, gap.removed, "low-rank", rank=3)
+    boundary = decoder_layers(recovered)[gap.start].boundary
+    assert (tuple(boundary.A.shape), tuple(boundary.B.shape)) == ((WIDTH, 3), (3, WIDTH))
+    torch.testing.assert_close((boundary.A @ boundary.B).double(), op.M, rtol=1e-4, atol=1e-5)
+    x = torch.randn(2, 5, WIDTH)
+    torch.testing.assert_close(boundary(x), op.apply(x), rtol=1e-4, atol=1e-5)
+    recovered.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, ids), logits(recovered, ids))
+    assert again.config.ghost[0]["rank"] == 3
+    extra = sum(p.numel() for p in recovered.parameters()) - sum(
+        p.numel() for p in gl.prune(model, gap.removed).parameters()
+    )
+    assert extra == 2 * 3 * WIDTH < WIDTH * WIDTH
+    assert len(decoder_layers(recovered)) == LAYERS - 2

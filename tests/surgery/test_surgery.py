@@ -1,0 +1,334 @@
+"""Recovered models are ordinary models: cached, saved, loaded, moved, and sharing their weights."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import LAYERS, WIDTH, tiny_model, tiny_windows
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
+
+import ghostlib as gl
+from ghostlib import Boundary
+from ghostlib.models.architectures import decoder_layers, receiver
+from ghostlib.models.streams import tap
+
+LAYERS_TO_REMOVE = {
+    "first": [0],
+    "middle": [2, 3],
+    "last": [LAYERS - 1],
+    "several": [0, 2, 3, LAYERS - 1],
+}
+EMBEDDED_LAYERS = {"block": range(12, 19), "several": [0, 9, 10, 20, 29]}
+
+
+def greedy(model, ids, new: int, use_cache: bool) -> torch.Tensor:
+    return model.generate(
+        ids,
+        max_new_tokens=new,
+        do_sample=False,
+        use_cache=use_cache,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+def check_recovered(dense, recovered, ids, folder) -> None:
+    """Everything that must hold for a recovered model, tiny or embedded."""
+    with torch.no_grad():
+        logits = recovered(ids).logits
+    assert torch.equal(
+        greedy(recovered, ids[:1, :8], 40, True), greedy(recovered, ids[:1, :8], 40, False)
+    )
+    assert recovered.config.num_hidden_layers == len(decoder_layers(recovered))
+    for position, layer in enumerate(decoder_layers(recovered)):
+        assert {m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} <= {position}
+    # All parameters but the operators are the dense model's own tensors.
+    mine = {name: p for name, p in recovered.named_parameters() if ".boundary." not in name}
+    theirs = {id(p) for p in dense.parameters()}
+    assert all(id(p) in theirs for p in mine.values())
+    recovered.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(again) is type(recovered) and again.dtype == recovered.dtype
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, logits)
+
+
+@pytest.mark.parametrize("layers", LAYERS_TO_REMOVE.values(), ids=LAYERS_TO_REMOVE)
+def test_recovered_tiny_models_of_every_architecture(any_tiny, layers, tmp_path):
+    ids = tiny_windows(4, 40)
+    with torch.no_grad():
+        before = any_tiny(ids).logits
+    config = any_tiny.config.to_dict()
+    recovered = gl.recover(any_tiny, ids, layers, relative_ridge=1e-3)
+    check_recovered(any_tiny, recovered, ids, tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(any_tiny(ids).logits, before)
+    assert any_tiny.config.to_dict() == config
+    assert len(decoder_layers(any_tiny)) == LAYERS
+    assert [e["removed"] for e in recovered.config.ghost] == [
+        list(b.removed) for b in gl.runs(layers, LAYERS)
+    ]
+
+
+@pytest.mark.parametrize("layers", EMBEDDED_LAYERS.values(), ids=EMBEDDED_LAYERS)
+def test_recovered_embedded_model(embedded, wiki, layers, tmp_path):
+    model, _ = embedded
+    with torch.no_grad():
+        before = model(wiki[:1]).logits
+    recovered = gl.recover(model, wiki, layers)
+    check_recovered(model, recovered, wiki[:1], tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(model(wiki[:1]).logits, before)
+    parameters = sum(p.numel() for p in recovered.parameters())
+    gaps = gl.runs(layers, 30)
+    layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
+    dense = sum(p.numel() for p in model.parameters())
+    assert parameters == dense - len(list(layers)) * layer + len(gaps) * 576**2
+
+
+def test_the_operator_is_applied_where_the_dense_model_has_x_post(any_tiny):
+    """The next surviving layer, or the final norm, receives exactly X_pre W."""
+    ids = tiny_windows(4, 20)
+    for start, stop in [(0, 2), (2, 4), (4, LAYERS)]:
+        boundary = Boundary(start, stop)
+        op = gl.solve(
+            gl.calibrate(any_tiny, ids, [boundary])[boundary], "ghost", relative_ridge=1e-3
+        )
+        recovered = gl.recover(any_tiny, {}, boundary.removed, {boundary: op})
+        dense_streams: dict[int, torch.Tensor] = {}
+        with tap(any_tiny, [start], dense_streams.__setitem__) as run:
+            run(input_ids=ids)
+        module = receiver(recovered, start)
+        seen: list[torch.Tensor] = []
+        module.boundary.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
+        with torch.no_grad():
+            recovered(ids)
+        expected = dense_streams[start].double() @ op.W
+        torch.testing.assert_close(seen[0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_loading_without_ghostlib_fails_loudly(tmp_path):
+    recovered = gl.recover(tiny_model("llama"), tiny_windows(), [2, 3])
+    folder = tmp_path / "model"
+    recovered.save_pretrained(folder)
+    script = "from transformers import {0}; {0}.from_pretrained({1!r})"
+    for loader, complaint in (
+        ("AutoModelForCausalLM", "ghosted_llama"),
+        ("LlamaForCausalLM", "no file named model.safetensors"),
+    ):
+        outcome = subprocess.run(
+            [sys.executable, "-c", script.format(loader, str(folder))],
+            capture_output=True,
+            text=True,
+        )
+        assert outcome.returncode != 0
+        assert complaint in outcome.stderr
+    with_ghostlib = "import ghostlib; " + script.format("AutoModelForCausalLM", str(folder))
+    outcome = subprocess.run([sys.executable, "-c", with_ghostlib], capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_a_new_process_gives_the_same_logits(tmp_path, embedded, wiki):
+    model, _ = embedded
+    recovered = gl.recover(model, wiki, range(12, 19))
+    folder = tmp_path / "model"
+    recovered.save_pretrained(folder)
+    with torch.no_grad():
+        save_file({"ids": wiki[:1], "logits": recovered(wiki[:1]).logits}, tmp_path / "expected")
+    script = (
+        "import sys, torch, ghostlib; from safetensors.torch import load_file;"
+        "from transformers import AutoModelForCausalLM;"
+        "torch.set_num_threads(int(sys.argv[3]));"
+        "expected = load_file(sys.argv[2]);"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval();"
+        "torch.set_grad_enabled(False);"
+        "assert torch.equal(model(expected['ids']).logits, expected['logits'])"
+    )
+    arguments = [str(folder), str(tmp_path / "expected"), str(torch.get_num_threads())]
+    outcome = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
+    )
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_a_file_that_lost_its_operator_is_refused(tmp_path):
+    gl.recover(tiny_model("llama"), tiny_windows(), [2, 3]).save_pretrained(tmp_path)
+    file = tmp_path / "model.ghosted.safetensors"
+    tensors = load_file(file)
+    lost = [name for name in tensors if ".boundary." in name]
+    assert lost
+    save_file({k: v for k, v in tensors.items() if k not in lost}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks its operators"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_output_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("keep me")
+    recovered = gl.recover(tiny_model("llama"), tiny_windows(), [2])
+    with pytest.raises(FileExistsError, match="not empty"):
+        recovered.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_pruning_gives_the_stock_class_and_the_dense_layers(any_tiny, tmp_path):
+    ids = tiny_windows()
+    pruned = gl.prune(any_tiny, [1, 2])
+    assert type(pruned) is type(any_tiny)
+    same = gl.recover(any_tiny, ids, [1, 2], "identity")
+    assert type(same) is type(any_tiny)
+    with torch.no_grad():
+        assert torch.equal(pruned(ids).logits, same(ids).logits)
+    # By hand: the same model with two layers made transparent.
+    by_hand = copy.deepcopy(any_tiny)
+    for layer in decoder_layers(by_hand)[1:3]:
+        layer.forward = lambda hidden, *args, **kwargs: hidden
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(ids).logits, by_hand(ids, use_cache=False).logits)
+    pruned.save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(any_tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_half_precision(dtype, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    recovered = gl.recover(model, tiny_windows(), [2, 3], relative_ridge=1e-3)
+    assert {p.dtype for p in recovered.parameters()} == {dtype}
+    recovered.save_pretrained(tmp_path / "recovered")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    with torch.no_grad():
+        assert torch.equal(again(tiny_windows()).logits, recovered(tiny_windows()).logits)
+
+
+def test_affine_operators_keep_their_bias(tmp_path):
+    model, ids = tiny_model("llama"), tiny_windows()
+    recovered = gl.recover(model, ids, [2, 3], "affine", relative_ridge=1e-3)
+    assert recovered.config.ghost[0]["bias"] is True
+    assert receiver(recovered, 2).boundary.b.abs().max() > 0
+    check_recovered(model, recovered, ids, tmp_path / "model")
+
+
+def test_statistics_already_collected_serve_as_well():
+    model, ids = tiny_model("llama"), tiny_windows()
+    stats = gl.calibrate(model, ids, gl.contiguous(2, LAYERS))
+    from_stats = gl.recover(model, stats, [2, 3])
+    from_windows = gl.recover(model, ids, [2, 3])
+    assert torch.equal(receiver(from_stats, 2).boundary.M, receiver(from_windows, 2).boundary.M)
+
+
+def test_recovered_models_can_be_moved_cast_copied_and_pickled():
+    recovered = gl.recover(tiny_model("llama"), tiny_windows(), [2, 3])
+    ids = tiny_windows(1, 8)
+    with torch.no_grad():
+        expected = recovered(ids).logits
+        assert torch.equal(copy.deepcopy(recovered)(ids).logits, expected)
+        state = pickle.loads(pickle.dumps(recovered.state_dict()))
+        assert torch.equal(state["model.layers.2.boundary.M"], receiver(recovered, 2).boundary.M)
+        assert recovered.double()(ids).logits.dtype == torch.float64
+
+
+def test_hidden_states_and_batches_with_padding():
+    recovered = gl.recover(tiny_model("llama"), tiny_windows(), [2, 3])
+    ids = tiny_windows(2, 10)
+    out = recovered(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == LAYERS - 2 + 1
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[1, :4], mask[1, :4] = 0, 0
+    with torch.no_grad():
+        alone = recovered(ids[1:, 4:]).logits
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        together = recovered(padded, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(together[1:, 4:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_every_weight_of_a_model_read_from_a_folder_comes_back(any_tiny, tmp_path):
+    """Files of some architectures name weights otherwise than their modules do."""
+    any_tiny.save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    recovered = gl.recover(dense, tiny_windows(), [2, 3])
+    recovered.save_pretrained(tmp_path / "recovered")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    again.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(tiny_windows()).logits, recovered(tiny_windows()).logits)
+
+
+def test_a_text_generation_pipeline_takes_a_recovered_model(embedded, wiki):
+    model, tokenizer = embedded
+    recovered = gl.recover(model, wiki, range(12, 19))
+    generator = pipeline("text-generation", model=recovered, tokenizer=tokenizer)
+    out = generator("The river", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert out.startswith("The river") and len(out) > len("The river")
+
+
+def test_models_placed_by_accelerate_hooks_are_repaired_too():
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny_model("llama"), tiny_windows()
+    expected = gl.recover(model, ids, [2, 3, LAYERS - 1])
+    with torch.no_grad():
+        logits = expected(ids).logits
+    placed = tiny_model("llama")
+    for module in (*decoder_layers(placed), receiver(placed, LAYERS)):
+        hook = accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
+        accelerate.hooks.add_hook_to_module(module, hook)
+    recovered = gl.recover(placed, ids, [2, 3, LAYERS - 1])
+    with torch.no_grad():
+        assert torch.equal(recovered(ids).logits, logits)
+    assert all(hasattr(layer, "_hf_hook") for layer in decoder_layers(recovered))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "no layer to remove"),
+        (range(LAYERS), "leaves no layer"),
+        ([LAYERS], "out of range"),
+        ([-1], "out of range"),
+        ([2, 2], "more than once"),
+    ],
+)
+def test_bad_layers_are_named(layers, message):
+    with pytest.raises(ValueError, match=message):
+        gl.recover(tiny_model("llama"), tiny_windows(), layers)
+
+
+def test_moments_of_something_else_are_refused():
+    model, ids = tiny_model("llama"), tiny_windows()
+    gap = Boundary(2, 4)
+    stats = gl.calibrate(model, ids, [gap])
+    with pytest.raises(ValueError, match=r"no moments for boundary \(1, 4\), only for \(2, 4\)"):
+        gl.recover(model, stats, [1, 2, 3])
+    with pytest.raises(ValueError, match="collected on model"):
+        gl.recover(tiny_model("llama", seed=1), stats, [2, 3])
+    with pytest.raises(ValueError, match="width 7 do not fit a model of width 16"):
+        gl.recover(model, {gap: gl.Moments(7)}, [2, 3])
+    with pytest.raises(ValueError, match=r"moments of boundary \(2, 4\) were given for \(1, 2\)"):
+        gl.recover(model, {Boundary(1, 2): stats[gap]}, [1])
+    with pytest.raises(ValueError, match="collected on model"):
+        gl.recover(gl.prune(model, [5]), stats, [2, 3])
+
+
+def test_operators_of_the_wrong_shape_or_name_are_refused():
+    model, ids, gap = tiny_model("llama"), tiny_windows(), Boundary(2, 4)
+    moments = gl.Moments(7).update(torch.randn(30, 7), torch.randn(30, 7))
+    with pytest.raises(ValueError, match=r"must have shape \(16, 16\), got \(7, 7\)"):
+        gl.recover(model, ids, gap.removed, {gap: gl.solve(moments, "ghost")})
+    with pytest.raises(ValueError, match=r"unknown operator 'gost'; did you mean 'ghost'"):
+        gl.recover(model, ids, gap.removed, "gost")
+    with pytest.raises(ValueError, match="no operator for boundary"):
+        gl.recover(model, ids, gap.removed, {})
+
+
+def test_a_recovered_model_is_not_operated_on_twice():
+    model, ids = tiny_model("llama"), tiny_windows()
+    recovered = gl.recover(model, ids, [2, 3])
+    with pytest.raises(ValueError, match="recovered before"):
+        gl.prune(recovered, [1])
+    assert isinstance(recovered, LlamaForCausalLM)
+    assert recovered.config.hidden_size == WIDTH
