@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from conftest import assert_same_moments, tiny_model, tiny_windows
 from ranks import BOUNDARIES
+from torch.multiprocessing import get_context, start_processes
 
 import ghostlib as gl
 from ghostlib.statistics import distributed
@@ -23,22 +25,9 @@ SECONDS = 300
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes got."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("ranks.py")
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(PROCESSES), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()
+    # both are forked from one process that has imported everything
+    get_context("forkserver").set_forkserver_preload(["ghostlib"])
+    start_processes(ranks.main, (PROCESSES, folder), PROCESSES, start_method="forkserver")
     return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(PROCESSES)]
 
 
