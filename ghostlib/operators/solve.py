@@ -164,7 +164,7 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
             warn(f"{family}: {trouble}", SingularGramWarning)
     rank = options.get("rank") or 0
     shape = Shape(moments.width, sum(moments.blocks), rank, fit.bias is not None)
-    residual = moments.error(_Pair(fit.M, fit.bias))
+    residual = moments.error_of(fit.M, fit.bias)
     return Operator(
         fit.M,
         family,
@@ -175,14 +175,6 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
         fit.inverse,
         fit.seen,
     )
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A matrix and a bias, for `Moments.error`."""
-
-    M: Tensor
-    bias: Tensor | None
 
 
 def check_options(family: Family, options: Mapping[str, Any]) -> None:

@@ -323,6 +323,10 @@ class Moments:
                 M = M - torch.eye(len(M)).to(M)
         else:
             M, bias = repair.M.to(self.G), repair.bias
+        return self.error_of(M, bias)
+
+    def error_of(self, M: Tensor, bias: Tensor | None = None) -> float:
+        """`error` of a matrix ``M`` (p, C) on the features, and a bias (C,)."""
         if M.shape != self.cross.shape:
             raise ValueError(
                 f"operator must have shape {tuple(self.cross.shape)}, got {tuple(M.shape)}"
