@@ -17,7 +17,7 @@ returns, among equally good fits, the one with the smallest ``M``.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from ghostlib.common import Registry, warn
 from ghostlib.linalg.gram import Gram, Regularisation, Regularised, SingularGramWarning
 from ghostlib.linalg.hadamard import rotate
+from ghostlib.models.boundaries import Boundary
 from ghostlib.statistics.features import STREAM, Regressor
 from ghostlib.statistics.moments import Moments
 
@@ -98,6 +99,19 @@ class Family:
     def free(self) -> bool:
         """Whether it adds no parameter and no operation: the checkpoint stays a stock one."""
         return self.install in ("down-projection", "earlier-writes", "nothing")
+
+    def check_place(self, gaps: Iterable[Boundary]) -> None:
+        """Refuse a gap that has no layer before it, where the repair needs one.
+
+        Raises:
+            ValueError: such a gap, and what works instead.
+        """
+        for gap in gaps:
+            if gap.start == 0 and self.regressor.reads_mlp:
+                raise ValueError(
+                    f"{self} repairs the MLP before the gap, and boundary {gap} has no layer "
+                    "before it: keep layer 0, or use a repair of the stream such as ghost"
+                )
 
     @classmethod
     def of(cls, spelling: "str | Family") -> "Family":

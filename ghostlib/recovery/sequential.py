@@ -103,11 +103,7 @@ def fit_sequential(
     family = Family.of(operator)
     gaps = check_order(boundaries, num_layers(model))
     regressor = suited(model, family.regressor)
-    if regressor.reads_mlp and gaps[0].start == 0:
-        raise ValueError(
-            f"{family} repairs the MLP before the gap, and boundary {gaps[0]} has no layer before "
-            "it: keep layer 0, or use a repair of the stream such as ghost"
-        )
+    family.check_place(gaps)
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
     if streams is None:
         wanted = [gaps[0].start, *(gap.stop for gap in gaps)]
