@@ -6,6 +6,7 @@ give over prime fields. That covers every multiple of 64 up to 2,688, hence all 
 use; Paley's construction over prime powers would add just one multiple of 64 below 8,192 (2,752).
 """
 
+import math
 import operator
 from functools import cache, lru_cache, reduce
 
@@ -41,7 +42,7 @@ def hadamard(n: int) -> Tensor:
     torch.Size([576, 576])
     """
     signs = [_primitive(order) for order in _require_factors(n)]
-    return reduce(torch.kron, signs, torch.ones(1, 1, dtype=torch.float64)) / n**0.5
+    return reduce(torch.kron, signs, torch.ones(1, 1, dtype=torch.float64)) / math.sqrt(n)
 
 
 def rotate(X: Tensor, *, inverse: bool = False) -> Tensor:
@@ -76,7 +77,7 @@ def rotate(X: Tensor, *, inverse: bool = False) -> Tensor:
         H = _signs(orders, work, X.device)
         # The first axis is multiplied and becomes the last: after all factors, order is restored.
         Z = Z.reshape(-1, len(H), n // len(H)).transpose(1, 2) @ (H.T if inverse else H)
-    return (Z.reshape(X.shape) / n**0.5).to(X.dtype)
+    return (Z.reshape(X.shape) / math.sqrt(n)).to(X.dtype)
 
 
 def _check_order(n: int) -> int:

@@ -28,7 +28,7 @@ from ghostlib.common import Registry, warn
 from ghostlib.linalg.gram import Gram, Regularisation, Regularised, SingularGramWarning
 from ghostlib.linalg.hadamard import rotate
 from ghostlib.models.boundaries import Boundary
-from ghostlib.statistics.features import STREAM, Regressor
+from ghostlib.statistics.features import FEATURES, STREAM, Regressor
 from ghostlib.statistics.moments import Moments
 
 
@@ -118,13 +118,21 @@ class Family:
         """The family of a name, or least squares on a regressor spelt ``"x, n(x); 1/|y|"``.
 
         Raises:
-            ValueError: neither a family nor a regressor; the message names the nearest family.
+            ValueError: neither a family nor a regressor (the message names the nearest family), or
+                a regressor that reads the MLP, which no matrix at the gap can.
         """
         if isinstance(spelling, Family):
             return spelling
-        if spelling not in FAMILIES and ("," in spelling or ";" in spelling or spelling == "x"):
-            return replace(FAMILIES["branches"], regressor=Regressor.parse(spelling))
-        return FAMILIES[spelling]
+        text = str(spelling)
+        if text in FAMILIES or not (text in FEATURES or "," in text or ";" in text):
+            return FAMILIES[text]
+        regressor = Regressor.parse(text)
+        if regressor.reads_mlp:
+            raise ValueError(
+                f"no module at the gap can read {regressor}: use a family that is folded into the "
+                "MLP before it, such as replaceme"
+            )
+        return replace(FAMILIES["branches"], regressor=regressor)
 
 
 # ---------------------------------------------------------------- sets of diagonal matrices

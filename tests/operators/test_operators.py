@@ -16,6 +16,8 @@ from torch import Tensor
 from ghostlib.linalg.hadamard import hadamard
 from ghostlib.operators.families import (
     FAMILIES as OPERATORS,
+)
+from ghostlib.operators.families import (
     REGRESSORS,
     Operator,
     antisymmetric_share,
