@@ -155,7 +155,8 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
             f"calibrate(…, regressors=['{family.regressor}']).of('{family.regressor}')"
         )
     check_options(family, options)
-    fit = family.solve(moments, **options)
+    regularised = {"rcond", "ridge", "relative_ridge"} & set(options)
+    fit = family.solve(moments, **({} if regularised else dict(family.default)) | options)
     if fit.inverse is not None:
         # The channels of a standardised token sum to zero.
         blind = sum(feature.norm == "layer" for feature in moments.regressor.features)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
+from ghostlib.models.architectures import fingerprint, has_bias, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import check_windows, excerpt, feed, listen, record
@@ -125,6 +125,7 @@ def fit_sequential(
             hidden_size(model),
             regressor=regressor,
             hidden=None if before.hidden is None else before.hidden.shape[-1],
+            bias="hidden" in regressor.sources and has_bias(model, gap.start - 1),
             boundary=gap,
             model=fingerprint(model),
         )

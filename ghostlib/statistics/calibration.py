@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ghostlib.common import track
 from ghostlib.models.architectures import (
     fingerprint,
+    has_bias,
     hidden_size,
     intermediate_size,
     num_layers,
@@ -199,6 +200,7 @@ class _Collector:
                     hidden_size(model),
                     regressor=regressor,
                     hidden=intermediate_size(model, boundary.start - 1) if hidden else None,
+                    bias=hidden and has_bias(model, boundary.start - 1),
                     boundary=boundary,
                     model=self.calibration.model,
                     device=self.place,

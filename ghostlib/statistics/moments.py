@@ -82,6 +82,8 @@ class Moments:
         width: of the stream, C.
         regressor: the features, or their spelling; by default the stream ``X_pre`` itself.
         hidden: width of the MLP, where a feature needs it.
+        bias: whether least squares fits a bias as well, because the weights that will take the
+            repair have one.
         boundary: which gap they belong to.
         model: fingerprint of the model they come from.
         device: where the sums are kept.
@@ -127,6 +129,7 @@ class Moments:
         *,
         regressor: Regressor | str = STREAM,
         hidden: int | None = None,
+        bias: bool = False,
         boundary: Boundary | tuple[int, int] | None = None,
         model: str | None = None,
         device: torch.device | str = "cpu",
@@ -145,6 +148,7 @@ class Moments:
         self.weight, self.fourth = 0.0, 0.0
         self.boundary = None if boundary is None else Boundary(*boundary)
         self.model = model
+        self.bias = bias
 
     @property
     def width(self) -> int:
@@ -362,6 +366,7 @@ class Moments:
             raise ValueError(f"moments of {self.regressor} do not hold those of {narrow}")
         chosen = copy.copy(self)
         chosen.regressor = narrow
+        chosen.bias = self.bias and narrow.reads_mlp
         widths = dict(zip(self.regressor.features, self.blocks, strict=True))
         chosen.blocks = tuple(widths[feature] for feature in narrow.features)
         columns: Any = places(self.regressor.features, narrow.features, self.blocks)
@@ -390,7 +395,7 @@ class Moments:
         """
         if not isinstance(other, Moments):
             return NotImplemented
-        for what in ("width", "blocks", "boundary", "model", "regressor"):
+        for what in ("width", "blocks", "boundary", "model", "regressor", "bias"):
             this, that = getattr(self, what), getattr(other, what)
             if this != that:
                 raise ValueError(f"moments of different {what} cannot be added: {this} and {that}")
@@ -427,6 +432,7 @@ class Moments:
             "format": _FORMAT,
             "regressor": str(self.regressor),
             "blocks": self.blocks,
+            "bias": self.bias,
             "boundary": self.boundary,
             "model": self.model,
         }
@@ -459,6 +465,7 @@ class Moments:
                 sums["cross"].shape[1],
                 regressor=regressor,
                 hidden=hidden.pop() if hidden else None,
+                bias=facts["bias"],
                 boundary=facts["boundary"],
                 model=facts["model"],
             )
