@@ -23,7 +23,7 @@ from ghostlib.common import track
 from ghostlib.evaluation.perplexity import evaluating
 from ghostlib.models.architectures import decoder_layers, hidden_size
 from ghostlib.models.placement import input_device
-from ghostlib.surgery.ghosted import BoundaryModule, looking_back
+from ghostlib.surgery.ghosted import BoundaryModule
 
 
 class Flops(NamedTuple):
@@ -70,11 +70,11 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     _at_least(1, batch_size=batch_size)
     if tokens == 0:
         return 0
-    cache = DynamicCache(config=model.config)
-    _read(_without_weights(model), tokens, batch_size, cache)
+    twin, cache = _without_weights(model), DynamicCache(config=model.config)
+    _read(twin, tokens, batch_size, cache)
     kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    last_tokens = batch_size * len(looking_back(model)) * hidden_size(model) * model.dtype.itemsize
-    return sum(tensor.numel() * tensor.itemsize for tensor in kept) + last_tokens
+    last_tokens = batch_size * len(getattr(model, "looking_back", ())) * hidden_size(model)
+    return sum(t.numel() * t.itemsize for t in kept) + last_tokens * model.dtype.itemsize
 
 
 def flops(
