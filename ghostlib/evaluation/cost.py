@@ -10,7 +10,7 @@ import copy
 import inspect
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -74,7 +74,8 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     _read(twin, tokens, batch_size, cache)
     kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     last_tokens = batch_size * len(getattr(model, "looking_back", ())) * hidden_size(model)
-    return sum(t.numel() * t.itemsize for t in kept) + last_tokens * model.dtype.itemsize
+    numbers = sum(t.numel() for t in kept) + last_tokens
+    return int(numbers * model.dtype.itemsize)
 
 
 def flops(
@@ -158,12 +159,6 @@ class Spread(NamedTuple):
     least: float
     most: float
 
-    @classmethod
-    def of(cls, seconds: Iterable[float]) -> "Spread":
-        """Summarise measurements."""
-        ordered = sorted(seconds)
-        return cls(statistics.median(ordered), ordered[0], ordered[-1])
-
 
 class Latency(NamedTuple):
     """What one model took.
@@ -228,7 +223,7 @@ def latency(
     words = min(model.config.vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(words, (batch_size, prompt_tokens), generator=generator)
-    rounds: dict[str, list[tuple[float, float, int | None]]] = {name: [] for name in models}
+    rounds: dict[str, list[tuple[float, float, int]]] = {name: [] for name in models}
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(model))
@@ -237,21 +232,20 @@ def latency(
                 measured = _measure(model, prompt, new_tokens)
                 if turn >= warmup:
                     rounds[name].append(measured)
-    return {
-        name: Latency(
-            Spread.of(prefill for prefill, _, _ in taken),
-            Spread.of(decode for _, decode, _ in taken),
-            max((peak for *_, peak in taken if peak is not None), default=None),
-        )
-        for name, taken in rounds.items()
-    }
+    found = {}
+    for name, taken in rounds.items():
+        prefill, decode, peaks = zip(*taken, strict=True)
+        found[name] = Latency(_spread(prefill), _spread(decode), max(peaks) or None)
+    return found
+
+
+def _spread(seconds: Sequence[float]) -> Spread:
+    return Spread(statistics.median(seconds), min(seconds), max(seconds))
 
 
 @torch.no_grad()
-def _measure(
-    model: PreTrainedModel, prompt: Tensor, new_tokens: int
-) -> tuple[float, float, int | None]:
-    """Seconds of one prefill, seconds per decoding step, and peak memory."""
+def _measure(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float, int]:
+    """Seconds of one prefill, seconds per decoding step, and peak bytes (0 without CUDA)."""
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     cuda = [device for device in devices if device.type == "cuda"]
     options = _caching(model, DynamicCache(config=model.config))
@@ -270,7 +264,7 @@ def _measure(
     _synchronize(devices)
     end = time.perf_counter()
     peak = sum(torch.cuda.max_memory_allocated(d) - held for d, held in before.items())
-    return read - begin, (end - read) / new_tokens, peak if cuda else None
+    return read - begin, (end - read) / new_tokens, peak
 
 
 def _synchronize(devices: Iterable[torch.device]) -> None:

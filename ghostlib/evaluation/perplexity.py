@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +17,10 @@ from ghostlib.models.streams import check_windows, final_hidden
 from ghostlib.text.corpora import CORPORA, tokenised
 from ghostlib.text.tokens import SEPARATOR
 
+NOT_FINITE = (
+    "a weight or an operator of the model is not finite, or its activations overflow its dtype: "
+    "check the weights, or load the model in float32"
+)
 _CHUNK = 256  # tokens whose logits exist at once: 256 x 150,000 words x 4 bytes = 150 MB
 
 
@@ -72,11 +75,7 @@ def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 
     found = torch.cat(losses)
     if not found.isfinite().all():
         bad = int(found.isfinite().logical_not().nonzero()[0])
-        raise ValueError(
-            f"the loss of window {bad} is {float(found[bad])}: a weight or an operator of the "
-            f"model is not finite, or its activations overflow {model.dtype}; check the weights, "
-            "or load the model in float32"
-        )
+        raise ValueError(f"the loss of window {bad} is {float(found[bad])}; {NOT_FINITE}")
     return found
 
 
@@ -131,19 +130,13 @@ def gap_closed(dense: float, pruned: float, recovered: float) -> float:
     return math.log(pruned / recovered) / math.log(pruned / dense)
 
 
-class Choice(NamedTuple):
-    """Which part of a corpus is scored: a split, and how many windows of it (None for all)."""
-
-    split: str
-    windows: int | None
-
-
-# WikiText-2 and Penn Treebank whole; of C4's validation split, which is large, the first 256
-# windows, the number that evaluation code for compressed models has used since GPTQ.
-PUBLISHED = {
-    "wikitext2": Choice("test", None),
-    "ptb": Choice("validation", None),
-    "c4": Choice("validation", 256),
+# The split that papers score, and how many windows of it (None for all): WikiText-2 and Penn
+# Treebank whole; of C4's validation split, which is large, the first 256, the number that
+# evaluation code for compressed models has used since GPTQ.
+PUBLISHED: dict[str, tuple[str, int | None]] = {
+    "wikitext2": ("test", None),
+    "ptb": ("validation", None),
+    "c4": ("validation", 256),
 }
 
 
@@ -221,14 +214,14 @@ def corpus_perplexity(
             `window_losses` refuse.
         ConnectionError: a hub corpus that cannot be reached.
     """
-    usual = PUBLISHED.get(str(corpus), Choice("test", None))
-    split = split or usual.split
+    published_split, published_count = PUBLISHED.get(str(corpus), ("test", None))
+    split = split or published_split
     windows, text = tokenised(
         corpus,
         tokenizer,
         split=split,
         length=length,
-        count=usual.windows if count is None else count,
+        count=published_count if count is None else count,
         seed=seed,
         text_column=text_column,
         special_tokens=special_tokens,

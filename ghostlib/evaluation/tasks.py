@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.common import Registry, quiet
 from ghostlib.evaluation.items import Item, descriptions, read_items, topics
-from ghostlib.evaluation.perplexity import evaluating
+from ghostlib.evaluation.perplexity import NOT_FINITE, evaluating
 
 
 @dataclass(frozen=True)
@@ -245,13 +245,14 @@ def _load(task: str | Path) -> list[Any]:
     """The harness' task objects behind a name or a path."""
     name = str(task)
     if name in EMBEDDED:
-        return [_task_of(name, EMBEDDED[name])]
+        return [_task_of(name, EMBEDDED[name]())]
     if isinstance(task, Path) or name.endswith(".jsonl"):
-        return [_task_of(Path(name).stem, partial(read_items, name))]
+        return [_task_of(Path(name).stem, read_items(name))]
     known = _manager(True)
     if name not in known.all_tasks:
-        names = dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known.all_tasks])
-        raise ValueError(_unknown(name, list(names)))
+        names = list(dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known.all_tasks]))
+        close = get_close_matches(name, names, n=3) or [*EMBEDDED, *PAPER_TASKS]
+        raise ValueError(f"unknown task {name!r}; near are {', '.join(close)}; or {_INSTEAD}")
     # datasets raises a dozen kinds of error for "not reachable", "not there" and "not readable".
     try:
         return list(known.load([name])["tasks"].values())
@@ -263,17 +264,11 @@ def _load(task: str | Path) -> list[Any]:
         ) from error
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
-    close = get_close_matches(name, known, n=3) or [*EMBEDDED, *PAPER_TASKS]
-    return f"unknown task {name!r}; near are {', '.join(close)}; or {_INSTEAD}"
-
-
-def _task_of(name: str, read: Callable[[], list[Item]]) -> Any:
+def _task_of(name: str, items: list[Item]) -> Any:
     """A task of the harness made of items."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    items = read()
     return ConfigurableTask(
         config={
             "task": name,
@@ -300,11 +295,8 @@ def _score(task: str, results: Any) -> Score:
     for item in items:
         # one (log-likelihood, is it the most likely continuation) for each choice
         if not all(math.isfinite(likelihood) for likelihood, _ in item["filtered_resps"]):
-            raise ValueError(
-                f"task {task!r}, item {item['doc_id']}: a log-likelihood is infinite or not a "
-                "number: a weight or an operator of the model is not finite, or its activations "
-                "overflow its dtype; check the weights, or load the model in float32"
-            )
+            where = f"task {task!r}, item {item['doc_id']}"
+            raise ValueError(f"{where}: a log-likelihood is not finite; {NOT_FINITE}")
 
     def total(name: str) -> float | None:
         value = totals.get(f"{name},none")

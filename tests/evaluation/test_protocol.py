@@ -73,6 +73,7 @@ def test_bytes_are_those_the_scored_tokens_cover(book: Path) -> None:
     found = corpus_perplexity(model, tokenizer, book, split="all", length=64)
     ids = torch.tensor(tokenizer(TEXT.strip())["input_ids"][: found.windows * 64]).view(-1, 64)
     decoded = sum(len(tokenizer.decode(row[1:]).encode(errors="replace")) for row in ids)
+    assert found.bytes is not None
     assert found.bytes == pytest.approx(decoded, abs=3 * found.windows)
     assert found.bits_per_byte == pytest.approx(
         found.nll / math.log(2) * found.tokens / found.bytes, rel=1e-12
