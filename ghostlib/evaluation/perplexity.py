@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,8 +177,45 @@ class Perplexity:
     window_nll: Sequence[float]
 
 
-def corpus_perplexity(
-    model: PreTrainedModel,
+@dataclass(frozen=True)
+class ScoredText:
+    """Held-out windows of a corpus, and what a perplexity on them must say; see `scored_text`.
+
+    Attributes:
+        corpus: its name; of a local file the name without folders.
+        split: of the corpus.
+        windows: (windows, length) token ids.
+        bytes: UTF-8 bytes that the scored tokens cover; None where the tokenizer does not say.
+        special_tokens: what the tokenizer added to the text, as text.
+    """
+
+    corpus: str
+    split: str
+    windows: Tensor
+    bytes: int | None
+    special_tokens: Sequence[str]
+
+    def perplexity(self, losses: Tensor) -> Perplexity:
+        """The perplexity that these windows' losses (windows,) make, see `window_losses`."""
+        nll, tokens = float(losses.mean()), self.windows[:, 1:].numel()
+        return Perplexity(
+            corpus=self.corpus,
+            split=self.split,
+            perplexity=math.exp(nll),
+            nll=nll,
+            nll_se=float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else None,
+            bits_per_byte=nll * tokens / math.log(2) / self.bytes if self.bytes else None,
+            windows=len(self.windows),
+            length=self.windows.shape[1],
+            tokens=tokens,
+            bytes=self.bytes,
+            separator=SEPARATOR,
+            special_tokens=self.special_tokens,
+            window_nll=losses.tolist(),
+        )
+
+
+def scored_text(
     tokenizer: PreTrainedTokenizerBase,
     corpus: str | Path,
     *,
@@ -187,33 +225,8 @@ def corpus_perplexity(
     seed: int = 0,
     text_column: str = "text",
     special_tokens: bool = True,
-    batch_size: int = 1,
-) -> Perplexity:
-    """Perplexity and bits per byte of a model on a corpus, by the published protocol.
-
-    The documents, joined by a blank line, are tokenised as one text and cut into windows without
-    overlap, each scored by itself (as in the evaluation code of GPTQ, arXiv 2210.17323, and the
-    papers that follow it).
-
-    Args:
-        model: any causal LM, dense or recovered, of any dtype and on any device.
-        tokenizer: its tokenizer.
-        corpus: a name, a hub dataset or a path, as for `ghostlib.documents`.
-        split: by default that of `PUBLISHED`, and ``"test"`` for other corpora; ``"all"`` for the
-            whole of a local file.
-        length: tokens of a window.
-        count: the first so many windows; by default as in `PUBLISHED`, and all of other corpora.
-        seed: see `ghostlib.documents`.
-        text_column: see `ghostlib.documents`.
-        special_tokens: let the tokenizer add its own (a BOS for Llama, nothing for SmolLM2), once,
-            at the beginning of the corpus and not of every window, as published.
-        batch_size: windows in a forward pass.
-
-    Raises:
-        ValueError: less text than one window, and whatever `ghostlib.token_windows` and
-            `window_losses` refuse.
-        ConnectionError: a hub corpus that cannot be reached.
-    """
+) -> ScoredText:
+    """The windows of a corpus that `corpus_perplexity` scores; its arguments and errors."""
     published_split, published_count = PUBLISHED.get(str(corpus), ("test", None))
     split = split or published_split
     windows, text = tokenised(
@@ -226,29 +239,51 @@ def corpus_perplexity(
         text_column=text_column,
         special_tokens=special_tokens,
     )
-    losses = window_losses(model, windows, batch_size=batch_size).numpy()
-    nll, scored = float(losses.mean()), windows[:, 1:].numel()
     sizes = token_bytes(tokenizer, text, special_tokens=special_tokens)
     covered = None
     if sizes is not None:
         covered = int(sizes[: windows.numel()].reshape(windows.shape)[:, 1:].sum())
     added: list[str] = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
     local = str(corpus) not in CORPORA and Path(corpus).expanduser().exists()
-    return Perplexity(
-        corpus=Path(corpus).name if local else str(corpus),
-        split=split,
-        perplexity=math.exp(nll),
-        nll=nll,
-        nll_se=float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else None,
-        bits_per_byte=nll * scored / math.log(2) / covered if covered else None,
-        windows=len(windows),
-        length=length,
-        tokens=scored,
-        bytes=covered,
-        separator=SEPARATOR,
-        special_tokens=added if special_tokens else [],
-        window_nll=losses.tolist(),
-    )
+    name = Path(corpus).name if local else str(corpus)
+    return ScoredText(name, split, windows, covered, added if special_tokens else [])
+
+
+def corpus_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: str | Path,
+    *,
+    batch_size: int = 1,
+    **options: Any,
+) -> Perplexity:
+    """Perplexity and bits per byte of a model on a corpus, by the published protocol.
+
+    The documents, joined by a blank line, are tokenised as one text and cut into windows without
+    overlap, each scored by itself (as in the evaluation code of GPTQ, arXiv 2210.17323, and the
+    papers that follow it).
+
+    Args:
+        model: any causal LM, dense or recovered, of any dtype and on any device.
+        tokenizer: its tokenizer.
+        corpus: a name, a hub dataset or a path, as for `ghostlib.documents`.
+        batch_size: windows in a forward pass.
+        split: by default that of `PUBLISHED`, and ``"test"`` for other corpora; ``"all"`` for the
+            whole of a local file.
+        length: tokens of a window; 2,048 by default.
+        count: the first so many windows; by default as in `PUBLISHED`, and all of other corpora.
+        seed: see `ghostlib.documents`.
+        text_column: see `ghostlib.documents`.
+        special_tokens: let the tokenizer add its own (a BOS for Llama, nothing for SmolLM2), once,
+            at the beginning of the corpus and not of every window, as published.
+
+    Raises:
+        ValueError: less text than one window, and whatever `ghostlib.token_windows` and
+            `window_losses` refuse.
+        ConnectionError: a hub corpus that cannot be reached.
+    """
+    text = scored_text(tokenizer, corpus, **options)
+    return text.perplexity(window_losses(model, text.windows, batch_size=batch_size))
 
 
 def token_bytes(

@@ -222,6 +222,22 @@ def check_tasks(tasks: Sequence[str | Path]) -> None:
             _load(task)
 
 
+def check_names(tasks: Sequence[str | Path]) -> None:
+    """Refuse tasks that nothing is known of, without reading any data of the hub.
+
+    Raises:
+        ModuleNotFoundError: one of the harness' own, and lm-eval is not installed.
+        ValueError: an unknown task, or a file that cannot be used (the message names the line).
+        FileNotFoundError: no such file.
+    """
+    for task in map(str, tasks):
+        if task.endswith(".jsonl"):
+            read_items(task)
+        elif task not in EMBEDDED:
+            _harness()
+            _check_known(task)
+
+
 def _harness() -> tuple[Any, Any]:
     try:
         import lm_eval
@@ -248,20 +264,24 @@ def _load(task: str | Path) -> list[Any]:
         return [_task_of(name, EMBEDDED[name]())]
     if isinstance(task, Path) or name.endswith(".jsonl"):
         return [_task_of(Path(name).stem, read_items(name))]
-    known = _manager(True)
-    if name not in known.all_tasks:
-        names = list(dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known.all_tasks]))
-        close = get_close_matches(name, names, n=3) or [*EMBEDDED, *PAPER_TASKS]
-        raise ValueError(f"unknown task {name!r}; near are {', '.join(close)}; or {_INSTEAD}")
+    _check_known(name)
     # datasets raises a dozen kinds of error for "not reachable", "not there" and "not readable".
     try:
-        return list(known.load([name])["tasks"].values())
+        return list(_manager(True).load([name])["tasks"].values())
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise ConnectionError(
             f"task {name!r} could not be read from the Hugging Face hub "
             f"({type(error).__name__}: {first}): without network {_INSTEAD}"
         ) from error
+
+
+def _check_known(name: str) -> None:
+    known = _manager(True).all_tasks
+    if name not in known:
+        names = list(dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known]))
+        close = get_close_matches(name, names, n=3) or [*EMBEDDED, *PAPER_TASKS]
+        raise ValueError(f"unknown task {name!r}; near are {', '.join(close)}; or {_INSTEAD}")
 
 
 def _task_of(name: str, items: list[Item]) -> Any:

@@ -17,7 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import ghostlib as gl
 from ghostlib.evaluation import tasks as module
-from ghostlib.evaluation.tasks import EMBEDDED, PAPER_TASKS, Item, read_items, zero_shot
+from ghostlib.evaluation.items import Item, read_items
+from ghostlib.evaluation.tasks import (
+    EMBEDDED,
+    PAPER_TASKS,
+    check_names,
+    check_tasks,
+    zero_shot,
+)
 from ghostlib.text.assets import AssetError
 from ghostlib.text.documents import squeeze
 
@@ -214,6 +221,26 @@ def test_errors_in_one_line_that_say_what_to_do(model: PreTrainedModel, tmp_path
         zero_shot(model, TOKENIZER, tmp_path / "gone.jsonl")
     with pytest.raises(ValueError, match="'gsm8k' has no accuracy: zero_shot is for multiple-ch"):
         module._score("gsm8k", {"results": {"gsm8k": {"exact_match,none": 0.5}}})
+
+
+@pytest.mark.usefixtures("index")
+def test_names_are_checked_without_reading_any_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_names(["wiki-topic", "arc_easy", write(tmp_path / "quiz.jsonl", questions(2))])
+    with pytest.raises(ValueError, match="unknown task 'arc_esy'"):
+        check_names(["arc_esy"])
+    with pytest.raises(ValueError, match="line 1: a list, not an object"):
+        check_names([write(tmp_path / "bad.jsonl", [[1]])])
+    with pytest.raises(FileNotFoundError, match="no such task file"):
+        check_names([tmp_path / "gone.jsonl"])
+    with pytest.raises(ConnectionError, match="no route"):
+        check_tasks(["arc_easy"])
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    check_names(["wiki-topic"])
+    for check in (check_names, check_tasks):
+        with pytest.raises(ModuleNotFoundError, match="pip install"):
+            check(["arc_easy"])
 
 
 def test_a_task_without_acc_norm() -> None:
