@@ -25,7 +25,7 @@ def solved(model: Any, name: str, gap: gl.Boundary = GAP, **options: Any) -> gl.
 
 
 def stream_after(model: Any, index: int, ids: Tensor) -> Tensor:
-    """What layer ``index`` of a repaired model computes with: after a module, where there is one."""
+    """What layer ``index`` of a repaired model computes with: after its module, if it has one."""
     receiving = gl.receiver(model, index)
     caught: list[Tensor] = []
     boundary = getattr(receiving, "boundary", None)
