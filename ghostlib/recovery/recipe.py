@@ -81,10 +81,15 @@ class Choice:
     losses: dict[tuple[Layers, str], float]
     tokens: int
 
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy of the dense ``model`` without the layers and with the operators in place."""
+    def apply(self, model: PreTrainedModel, *, share: bool = True) -> PreTrainedModel:
+        """A copy of the dense ``model`` without the layers and with the operators in place.
+
+        Args:
+            model: the dense model.
+            share: as in `install`.
+        """
         gaps = runs(self.layers, num_layers(model))
-        recovered = install(model, {gap: self.operators.get(gap) for gap in gaps})
+        recovered = install(model, {gap: self.operators.get(gap) for gap in gaps}, share=share)
         recovered.config.recovery |= {"recipe": self.summary}
         return recovered
 
