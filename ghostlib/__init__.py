@@ -17,7 +17,6 @@ from ghostlib.experiments.results import Results
 from ghostlib.experiments.run import evaluate
 from ghostlib.experiments.spec import Settings
 from ghostlib.linalg.gram import SingularGramWarning
-from ghostlib.models.architectures import ARCHITECTURES
 from ghostlib.models.boundaries import Boundary, contiguous, runs
 from ghostlib.models.loading import load_model
 from ghostlib.operators.paths import (
@@ -47,7 +46,6 @@ from ghostlib.text.corpora import CORPORA, documents, token_windows
 from ghostlib.tutorial.paper import published
 
 __all__ = [
-    "ARCHITECTURES",
     "CORPORA",
     "CRITERIA",
     "OPERATORS",

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.models.architectures import num_layers, stream_norm
+from ghostlib.models.architectures import num_layers
+from ghostlib.models.layers import stream_norm
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.paths import choose_ridge

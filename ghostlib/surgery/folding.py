@@ -7,16 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ghostlib.models.architectures import (
-    embeddings,
-    mlp_output,
-    num_layers,
-    present,
-    receiver,
-    scale_output,
-    writers,
-)
+from ghostlib.models.architectures import num_layers, receiver
 from ghostlib.models.boundaries import Boundary
+from ghostlib.models.layers import embeddings, mlp_output, present, scale_output, writers
 from ghostlib.operators.solve import Operator
 
 

@@ -2,8 +2,9 @@
 
 A recovered model belongs to a subclass of its model's own class, made here for each architecture:
 ``GhostedLlamaForCausalLM`` is a ``LlamaForCausalLM`` whose ``config.ghost`` lists the operators, so
-they are saved, loaded, moved and cast like any other parameter. Importing this module registers
-the subclasses with transformers; without it, loading fails for want of the model type.
+they are saved, loaded, moved and cast like any other parameter. Importing this module registers a
+name for each with transformers, and imports none of their files: the class is made when a model is
+recovered or loaded. Without this module, loading fails for want of the model type.
 """
 
 import os
@@ -19,10 +20,12 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ghostlib.models.architectures import ARCHITECTURES, GHOSTED, hidden_size, receiver
+from ghostlib.models.architectures import GHOSTED, hidden_size, receiver
 from ghostlib.statistics.features import design, reads_previous
 from ghostlib.surgery.previous import remembering, token_before
 
@@ -188,10 +191,27 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     globals().update(
         {c.__name__: c for c in (config_class, model_class)}
     )  # so that pickle finds them
-    AutoConfig.register(GHOSTED + model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
+    AutoConfig.register(GHOSTED + model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return model_class
 
 
-for _model_type in ARCHITECTURES:
-    ghosted_class(_model_type)
+def _announce(model_type: str) -> None:
+    """Register a name, whose class is made when a configuration of that type is read."""
+
+    def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        made: Any = ghosted_class(model_type).config_class
+        return made.from_dict(config_dict, **kwargs)
+
+    settings = {
+        "model_type": GHOSTED + model_type,
+        "from_dict": classmethod(from_dict),
+        "__module__": __name__,
+    }
+    AutoConfig.register(
+        GHOSTED + model_type, type(f"Ghosted_{model_type}", (PretrainedConfig,), settings)
+    )
+
+
+for _model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    _announce(_model_type)
