@@ -60,8 +60,11 @@ REFUSED: dict[str, str] = {
     "qwen4_exp": _STREAMS,
     "qwen4_exp_text": _STREAMS,
     "reformer": "carries two streams, from which it computes the layers before backwards",
+    "rwkv": "rescales its weights in place, each layer's by its number, while it runs",
     "xlm": "keeps attention and MLP of a layer in separate lists",
     "xlnet": "carries its stream by tokens first, and a second one for what it predicts",
+    "zamba2": "has shared blocks that look up the number of the layer they are called in",
+    "zaya": "carries a second stream, of its routers, from layer to layer",
 }
 """Types that cannot be pruned layer by layer, and why."""
 
@@ -131,17 +134,6 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"{kind} has no language-model head: load it with AutoModelForCausalLM.from_pretrained"
         )
-    if getattr(model.config, "is_decoder", True) is False and _is_encoder(model):
-        raise ValueError(
-            f"{kind} is an encoder, which reads the tokens that follow: a causal language model is "
-            "needed (for a decoder of this type, set is_decoder=True in its configuration)"
-        )
-
-
-def _is_encoder(model: PreTrainedModel) -> bool:
-    """Whether the class is a decoder only if its configuration says ``is_decoder``."""
-    fields = getattr(type(model.config), "__annotations__", {})
-    return "is_decoder" in fields
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -161,6 +153,13 @@ def _find(model: PreTrainedModel) -> Structure:
         )
     # Towers for images or sound are further down.
     layers = max(lists, key=lambda p: (-p.count("."), _weight(decoder.get_submodule(p))))
+    parts = decoder.get_submodule(layers).modules()
+    if any(vars(part).get("is_decoder") is False for part in parts):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder, which reads the tokens that follow: a causal "
+            "language model is needed (for a decoder of this type, set is_decoder=True in its "
+            "configuration)"
+        )
     return Structure(_join(prefix, layers), _behind(model, _join(prefix, layers)))
 
 
@@ -266,13 +265,16 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
     follow(model, structure(model).layers, kept)
 
 
-def check_layers(model: PreTrainedModel) -> None:
+def check_layers(model: PreTrainedModel, original: PreTrainedModel) -> None:
     """Refuse a pruned model whose configuration cannot say what its layers are.
+
+    Args:
+        model: ``original`` after `keep_layers`.
 
     Raises:
         ValueError: a model made from the configuration would differ; the message shows where.
     """
-    check_agreement(model, structure(model).layers)
+    check_agreement(model, structure(model).layers, original)
 
 
 class Attention(NamedTuple):

@@ -221,9 +221,9 @@ def down_projection(model: PreTrainedModel, index: int) -> nn.Module:
     last = facts(model, index).last
     if not last:
         raise ValueError(
-            f"layer {index} of this {model_type(model)} has no linear map that writes into the "
-            "stream as it is (what its MLP returns is normalised, scaled or routed before it is "
-            "added): nothing can be folded into it; use an operator at the gap, such as ghost"
+            f"layer {index} of this {model_type(model)} normalises, scales or routes what its MLP "
+            "returns before it is added to the stream: nothing can be folded into its last matrix; "
+            "use an operator at the gap, such as ghost"
         )
     return decoder_layers(model)[index].get_submodule(last)
 
@@ -256,9 +256,9 @@ def writers(model: PreTrainedModel, index: int) -> list[nn.Module]:
     found = facts(model, index)
     if not found.scales:
         raise ValueError(
-            f"layer {index} of this {model_type(model)} does not read its stream through norms "
-            "alone, or writes into it by more than single projections: scaling it would change "
-            "what the layer computes; use an operator at the gap, such as scalar or ghost"
+            f"layer {index} of this {model_type(model)} reads its stream without a norm, or writes "
+            "into it by more than single modules: scaling the stream would change what the layer "
+            "computes; use an operator at the gap, such as scalar or ghost"
         )
     return [decoder_layers(model)[index].get_submodule(path) for path in found.writers]
 

@@ -69,8 +69,11 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"num_codebooks|num_quantizers", 2),
 )
 _TEXT = ("text_config", "decoder", "decoder_config", "llm_config")
+_ALTERNATING = ["linear_attention", "full_attention"] * (LAYERS // 2)
+_NEMOTRON = ["linear_attention", "full_attention", "moe", "mlp", "full_attention", "moe"]
 # What a type needs that its own default settings leave out or contradict when they are small.
 _NEEDS: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},
     "bamba": {"attn_layer_indices": [1, 4]},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -85,12 +88,19 @@ _NEEDS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
     "inkling2_loop_text": {"n_layers_per_attn_res_block": 2},
     "jamba": {"attn_layer_offset": 1, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "mamba2": {"head_dim": 16},
+    "mllama_text_model": {"cross_attention_layers": [3]},
+    "nemotron_h": {"layers_block_type": _NEMOTRON},
+    "olmo_hybrid": {"layer_types": _ALTERNATING},
+    "qwen3_5_moe_text": {"layer_types": _ALTERNATING},
+    "qwen3_5_text": {"layer_types": _ALTERNATING},
+    "qwen3_next": {"layer_types": _ALTERNATING},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,

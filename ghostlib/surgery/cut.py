@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.models.architectures import GHOSTED, hidden_size, keep_layers, num_layers, receiver
+from ghostlib.models.architectures import (
+    GHOSTED,
+    check_layers,
+    hidden_size,
+    keep_layers,
+    num_layers,
+    receiver,
+)
 from ghostlib.models.boundaries import Boundary, runs
 from ghostlib.models.placement import compute_device
 from ghostlib.models.streams import share
@@ -52,6 +59,7 @@ def operate(
     removed = {layer for gap in gaps for layer in gap.removed}
     kept = [layer for layer in range(total) if layer not in removed]
     keep_layers(recovered, kept)
+    check_layers(recovered, model)
 
     places = {gap: sum(layer < gap.stop for layer in kept) for gap in gaps}
     folded = fold(recovered, operators, places)

@@ -131,6 +131,11 @@ class GhostedMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install_boundaries(self)  # type: ignore[arg-type]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: all that transformers computes while it loads is computed by the stock class."""
+        return False
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, into a folder that must be new or empty.
 
@@ -169,11 +174,16 @@ def looking_back(model: nn.Module) -> list[nn.Module]:
     return [m for m in found if reads_previous(m.features)]
 
 
+_INSIDE = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
+"""Configurations of a text model whose class transformers lists under the whole one's type."""
+
+
 @cache
 def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     """The recovered class for a model type, registered so that `AutoModelForCausalLM` finds it."""
     config_base: type = CONFIG_MAPPING[model_type]
-    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_base]
+    whole: type = CONFIG_MAPPING[_INSIDE.get(model_type, model_type)]
+    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[whole]
     config_class = type(
         f"Ghosted{config_base.__name__}",
         (config_base,),
@@ -213,5 +223,5 @@ def _announce(model_type: str) -> None:
     )
 
 
-for _model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+for _model_type in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *_INSIDE):
     _announce(_model_type)
