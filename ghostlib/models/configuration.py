@@ -91,7 +91,8 @@ def _describes(config: PretrainedConfig, total: int) -> bool:
 
 def _follow_settings(owner: Any, total: int, kept: Sequence[int]) -> None:
     for name, value in list(vars(owner).items()):
-        new = None if name.startswith("_") else _followed(name, value, total, kept)
+        known = not name.startswith("_") and _plain(value)
+        new = _followed(name, value, total, kept) if known else None
         if new is not None:
             setattr(owner, name, new)
 
@@ -120,7 +121,7 @@ def _followed(name: str, value: Any, total: int, kept: Sequence[int]) -> Any:
 def _pattern(name: str, value: Sequence[Any], total: int, kept: Sequence[int]) -> Any:
     """A pattern of kinds that is repeated over the layers, written out for those that are kept."""
     if name == "attention_types":  # [[kinds, times], …]
-        kinds = [kind for part, times in value for kind in part * times]
+        kinds = [kind for part, times in value for kind in list(part) * times]
         return [[[kinds[index] for index in kept], 1]]
     kinds = list(itertools.islice(itertools.cycle(value), total))
     return [kinds[index] for index in kept]

@@ -238,6 +238,16 @@ def intermediate_size(model: PreTrainedModel, index: int) -> int:
     return int(module.in_features if isinstance(module, nn.Linear) else module.nx)
 
 
+def has_bias(model: PreTrainedModel, index: int) -> bool:
+    """Whether `down_projection` of layer ``index`` has a bias.
+
+    Raises:
+        ValueError: as `down_projection`.
+    """
+    module: Any = down_projection(model, index)
+    return module.bias is not None
+
+
 def mlp_output(model: PreTrainedModel, index: int) -> nn.Module:
     """The module whose output is what layer ``index``'s MLP adds to the stream.
 
@@ -379,23 +389,24 @@ def present(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def listen(
-    model: PreTrainedModel, starts: Iterable[int], on_mlp: Callable[[int, Tensor], None]
+    model: PreTrainedModel, starts: Iterable[int], on_mlp: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Watch what the last MLP before each of ``starts`` adds to the stream."""
-    with ExitStack() as stack:
-        for start in starts:
-            own = own_pass(lambda output, start=start: on_mlp(start, output))
-            handle = mlp_output(model, start - 1).register_forward_hook(own)
-            stack.callback(handle.remove)
-        yield
+    """Watch the last down-projection before each of ``starts``: ``on_mlp(start, read, returned)``.
 
-
-def own_pass(see: Callable[[Tensor], None]) -> Callable[..., None]:
-    """A forward hook that shows what a module returns in passes of the thread it was made in."""
+    ``read`` (…, intermediate) is its input, ``returned`` (…, width) what it adds to the stream, in
+    the passes that this thread makes.
+    """
     owner = threading.get_ident()
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if threading.get_ident() == owner:
-            see(output)
+    def hook_for(start: int) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if threading.get_ident() == owner:
+                on_mlp(start, args[0], output)
 
-    return hook
+        return hook
+
+    with ExitStack() as stack:
+        for start in starts:
+            handle = mlp_output(model, start - 1).register_forward_hook(hook_for(start))
+            stack.callback(handle.remove)
+        yield
