@@ -7,6 +7,7 @@ which that is not enough, and `REFUSED` those whose layers do not pass on one st
 """
 
 import hashlib
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ghostlib.models.configuration import check_agreement, follow
+from ghostlib.models.configuration import check_agreement, follow, uniform
 from ghostlib.models.placement import input_device, loaded_parameters
 
 GHOSTED = "ghosted_"  # what `surgery` puts before the model type of a recovered model
@@ -274,7 +275,23 @@ def check_layers(model: PreTrainedModel, original: PreTrainedModel) -> None:
     Raises:
         ValueError: a model made from the configuration would differ; the message shows where.
     """
-    check_agreement(model, structure(model).layers, original)
+    depth, passed = num_layers(model), _PASSED.setdefault(original, set())
+    if depth not in passed:
+        check_agreement(model, structure(model).layers, original)
+        if same_layers(original):  # then it does not matter which of them are gone
+            passed.add(depth)
+
+
+def same_layers(model: PreTrainedModel) -> bool:
+    """Whether the layers differ in nothing but their weights, so that any of them can go."""
+    if model not in _SAME:
+        _SAME[model] = uniform(model, structure(model).layers)
+    return _SAME[model]
+
+
+_SAME: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# Numbers of layers left of a model whose layers are the same that have been found to agree.
+_PASSED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
 class Attention(NamedTuple):
@@ -341,10 +358,17 @@ def _through(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
         token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-        logits: Tensor = model(input_ids=token).logits[0]
+        logits: Tensor = model(input_ids=token, **uncached(model)).logits[0]
         return logits
     finally:
         handle.remove()
+
+
+def uncached(model: PreTrainedModel) -> dict[str, bool]:
+    """What to pass to ``model`` so that it makes no cache; some have no such option."""
+    known = inspect.signature(model.forward).parameters
+    free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    return {"use_cache": False} if "use_cache" in known or free else {}
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -194,6 +194,19 @@ def differences(model: PreTrainedModel, path: str) -> list[str]:
     return sorted(found)
 
 
+def uniform(model: PreTrainedModel, path: str) -> bool:
+    """Whether the layers at ``path`` differ in nothing but their numbers and weights."""
+    layers: Any = model.get_submodule(path)
+    kinds = []
+    for layer in layers:
+        kind = {}
+        for name, module in layer.named_modules():
+            settings = _settings(module, model)
+            kind[name] = {k: v for k, v in settings.items() if not _NUMBER.fullmatch(k)}
+        kinds.append(kind)
+    return all(kind == kinds[0] for kind in kinds)
+
+
 def _agree(ours: Any, theirs: Any, module: nn.Module) -> bool:
     """Equal, up to rounding; rotary embeddings may know kinds of layers that are gone."""
     if isinstance(ours, float) and isinstance(theirs, float):

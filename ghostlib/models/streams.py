@@ -7,10 +7,9 @@ every weight with the model it is taken from.
 """
 
 import copy
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,12 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.models.architectures import (
+    check_layers,
     keep_layers,
     model_type,
     num_layers,
     receiver,
+    same_layers,
     structure,
     text_config,
+    uncached,
 )
 from ghostlib.models.placement import input_device, offload_stores, release_movers
 
@@ -83,12 +85,9 @@ def _hooked(
 
 def forward_once(model: PreTrainedModel, **inputs: Tensor) -> None:
     """One pass without cache and gradients, in evaluation mode; `EndOfPass` ends it."""
-    known = inspect.signature(model.forward).parameters
-    free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-    options = {"use_cache": False} if "use_cache" in known or free else {}
     with evaluating(model), torch.no_grad():
         try:
-            model(**inputs, **options)
+            model(**inputs, **uncached(model))
         except EndOfPass:
             pass
 
@@ -124,6 +123,19 @@ def excerpt(model: PreTrainedModel, start: int, stop: int | None = None) -> PreT
     part = share(model)
     keep_layers(part, range(num_layers(model))[start:stop])
     return part
+
+
+def refusal(model: PreTrainedModel, layers: Iterable[int]) -> str:
+    """Why ``layers`` cannot be removed from ``model`` together; empty if they can."""
+    if same_layers(model):
+        return ""
+    part, removed = share(model), set(layers)
+    try:
+        keep_layers(part, [index for index in range(num_layers(model)) if index not in removed])
+        check_layers(part, model)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @contextmanager
@@ -172,6 +184,7 @@ def tap(
         ValueError: what passes from layer to layer is no stream (batch, tokens, hidden).
     """
     wanted = sorted(set(indices))
+    waiting: list[int] = []
 
     def hook_for(index: int) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -182,21 +195,30 @@ def tap(
                     f"layer {index} of a {model_type(model)} receives {got}, no stream "
                     "(batch, tokens, hidden): it cannot be pruned layer by layer"
                 )
-            on_stream(index, hidden)
-            if index == wanted[-1]:
+            # A layer that this pass skips, as text does those for images, leaves the stream as it
+            # is: what enters it is what enters the next one.
+            while waiting and waiting[0] <= index:
+                on_stream(waiting.pop(0), hidden)
+            if not waiting:
                 raise EndOfPass
 
         return hook
 
-    with _all(_hooked(receiver(model, index), hook_for(index)) for index in wanted):
-        yield lambda **inputs: forward_once(model, **inputs)
+    def run(**inputs: Tensor) -> None:
+        waiting[:] = wanted
+        forward_once(model, **inputs)
+
+    last = num_layers(model)
+    watched = {*range(wanted[0], last), *wanted} if wanted else set()
+    if structure(model).receiver and wanted:
+        watched.add(last)
+    with _all(_hooked(receiver(model, index), hook_for(index)) for index in sorted(watched)):
+        yield run
 
 
 @contextmanager
 def _all(contexts: Iterable[Any]) -> Iterator[None]:
     """Enter every context; leave those entered whatever happens."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)

@@ -71,7 +71,9 @@ class LinearBoundary(BoundaryModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
-        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), self.M).view(x.shape)
+        # Some models (Mamba) keep a stream in float32 beside weights in half precision.
+        M = self.M.to(x.dtype)
+        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), M).view(x.shape)
         return y if self.b is None else y + self.b
 
 
@@ -89,7 +91,8 @@ class LowRankBoundary(BoundaryModule):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
         flat = x.reshape(-1, x.shape[-1])
-        y = torch.addmm(flat, self.read(x) @ self.A, self.B).view(x.shape)
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        y = torch.addmm(flat, self.read(x) @ A, B).view(x.shape)
         return y if self.b is None else y + self.b
 
 
