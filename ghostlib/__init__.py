@@ -17,7 +17,7 @@ from ghostlib.experiments.results import Results
 from ghostlib.experiments.run import evaluate
 from ghostlib.experiments.spec import Settings
 from ghostlib.linalg.gram import SingularGramWarning
-from ghostlib.models.architectures import ARCHITECTURES, decoder_layers, receiver
+from ghostlib.models.architectures import decoder_layers, receiver
 from ghostlib.models.boundaries import Boundary, contiguous, runs, spell
 from ghostlib.models.loading import load_model
 from ghostlib.models.streams import record, tap
@@ -52,7 +52,6 @@ from ghostlib.text.corpora import CORPORA, documents, token_windows
 from ghostlib.tutorial.paper import published
 
 __all__ = [
-    "ARCHITECTURES",
     "CORPORA",
     "CRITERIA",
     "OPERATORS",

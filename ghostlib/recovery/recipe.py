@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import Registry, track
-from ghostlib.models.architectures import mlp_output, num_layers
+from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
+from ghostlib.models.layers import mlp_output
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge, choose_ridges

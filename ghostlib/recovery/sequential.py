@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.models.architectures import fingerprint, has_bias, hidden_size, num_layers
+from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_order
+from ghostlib.models.layers import has_bias, listen
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows, excerpt, feed, listen, record
+from ghostlib.models.streams import check_windows, excerpt, feed, record
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import (
     Operator,

@@ -9,7 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.models import streams
-from ghostlib.models.architectures import GHOSTED, hidden_size, keep_layers, num_layers, receiver
+from ghostlib.models.architectures import (
+    GHOSTED,
+    check_layers,
+    hidden_size,
+    keep_layers,
+    num_layers,
+    receiver,
+)
 from ghostlib.models.boundaries import Boundary, check_order, runs
 from ghostlib.models.placement import compute_device
 from ghostlib.operators.solve import Operator
@@ -77,6 +84,7 @@ def install(
     recovered = streams.share(model)
     kept = [layer for layer in range(total) if layer not in set(removed)]
     keep_layers(recovered, kept)
+    check_layers(recovered, model)
 
     places = {sum(layer < gap.stop for layer in kept): gap for gap in gaps}
     repairs = {place: op for place, gap in places.items() if (op := given[gap]) is not None}

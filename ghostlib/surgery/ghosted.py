@@ -2,8 +2,9 @@
 
 A recovered model belongs to a subclass of its model's own class, made here for each architecture:
 ``GhostedLlamaForCausalLM`` is a ``LlamaForCausalLM`` whose ``config.ghost`` lists the operators, so
-they are saved, loaded, moved and cast like any other parameter. Importing this module registers
-the subclasses with transformers; without it, loading fails for want of the model type.
+they are saved, loaded, moved and cast like any other parameter. Importing this module registers a
+name for each with transformers, and imports none of their files: the class is made when a model is
+recovered or loaded. Without this module, loading fails for want of the model type.
 """
 
 import os
@@ -23,11 +24,13 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from ghostlib.models.architectures import ARCHITECTURES, GHOSTED
+from ghostlib.models.architectures import GHOSTED
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
     PADDING_MASK,
@@ -81,7 +84,9 @@ class LinearBoundary(BoundaryModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
-        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), self.M).view(x.shape)
+        # Some models (Mamba) keep a stream in float32 beside weights in half precision.
+        M = self.M.to(x.dtype)
+        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), M).view(x.shape)
         return y if self.b is None else y + self.b
 
 
@@ -104,7 +109,8 @@ class LowRankBoundary(BoundaryModule):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
         flat = x.reshape(-1, x.shape[-1])
-        y = torch.addmm(flat, self.read(x) @ self.A, self.B).view(x.shape)
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        y = torch.addmm(flat, self.read(x) @ A, B).view(x.shape)
         return y if self.b is None else y + self.b
 
 
@@ -221,6 +227,11 @@ class GhostedMixin:
             return False
         return super()._valid_auto_compile_criteria(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: all that transformers computes while it loads is computed by the stock class."""
+        return False
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, into a folder that must be new or empty.
 
@@ -290,11 +301,16 @@ def _whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+_INSIDE = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
+"""Configurations of a text model whose class transformers lists under the whole one's type."""
+
+
 @cache
 def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     """The recovered class for a model type, registered so that `AutoModelForCausalLM` finds it."""
     config_base: type = CONFIG_MAPPING[model_type]
-    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_base]
+    whole: type = CONFIG_MAPPING[_INSIDE.get(model_type, model_type)]
+    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[whole]
     config_class = type(
         f"Ghosted{config_base.__name__}",
         (GhostedConfigMixin, config_base),
@@ -312,10 +328,27 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     globals().update(
         {c.__name__: c for c in (config_class, model_class)}
     )  # so that pickle finds them
-    AutoConfig.register(GHOSTED + model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
+    AutoConfig.register(GHOSTED + model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return model_class
 
 
-for _model_type in ARCHITECTURES:
-    ghosted_class(_model_type)
+def _announce(model_type: str) -> None:
+    """Register a name, whose class is made when a configuration of that type is read."""
+
+    def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        made: Any = ghosted_class(model_type).config_class
+        return made.from_dict(config_dict, **kwargs)
+
+    settings = {
+        "model_type": GHOSTED + model_type,
+        "from_dict": classmethod(from_dict),
+        "__module__": __name__,
+    }
+    AutoConfig.register(
+        GHOSTED + model_type, type(f"Ghosted_{model_type}", (PretrainedConfig,), settings)
+    )
+
+
+for _model_type in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *_INSIDE):
+    _announce(_model_type)
