@@ -204,7 +204,8 @@ class Regularised:
     @cached_property
     def _factor(self) -> Tensor | None:
         """Lower Cholesky factor of ``G + shift d d'``; None where it is not to be trusted."""
-        if not self.shift or "spectrum" in vars(self.gram):
+        spectrum_known = self.scaling is self.gram.unit and "spectrum" in vars(self.gram)
+        if not self.shift or spectrum_known:
             return None
         A = self.gram.G.clone()
         A.diagonal().add_(self.shift * self.scaling.square())

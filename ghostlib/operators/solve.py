@@ -165,7 +165,8 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
             f"calibrate(…, regressors=['{family.regressor}']).of('{family.regressor}')"
         )
     check_options(family, options)
-    fit = family.solve(moments, **options)
+    regularised = {"rcond", "ridge", "relative_ridge"} & set(options)
+    fit = family.solve(moments, **({} if regularised else dict(family.default)) | options)
     if fit.inverse is not None:
         # The channels of a standardised token sum to zero.
         blind = sum(feature.norm == "layer" for feature in moments.regressor.features)
@@ -173,7 +174,7 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
             warn(f"{family}: {trouble}", SingularGramWarning)
     rank = options.get("rank") or 0
     shape = Shape(moments.width, sum(moments.blocks), rank, fit.bias is not None)
-    residual = moments.error(_Pair(fit.M, fit.bias))
+    residual = moments.error_of(fit.M, fit.bias)
     return Operator(
         fit.M,
         family,
@@ -184,14 +185,6 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
         fit.inverse,
         fit.seen,
     )
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A matrix and a bias, for `Moments.error`."""
-
-    M: Tensor
-    bias: Tensor | None
 
 
 def check_options(family: Family, options: Mapping[str, Any]) -> None:

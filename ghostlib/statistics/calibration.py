@@ -15,16 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.models.architectures import (
-    fingerprint,
-    hidden_size,
-    intermediate_size,
-    num_layers,
-    stream_norm,
-)
+from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
+from ghostlib.models.layers import has_bias, intermediate_size, listen, stream_norm
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows, listen, tap
+from ghostlib.models.streams import check_windows, tap
 from ghostlib.statistics.features import STREAM, Regressor, Sources, widest
 from ghostlib.statistics.moments import Moments, Stream
 
@@ -206,6 +201,7 @@ class _Collector:
                     hidden_size(model),
                     regressor=regressor,
                     hidden=intermediate_size(model, boundary.start - 1) if hidden else None,
+                    bias=hidden and has_bias(model, boundary.start - 1),
                     boundary=boundary,
                     model=self.calibration.model,
                     device=self.place,

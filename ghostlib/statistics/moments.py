@@ -83,6 +83,8 @@ class Moments:
         width: of the stream, C.
         regressor: the features, or their spelling; by default the stream ``X_pre`` itself.
         hidden: width of the MLP, where a feature needs it.
+        bias: whether least squares fits a bias as well, because the weights that will take the
+            repair have one.
         boundary: which gap they belong to.
         model: fingerprint of the model they come from.
         device: where the sums are kept.
@@ -129,6 +131,7 @@ class Moments:
         *,
         regressor: Regressor | str = STREAM,
         hidden: int | None = None,
+        bias: bool = False,
         boundary: Boundary | tuple[int, int] | None = None,
         model: str | None = None,
         device: torch.device | str = "cpu",
@@ -147,6 +150,7 @@ class Moments:
         self.weight, self.fourth = 0.0, 0.0
         self.boundary = None if boundary is None else Boundary(*boundary)
         self.model = model
+        self.bias = bias
         self._gram: Gram | None = None
 
     @property
@@ -343,6 +347,10 @@ class Moments:
                 M = M - torch.eye(len(M)).to(M)
         else:
             M, bias = repair.M.to(self.G), repair.bias
+        return self.error_of(M, bias)
+
+    def error_of(self, M: Tensor, bias: Tensor | None = None) -> float:
+        """`error` of a matrix ``M`` (p, C) on the features, and a bias (C,)."""
         if M.shape != self.cross.shape:
             raise ValueError(
                 f"operator must have shape {tuple(self.cross.shape)}, got {tuple(M.shape)}"
@@ -386,6 +394,7 @@ class Moments:
             raise ValueError(f"moments of {self.regressor} do not hold those of {narrow}")
         chosen = self.replaced({}, {})
         chosen.regressor = narrow
+        chosen.bias = self.bias and narrow.reads_mlp
         widths = dict(zip(self.regressor.features, self.blocks, strict=True))
         chosen.blocks = tuple(widths[feature] for feature in narrow.features)
         columns: Any = places(self.regressor.features, narrow.features, self.blocks)
@@ -414,7 +423,7 @@ class Moments:
         """
         if not isinstance(other, Moments):
             return NotImplemented
-        for what in ("width", "blocks", "boundary", "model", "regressor"):
+        for what in ("width", "blocks", "boundary", "model", "regressor", "bias"):
             this, that = getattr(self, what), getattr(other, what)
             if this != that:
                 raise ValueError(f"moments of different {what} cannot be added: {this} and {that}")
@@ -452,6 +461,7 @@ class Moments:
             "format": _FORMAT,
             "regressor": str(self.regressor),
             "blocks": self.blocks,
+            "bias": self.bias,
             "boundary": self.boundary,
             "model": self.model,
         }
@@ -484,6 +494,7 @@ class Moments:
                 sums["cross"].shape[1],
                 regressor=regressor,
                 hidden=hidden.pop() if hidden else None,
+                bias=facts["bias"],
                 boundary=facts["boundary"],
                 model=facts["model"],
             )

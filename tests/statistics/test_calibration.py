@@ -17,7 +17,8 @@ from conftest import (
 
 import ghostlib as gl
 from ghostlib import Boundary, Moments
-from ghostlib.models.architectures import decoder_layers, mlp_output, receiver, stream_norm
+from ghostlib.models.architectures import decoder_layers, receiver
+from ghostlib.models.layers import mlp_output, stream_norm
 from ghostlib.models.streams import tap
 from ghostlib.statistics.calibration import suited
 from ghostlib.statistics.features import STREAM, Regressor
