@@ -407,8 +407,10 @@ def listen(
 
         return hook
 
+    # found before any hook is there: to find one, its layer may have to run
+    modules = {start: mlp_output(model, start - 1) for start in starts}
     with ExitStack() as stack:
-        for start in starts:
-            handle = mlp_output(model, start - 1).register_forward_hook(hook_for(start))
+        for start, module in modules.items():
+            handle = module.register_forward_hook(hook_for(start))
             stack.callback(handle.remove)
         yield

@@ -172,7 +172,7 @@ BROKEN: dict[str, list[Family]] = {
 @pytest.mark.parametrize("rule", BROKEN)
 def test_a_broken_family_is_noticed_by_the_rule_it_breaks(rule: str) -> None:
     for family in BROKEN[rule]:
-        with pytest.raises((AssertionError, torch.linalg.LinAlgError)):
+        with pytest.raises((AssertionError, RuntimeError)):
             RULES[rule](Trial(family))
 
 
