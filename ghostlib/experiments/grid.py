@@ -20,15 +20,16 @@ from ghostlib.experiments.results import Results
 from ghostlib.experiments.spec import SEQUENTIAL, named
 from ghostlib.models.architectures import fingerprint, num_layers
 from ghostlib.models.boundaries import Boundary, contiguous, runs, spell
-from ghostlib.operators.solve import OPERATORS, REGRESSORS, Operator, solve
-from ghostlib.recovery.recipe import AUTO, NONE, Recipe
+from ghostlib.operators.families import Family
+from ghostlib.operators.solve import Operator, solve
+from ghostlib.recovery.recipe import AUTO, Recipe
 from ghostlib.recovery.sequential import dense_streams, fit_sequential
 from ghostlib.selection.criteria import Layers, needed, searched, select_several
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate
-from ghostlib.statistics.features import Regressor
 from ghostlib.text.corpora import token_windows
 
+NONE = "none"
 REPAIRS = (
     NONE,
     "magnitude",
@@ -152,7 +153,7 @@ class Grid:
     def score(self, choices: Iterable[Layers], repairs: Sequence[str] = REPAIRS) -> None:
         """Losses of every test window for every choice of layers with every repair."""
         # An unknown name is refused here, before the long passes.
-        known = {r: _family(r)[1] for r in repairs if r not in _WITHOUT_FAMILY}
+        known = {r: _family(r) for r in repairs if r not in _WITHOUT_FAMILY}
         self.results.cell("dense", lambda: self._by_corpus(self._trials.losses(())))
         todo = [
             (layers, repair)
@@ -160,7 +161,7 @@ class Grid:
             for repair in repairs
             if _scored(layers, repair) not in self.results.cells
             # Without layer 0 no MLP is left before the first gap to repair it with.
-            and not (known.get(repair) == "mlp" and 0 in layers)
+            and not (repair in known and known[repair].regressor.reads_mlp and 0 in layers)
         ]
         self._prepare(todo)
         for layers, repair in track(todo, "scoring", unit="cell"):
@@ -171,10 +172,8 @@ class Grid:
         fitted = [(layers, repair) for layers, repair in todo if repair not in _WITHOUT_FAMILY]
         if gaps := {gap for layers, _ in fitted for gap in self._gaps(layers)}:
             # A sequential fit of one gap is the teacher's, from the same moments.
-            regressors = {_family(repair)[1] for _, repair in fitted}
-            self._pass = calibrate(
-                self.model, self._train[0], sorted(gaps), regressors=sorted(regressors)
-            )
+            regressors = {_family(repair).regressor for _, repair in fitted}
+            self._pass = calibrate(self.model, self._train[0], sorted(gaps), regressors=regressors)
         if chosen := [layers for layers, repair in todo if repair == AUTO]:
             self._recipe.collect(chosen)
         indices = {
@@ -197,12 +196,12 @@ class Grid:
             self.results.cell(f"choice for {spell(layers)}", lambda: choice.summary)
             return choice.operators
         assert self._pass is not None  # made by _prepare
-        (name, regressor), gaps = _family(repair), self._gaps(layers)
+        family, gaps = _family(repair), self._gaps(layers)
         if repair.endswith(SEQUENTIAL) and len(gaps) > 1:
-            how: dict[str, Any] = {"streams": self._streams, "regressor": regressor}
-            return fit_sequential(self.model, self._train[0], gaps, name, **how)
-        moments = self._pass.of(regressor)
-        return {gap: solve(moments[gap], name) for gap in gaps}
+            how: dict[str, Any] = {"streams": self._streams}
+            return fit_sequential(self.model, self._train[0], gaps, family, **how)
+        moments = self._pass.of(family.regressor)
+        return {gap: solve(moments[gap], family) for gap in gaps}
 
     def _by_corpus(self, losses: Tensor) -> dict[str, list[float]]:
         corpora = [named(corpus) for corpus in self.plan.scored]
@@ -213,16 +212,10 @@ class Grid:
         return runs(layers, self.total)
 
 
-def _family(repair: str) -> tuple[str, str]:
-    """(operator, regressor) of a repair, which may be a regressor such as ``"x, n(x); 1/|y|"``."""
+def _family(repair: str) -> Family:
+    """The family of a repair, which may be a regressor such as ``"x, n(x); 1/|y|"``."""
     name = repair.removesuffix(SEQUENTIAL)
-    if name in OPERATORS:
-        return name, REGRESSORS.get(name, "stream")
-    try:
-        return "branches", str(Regressor.parse(name))
-    except ValueError:
-        OPERATORS[repair if name == AUTO else name]  # says what there is
-        raise
+    return Family.of(repair if name == AUTO else name)
 
 
 def blocks(n: int, total: int) -> list[Layers]:

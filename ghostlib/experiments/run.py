@@ -24,7 +24,7 @@ from ghostlib.experiments.results import Results
 from ghostlib.experiments.spec import DENSE, PRUNED, SEQUENTIAL, Settings, named
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import contiguous, runs
-from ghostlib.operators.solve import OPERATORS, REGRESSORS
+from ghostlib.operators.families import FAMILIES
 from ghostlib.recovery.recipe import AUTO, Recipe
 from ghostlib.recovery.recover import recover
 from ghostlib.selection.criteria import CRITERIA, Layers, needed, select_several
@@ -148,10 +148,10 @@ class _Evaluation:
     @cached_property
     def _statistics(self) -> Calibration:
         """What all repairs that are to be built are computed from."""
-        fitted = [(name, n) for name, n in self.todo if name in OPERATORS]
+        fitted = [(name, n) for name, n in self.todo if name in FAMILIES]
         total = num_layers(self.model)
         gaps = {gap for _, n in fitted for gap in runs(self._layers[n], total)}
-        regressors = {REGRESSORS.get(name, "stream") for name, _ in fitted}
+        regressors = {FAMILIES[name].regressor for name, _ in fitted}
         return calibrate(self.model, self._windows, sorted(gaps), regressors=regressors)
 
     @cached_property

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ghostlib.evaluation.tasks import EMBEDDED
 from ghostlib.models.architectures import fingerprint
 from ghostlib.models.loading import load_model
-from ghostlib.operators.solve import OPERATORS
+from ghostlib.operators.families import Family
 from ghostlib.recovery.recipe import AUTO, TOO_FEW
 from ghostlib.selection.criteria import CRITERIA
 from ghostlib.text.corpora import find, token_windows
@@ -29,7 +29,7 @@ class Settings:
             as the model was saved. device_map: as for transformers; by default ``"auto"`` where
             there is a GPU.
         criterion: how layers are chosen, from `CRITERIA`. n: how many, one or several.
-        operators: from `OPERATORS`; ``"pruned"`` is no repair, ``"ghost sequential"`` is fitted to
+        operators: from `FAMILIES`; ``"pruned"`` is no repair, ``"ghost sequential"`` is fitted to
             what the earlier repairs let through, and ``"auto"`` is what a `Recipe` chooses.
         calibration: corpora; their train splits share the windows evenly.
         windows, length: how many calibration windows in all, of how many tokens.
@@ -78,7 +78,7 @@ class Settings:
         for operator in self.operators:
             if operator not in (PRUNED, AUTO):
                 name = operator.removesuffix(SEQUENTIAL)
-                OPERATORS[operator if name == AUTO else name]
+                Family.of(operator if name == AUTO else name)
         for corpus in (*self.calibration, *self.perplexity):
             find(corpus)
         if not self.calibration or not (self.perplexity or self.tasks):

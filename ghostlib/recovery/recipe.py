@@ -1,8 +1,9 @@
 """The recipe: which repair, how much ridge and, if asked, which layers, from calibration tokens.
 
 A few calibration windows are kept out of every fit. Their moments choose the ridge of each
-candidate, and the loss of the repaired model on them chooses among the candidates, of which no
-repair is one. What was chosen is then solved once more from all windows. Test text plays no part.
+candidate, and the loss of the repaired model on them chooses among the candidates, of which the
+pruned model is one. What was chosen is then solved once more from all windows. Test text plays no
+part.
 """
 
 import math
@@ -16,25 +17,40 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import track
-from ghostlib.models.architectures import num_layers, stream_norm
+from ghostlib.common import Registry, track
+from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
+from ghostlib.models.layers import mlp_output
 from ghostlib.models.streams import check_windows
-from ghostlib.operators.paths import choose_ridge
-from ghostlib.operators.solve import OPERATORS, REGRESSORS, Operator, solve
-from ghostlib.selection.criteria import Layers, needed, select_layers
+from ghostlib.operators.families import Family
+from ghostlib.operators.paths import choose_ridge, choose_ridges
+from ghostlib.operators.solve import Operator, solve
+from ghostlib.selection.criteria import needed, select_layers
+from ghostlib.selection.evidence import Layers
 from ghostlib.selection.trials import Trials
-from ghostlib.statistics.calibration import Calibration, calibrate
-from ghostlib.statistics.features import Regressor
+from ghostlib.statistics.calibration import Calibration, calibrate, suited
 from ghostlib.statistics.moments import Moments
-from ghostlib.surgery.cut import operate
+from ghostlib.surgery.cut import install
+
+Ridge = float | tuple[float, ...]
 
 AUTO = "auto"
 """The recipe's name where a repair is named."""
 
-NONE = "none"
-CANDIDATES = ("ghost", "two-branch", "two-branch-relative")
-"""Repairs without a state, of at most 2 C^2 numbers a boundary."""
+PRUNED = "pruned"
+"""No repair, where a repair is named."""
+
+BUDGETS: Registry[tuple[str, ...]] = Registry("budget")
+"""What each budget lets the recipe choose from: ``"none"``, repairs of the stock checkpoint, which
+add no parameter and no operation; ``"matrix"``, at most what ghost costs; ``"any"``, up to two
+matrices a boundary. All are repairs without a state."""
+BUDGETS["none"] = ("replaceme", "refit")
+BUDGETS["matrix"] = ("refit", "ghost", "ghost-relative", "ghost-refit", "ghost-refit-relative")
+BUDGETS["any"] = (*BUDGETS["matrix"], "two-branch", "two-branch-relative")
+
+_SAFE = (PRUNED, "ghost")
+_MARGIN = 0.01
+"""Nats by which a repair may be worse than the better of the safe ones on a held-out window."""
 
 SHORTLIST = ("residual", "cosine", "block-influence")
 """Criteria that choose layers from one pass; the loss then decides between their choices."""
@@ -50,8 +66,10 @@ class Choice:
     """What the recipe chose, and why.
 
     Attributes:
-        layers: removed. repair: the name of its operators, or ``"none"``.
-        operators: solved from all windows, by boundary. ridges: their relative ridges.
+        layers: removed.
+        repair: the name of its family, or ``"pruned"``.
+        operators: solved from all windows, by boundary.
+        ridges: their relative ridges.
         losses: nats per token on the held-out calibration tokens, by layers and repair, each
             solved without these tokens; infinite where the repaired model gives NaN.
         tokens: how many they are.
@@ -60,13 +78,21 @@ class Choice:
     layers: Layers
     repair: str
     operators: dict[Boundary, Operator]
-    ridges: dict[Boundary, float]
+    ridges: dict[Boundary, Ridge]
     losses: dict[tuple[Layers, str], float]
     tokens: int
 
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy of the dense ``model`` without the layers and with the operators in place."""
-        return operate(model, runs(self.layers, num_layers(model)), self.operators)
+    def apply(self, model: PreTrainedModel, *, share: bool = True) -> PreTrainedModel:
+        """A copy of the dense ``model`` without the layers and with the operators in place.
+
+        Args:
+            model: the dense model.
+            share: as in `install`.
+        """
+        gaps = runs(self.layers, num_layers(model))
+        recovered = install(model, {gap: self.operators.get(gap) for gap in gaps}, share=share)
+        recovered.config.recovery |= {"recipe": self.summary}
+        return recovered
 
     @property
     def rivals(self) -> dict[str, float]:
@@ -82,7 +108,7 @@ class Choice:
     def __str__(self) -> str:
         """The choice explained in one line."""
         spelt = ", ".join(
-            f"{spell(gap.removed)} (ridge {ridge:.0e})" for gap, ridge in self.ridges.items()
+            f"{spell(gap.removed)} (ridge {_spelt(ridge)})" for gap, ridge in self.ridges.items()
         )
         sets = len({layers for layers, _ in self.losses})
         return (
@@ -102,7 +128,9 @@ class Recipe:
         model: the dense model; it is not changed.
         windows: (windows, length) token ids without padding, at least two; of these, evenly spread,
             as many as make `HELD_OUT` tokens are kept out of the fits, but never more than half.
-        candidates: ``"ghost"`` and those with features or token weights, see `REGRESSORS`.
+        budget: what the repair may cost, a name in `BUDGETS`; of its families those are tried that
+            this architecture has a place for.
+        candidates: families that take a relative ridge, instead of those of the budget.
         batch_size: windows per forward pass.
 
     Raises:
@@ -115,23 +143,27 @@ class Recipe:
         model: PreTrainedModel,
         windows: Tensor,
         *,
-        candidates: Sequence[str] = CANDIDATES,
+        budget: str = "any",
+        candidates: Sequence[str] | None = None,
         batch_size: int = 1,
     ) -> None:
         check_windows(model, windows)
         if len(windows) < 2:
             raise ValueError(TOO_FEW)
-        if not candidates:
-            raise ValueError(f"no candidate to choose from: name one, such as {CANDIDATES[-1]!r}")
-        for name in candidates:
-            OPERATORS[name]
-            if name != "ghost" and REGRESSORS.get(name, "mlp") == "mlp":
+        within = BUDGETS[budget]
+        if candidates is not None and not candidates:
+            raise ValueError(f"no candidate to choose from: name one, such as {within[-1]!r}")
+        names = (
+            [name for name in within if _fits(model, name)] if candidates is None else candidates
+        )
+        self.families = {name: Family.of(name) for name in names}
+        for name, family in self.families.items():
+            if "relative_ridge" not in family.options or family.name == "low-rank":
                 raise ValueError(
-                    f"the recipe cannot choose {name}: its candidates are 'ghost' and operators "
-                    f"with features or token weights, such as {CANDIDATES[-1]!r}"
+                    f"the recipe cannot choose {name}, which takes no ridge alone: its candidates "
+                    f"are such as {', '.join(within)}"
                 )
-        self.regressors = {name: REGRESSORS.get(name, "stream") for name in candidates}
-        _check_ground(model, self.regressors.values())
+            check_ground(model, family)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
         kept_out = torch.zeros(len(windows), dtype=torch.bool)
@@ -155,7 +187,7 @@ class Recipe:
         gaps = {gap for layers in choices for gap in runs(layers, self.total)}
         if missing := sorted(gaps - set(self._statistics)):
             how: dict[str, Any] = {"batch_size": self.batch_size}
-            how["regressors"] = set(self.regressors.values())
+            how["regressors"] = {family.regressor for family in self.families.values()}
             fit = calibrate(self.model, self.fitted, missing, **how)
             held_out = calibrate(self.model, self.judges, missing, **how)
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
@@ -164,50 +196,99 @@ class Recipe:
         """The best candidate for ``layers``, or for the best on the `shortlist` of so many.
 
         Raises:
-            ValueError: layers that cannot be removed; every candidate, no repair too, gives NaN.
+            ValueError: layers that cannot be removed, or NaN from every repair and from none.
         """
         asked = self.shortlist(layers) if isinstance(layers, int) else [tuple(sorted(layers))]
         self.collect(asked)
-        losses: dict[tuple[Layers, str], float] = {}
-        ridges: dict[tuple[Layers, str], dict[Boundary, float]] = {}
-        todo = [(layers, repair) for layers in asked for repair in (NONE, *self.regressors)]
+        by_window: dict[tuple[Layers, str], Tensor] = {}
+        ridges: dict[tuple[Layers, str], dict[Boundary, Ridge]] = {}
+        todo = [(layers, repair) for layers in asked for repair in self._repairs_of(layers)]
         for key in track(todo, "choosing", unit="repair"):
             layers, repair = key
             parts = self._moments(layers, repair)
             fits = {gap: fit for gap, (fit, _) in parts.items()}
-            ridges[key] = {gap: choose_ridge(fits[gap], held_out=parts[gap][1]) for gap in parts}
-            loss = self._trials.loss(layers, _solve(fits, repair, ridges[key]))
-            losses[key] = math.inf if math.isnan(loss) else loss
-        best = min(losses, key=lambda key: losses[key])  # ties: the fewest numbers, named first
+            ridges[key] = {gap: _choose(*parts[gap]) for gap in parts}
+            loss = self._trials.losses(layers, self._solve(fits, repair, ridges[key]))
+            by_window[key] = loss.nan_to_num(math.inf)
+        losses = {key: float(loss.mean()) for key, loss in by_window.items()}
+        admitted = [key for key in losses if _admissible(key, by_window)]
+        best = min(admitted, key=lambda key: losses[key])  # ties: the fewest numbers, named first
         if math.isinf(losses[best]):
             raise ValueError(
-                "every candidate of the recipe, and no repair too, gives NaN or an infinite loss: "
+                "the pruned model and every repair of the recipe give NaN or an infinite loss: "
                 "try a wider dtype (bfloat16 or float32), or other windows"
             )
         layers, repair = best
         whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
-        final = _solve(whole, repair, ridges[best])
+        final = self._solve(whole, repair, ridges[best])
         return Choice(layers, repair, final, ridges[best], losses, self.judges.numel())
+
+    def _repairs_of(self, layers: Layers) -> list[str]:
+        """Those that there is a place for: some need a layer before the gap."""
+        placed = [
+            name for name, f in self.families.items() if not (f.regressor.reads_mlp and 0 in layers)
+        ]
+        return [PRUNED, *placed]
 
     def _moments(self, layers: Layers, repair: str) -> dict[Boundary, tuple[Moments, Moments]]:
         """Those that ``repair`` is solved from, of the fitted and of the held-out windows."""
-        found = {}
-        for gap in runs(layers, self.total) if repair != NONE else ():
-            fit, judge = (part.of(self.regressors[repair]) for part in self._statistics[gap])
-            found[gap] = (fit[gap], judge[gap])
-        return found
+        if repair == PRUNED:
+            return {}
+        regressor = self.families[repair].regressor
+        parts = {}
+        for gap in runs(layers, self.total):
+            fit, judge = (collected.of(regressor) for collected in self._statistics[gap])
+            parts[gap] = (fit[gap], judge[gap])
+        return parts
+
+    def _solve(
+        self, moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, Ridge]
+    ) -> dict[Boundary, Operator]:
+        return {
+            gap: solve(m, self.families[repair], relative_ridge=ridges[gap])
+            for gap, m in moments.items()
+        }
 
 
-def _solve(
-    moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, float]
-) -> dict[Boundary, Operator]:
-    return {gap: solve(m, repair, relative_ridge=ridges[gap]) for gap, m in moments.items()}
+def _choose(fit: Moments, held_out: Moments) -> Ridge:
+    """A ridge for all features; for those of the stream and of the MLP, one for each."""
+    if len(fit.regressor.sources) > 1:
+        return choose_ridges(fit, held_out)
+    return choose_ridge(fit, held_out=held_out)
 
 
-def _check_ground(model: PreTrainedModel, regressors: Iterable[str]) -> None:
-    """Refuse normalised features, before any pass, where layers read the stream without a norm."""
-    if any(r != "stream" and Regressor.parse(r).normalised for r in regressors):
-        try:
-            stream_norm(model)
-        except ValueError as error:
-            raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None
+def _admissible(key: tuple[Layers, str], by_window: Mapping[tuple[Layers, str], Tensor]) -> bool:
+    """Whether a repair harms no held-out window, compared with the better of the safe ones.
+
+    The mean over windows alone would let a gain on one kind of text pay for a loss on another.
+    """
+    layers, repair = key
+    safe = [loss for (ls, name), loss in by_window.items() if ls == layers and name in _SAFE]
+    return repair in _SAFE or bool((by_window[key] <= torch.stack(safe).amin(0) + _MARGIN).all())
+
+
+def _spelt(ridge: Ridge) -> str:
+    return "/".join(f"{r:.0e}" for r in (ridge if isinstance(ridge, tuple) else (ridge,)))
+
+
+def check_ground(model: PreTrainedModel, family: Family) -> None:
+    """Refuse, before any pass, a family that this architecture has no ground or place for.
+
+    Raises:
+        ValueError: normalised features where layers read the stream without a norm, or a repair of
+            the MLP where its output is normalised; the message says what works instead.
+    """
+    try:
+        suited(model, family.regressor)
+        if family.regressor.reads_mlp:
+            mlp_output(model, 0)
+    except ValueError as error:
+        raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None
+
+
+def _fits(model: PreTrainedModel, name: str) -> bool:
+    try:
+        check_ground(model, Family.of(name))
+    except ValueError:
+        return False
+    return True

@@ -1,6 +1,7 @@
 """ReplaceMe's other objective: the angle between streams, which has no closed form."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,16 +11,27 @@ from transformers import PreTrainedModel
 from ghostlib.common import track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
+from ghostlib.models.layers import listen
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows, listen, tap
+from ghostlib.models.streams import check_windows, tap
+from ghostlib.operators.families import FAMILIES
 from ghostlib.operators.solve import Operator
+
+REPLACEME_COSINE = replace(
+    FAMILIES["replaceme"],
+    name="replaceme-cosine",
+    searches="every matrix on the output of the last MLP, by the angle of the stream",
+    color="#d8a27f",
+    least_squares=False,
+)
 
 
 class MlpActivations(NamedTuple):
     """The tokens around a gap, each (tokens, hidden) in float32 on the CPU.
 
     Attributes:
-        F: output of the last MLP before the gap. R: the rest of the stream there, ``X_pre - F``.
+        F: output of the last MLP before the gap.
+        R: the rest of the stream there, ``X_pre - F``.
         Y: ``X_post``.
     """
 
@@ -40,18 +52,18 @@ def mlp_activations(
     check_windows(model, windows)
     if gap.start == 0:
         raise ValueError("boundary starts at layer 0: no MLP is before it")
-    heard: list[Tensor] = []
+    outputs: list[Tensor] = []
     seen: dict[int, Tensor] = {}
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with (
         tap(model, gap, seen.__setitem__) as run,
-        listen(model, [gap.start], lambda start, output: heard.append(output)),
+        listen(model, [gap.start], lambda start, read, output: outputs.append(output)),
     ):
-        for ids in track(windows.split(1), "collecting"):
+        for ids in track(torch.split(windows, 1), "collecting"):
             run(input_ids=ids.to(input_device(model)))
             F, x, y = (
                 t.float().cpu().flatten(0, -2)
-                for t in (heard.pop(), seen[gap.start], seen[gap.stop])
+                for t in (outputs.pop(), seen[gap.start], seen[gap.stop])
             )
             parts.append((F, x - F, y))
     return MlpActivations(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -68,17 +80,20 @@ def fit_cosine(
 ) -> Operator:
     """``T`` that minimises the mean of ``1 - cos(R + F T, Y)`` over tokens (arXiv 2505.02819).
 
-    By Adam on random batches, the rate falling to zero along a cosine. Every
-    token counts alike whatever its norm, which least squares does not grant.
+    By Adam on random batches, with a learning rate that falls to zero along a cosine. All tokens
+    weigh the same whatever their norm, unlike in least squares.
 
     Args:
         activations: from `mlp_activations`.
-        steps, batch, learning_rate, seed: of the optimiser; a batch is drawn with replacement.
-        start: (hidden, hidden) where it starts, such as `replaceme`'s ``W``; the identity by
+        steps: of the optimiser.
+        batch: tokens in a step, drawn with replacement.
+        learning_rate: at the first step.
+        seed: of the batches.
+        start: initial ``T`` (hidden, hidden), such as that of `replaceme`; the identity by
             default, from which it needs many more steps.
 
     Returns:
-        `Operator` of the name ``"replaceme-cosine"``, for ``recover(model, {}, layers, {gap: …})``.
+        `Operator` of the family `REPLACEME_COSINE`, for `install`.
 
     Raises:
         ValueError: options out of range, or an objective that became NaN.
@@ -91,16 +106,16 @@ def fit_cosine(
     T = (torch.eye(F.shape[1]) if start is None else start.float().clone()).requires_grad_()
     optimiser = torch.optim.Adam([T], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in track(range(steps), "turning", unit="step"):
+    for _ in track(range(steps), "fitting", unit="step"):
         rows = torch.randint(len(F), (min(batch, len(F)),), generator=generator)
         loss = 1 - nn.functional.cosine_similarity(R[rows] + F[rows] @ T, Y[rows]).mean()
         if not math.isfinite(loss.item()):
             raise ValueError(f"the cosine objective became {loss.item()}: lower learning_rate")
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
     W = T.detach().double()
     with torch.no_grad():
         residual = float((R + F @ T - Y).double().square().sum())
-    return Operator(W, "replaceme-cosine", W.numel(), 0, 1.0, residual)
+    return Operator.of(W, REPLACEME_COSINE, residual=residual)
