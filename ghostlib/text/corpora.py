@@ -228,14 +228,15 @@ def tokenised(
     count: int | None,
     seed: int = 0,
     text_column: str = "text",
-    bos: bool | None = None,
+    bos: bool | None = False,
     special_tokens: bool = False,
 ) -> tuple["torch.Tensor", str]:
-    """`token_windows`, and a text that begins with what they cover.
+    """`token_windows`, by default those of published protocols, and a text that begins with theirs.
 
     Args:
-        special_tokens: what the tokenizer adds to a text stands once, at the beginning of the first
-            window, as published protocols have it (with ``bos=False``).
+        bos: whether every window begins with BOS; in published protocols none does.
+        special_tokens: what the tokenizer adds to a text stands once, where the first window
+            begins, as published protocols have it.
     """
     texts = documents(corpus, split=split, seed=seed, text_column=text_column)
     for name, value in (("length", length), ("count", count)):
