@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ghostlib.linalg.gram import Regularised
+from ghostlib.models.boundaries import Boundary
 from ghostlib.operators.families import FAMILIES, Family, Fit, Shape
 from ghostlib.operators.solve import Operator
 from ghostlib.operators.testing import RULES, Trial, check_family
@@ -252,6 +253,19 @@ def test_a_regressor_is_a_family_too(spelling: str) -> None:
 def test_what_is_no_family_is_named(spelling: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Family.of(spelling)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_repair_of_the_mlp_needs_a_layer_before_the_gap(name: str) -> None:
+    family = FAMILIES[name]
+    gaps = [Boundary(2, 4), Boundary(0, 1)]
+    family.check_place(gaps[:1])
+    if family.regressor.reads_mlp:
+        message = rf"{name} repairs the MLP before the gap, and boundary \(0, 1\) has no layer bef"
+        with pytest.raises(ValueError, match=message):
+            family.check_place(gaps)
+    else:
+        family.check_place(gaps)
 
 
 def test_a_fit_keeps_what_it_was_solved_with() -> None:
