@@ -15,7 +15,10 @@ LAYERS, WIDTH, VOCABULARY = 6, 32, 97
 
 # A size is known by the name of its setting; the first pattern that fits all of it decides.
 _SIZES: tuple[tuple[str, int], ...] = (
-    (r".*(pad|bos|eos|cls|sep|mask|unk|start|image|audio|video|boi|eoi|boa|eoa)_(token_)?(id|index)", -1),
+    (
+        r".*(pad|bos|eos|cls|sep|mask|unk|start|image|audio|video|boi|eoi|boa|eoa)_(token_)?(id|index)",
+        -1,
+    ),
     (r".*vocab(ulary)?_size(_per_layer_input)?|n_words|encoder_hash_byte_group_vocab", VOCABULARY),
     (r"vocab_offset", 40),
     (r"(num_hidden|n|num|num_decoder|num_encoder|decoder|encoder)_layers?|num_blocks", LAYERS),
@@ -51,14 +54,26 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"moe_layer_end_index", LAYERS - 1),
     (r"d_inner|.*(intermediate|inner|ffn|ff)_(size|dim)|.*intermediate_size.*|(d_?|dim_|)ff", 48),
     (r"mlp_dim|feed_forward_size|.*ffn_hidden_size|n_inner", 48),
-    (r"hidden_size_per_layer_input|embedding_size|input_embedding_size|output_embedding_size", WIDTH),
+    (
+        r"hidden_size_per_layer_input|embedding_size|input_embedding_size|output_embedding_size",
+        WIDTH,
+    ),
     (r"ple_embed_dim|pronunciation_embed_dim|shape_embed_dim|router_hidden_size", WIDTH),
     (r".*hidden_size.*|n_embd|d_model|(emb_|embed_|embedding_)?dim|lru_width", WIDTH),
-    (r"word_embed_proj_dim|(vision_|)output_dim|.*adapter_(in|out)_dim|projector_(in|out)put_dim", WIDTH),
+    (
+        r"word_embed_proj_dim|(vision_|)output_dim|.*adapter_(in|out)_dim|projector_(in|out)put_dim",
+        WIDTH,
+    ),
     (r"(.*_)?sliding_window(_size)?|window_size|attention_window_size|keep_window_size", 8),
     (r"local_attention(_window_len)?|max_window_layers", 8),
-    (r"(max|n)_positions?(_embeddings)?|max_position_embeddings|model_max_length|context_length", 128),
-    (r"max_seq_len|n_ctx|original_max_position_embeddings|rel_extent|max_(source|target)_positions", 128),
+    (
+        r"(max|n)_positions?(_embeddings)?|max_position_embeddings|model_max_length|context_length",
+        128,
+    ),
+    (
+        r"max_seq_len|n_ctx|original_max_position_embeddings|rel_extent|max_(source|target)_positions",
+        128,
+    ),
     (r"query_pre_attn_scalar", 8),
     (r"image_size|crop_size", 28),
     (r"ngram_vocab_size_base", 50),
@@ -140,7 +155,23 @@ def tiny_config(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
     return type(config)(**_shrink(config.to_dict(), changes))
 
 
-def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def tiny_model(config: PretrainedConfig, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of `tiny_config`, with random weights so large that every layer matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(config, **changes)).eval()
+        ids = torch.arange(3, 19)[None]
+        for scale in (0.25, 0.08):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:
+                        parameter.normal_(std=scale)
+                if torch.isfinite(model(input_ids=ids).logits).all():
+                    break
+    return model
+
+
+def _shrink(settings: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     depths = {settings.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers")}
     small: dict[str, Any] = {}
     wrapper = any(isinstance(settings.get(name), Mapping) for name in _TEXT)
