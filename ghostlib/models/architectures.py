@@ -64,6 +64,7 @@ REFUSED: dict[str, str] = {
     "rwkv": "rescales its weights in place, each layer's by its number, while it runs",
     "xlm": "keeps attention and MLP of a layer in separate lists",
     "xlnet": "carries its stream by tokens first, and a second one for what it predicts",
+    "xmod": "looks its languages up in its first layer, so that none of its parts runs alone",
     "zamba2": "has shared blocks that look up the number of the layer they are called in",
     "zaya": "carries a second stream, of its routers, from layer to layer",
 }

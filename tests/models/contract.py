@@ -92,7 +92,8 @@ def _check(model_type: str) -> tuple[str, str, tuple[str, ...]]:
     try:
         dense = build(model_type)
     except Exception as error:
-        return "not built", f"{type(error).__name__}: {error}".splitlines()[0], ()
+        reason = " ".join(str(error).split())
+        return "not built", f"{type(error).__name__}: {reason[:200]}", ()
     return "pass", "", tuple(_contract(dense))
 
 
