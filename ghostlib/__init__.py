@@ -5,10 +5,10 @@ Importing this package registers the recovered model classes with transformers, 
 """
 
 from ghostlib.evaluation.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
+from ghostlib.evaluation.generation import generate
 from ghostlib.evaluation.perplexity import (
     corpus_perplexity,
     gap_closed,
-    generate,
     perplexity,
     window_losses,
 )

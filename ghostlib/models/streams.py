@@ -283,6 +283,8 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
             f"attention_mask must have the windows' shape {tuple(windows.shape)}, "
             f"got {tuple(mask.shape)}"
         )
+    if mask is not None and (odd := mask[(mask != 0) & (mask != 1)]).numel():
+        raise ValueError(f"attention_mask must hold 1, and 0 at padding, got {odd[0].item()}")
 
 
 def known_positions(model: PreTrainedModel) -> int | None:

@@ -8,8 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 LAYERS, WIDTH, VOCABULARY = 6, 32, 97
 

@@ -82,10 +82,15 @@ class Choice:
     losses: dict[tuple[Layers, str], float]
     tokens: int
 
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy of the dense ``model`` without the layers and with the operators in place."""
+    def apply(self, model: PreTrainedModel, *, share: bool = True) -> PreTrainedModel:
+        """A copy of the dense ``model`` without the layers and with the operators in place.
+
+        Args:
+            model: the dense model.
+            share: as in `install`.
+        """
         gaps = runs(self.layers, num_layers(model))
-        recovered = install(model, {gap: self.operators.get(gap) for gap in gaps})
+        recovered = install(model, {gap: self.operators.get(gap) for gap in gaps}, share=share)
         recovered.config.recovery |= {"recipe": self.summary}
         return recovered
 
@@ -103,7 +108,8 @@ class Choice:
     def __str__(self) -> str:
         """The choice explained in one line."""
         spelt = ", ".join(
-            f"{spell(gap.removed)} (ridge {_spelt(ridge)})" for gap, ridge in self.ridges.items()
+            f"{spell(gap.removed)} (ridge {spelt_ridge(ridge)})"
+            for gap, ridge in self.ridges.items()
         )
         sets = len({layers for layers, _ in self.losses})
         return (
@@ -262,7 +268,8 @@ def _admissible(key: tuple[Layers, str], by_window: Mapping[tuple[Layers, str], 
     return repair in _SAFE or bool((by_window[key] <= torch.stack(safe).amin(0) + _MARGIN).all())
 
 
-def _spelt(ridge: Ridge) -> str:
+def spelt_ridge(ridge: Ridge) -> str:
+    """A ridge, or one for each feature, as text."""
     return "/".join(f"{r:.0e}" for r in (ridge if isinstance(ridge, tuple) else (ridge,)))
 
 
