@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -109,6 +110,7 @@ def _contract(dense: PreTrainedModel) -> Iterator[str]:
         assert "cannot be removed" in why
         yield f"removes {gl.spell(removed)}, not {gl.spell(CHOICES[0])}"
     check_pruned(dense, removed, ids)
+    yield from check_cost(gl.prune(dense, removed), ids)
     yield from check_selection(dense, ids)
     models = {"ghost": gl.recover(dense, ids, removed, "ghost", relative_ridge=1e-3)}
     for family, needs in FOLDED.items():
@@ -198,6 +200,21 @@ def check_pruned(dense: PreTrainedModel, removed: list[int], ids: Tensor) -> Non
     shared = {i for i in left if i in lost}  # by layers that stay
     assert {i for i in left if i not in shared} == set(kept)
     assert gl.count_parameters(pruned) == sum(left.values())
+
+
+def check_cost(pruned: PreTrainedModel, ids: Tensor) -> Iterator[str]:
+    """Operations counted without weights are those that PyTorch counts while it computes."""
+    try:
+        claimed = gl.flops(pruned, ids.shape[1], batch_size=len(ids), logits=ids.shape[1]).total
+    except Exception as error:
+        yield f"operations not counted without values ({type(error).__name__})"
+        return
+    pruned.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pruned(ids)
+    share = claimed / counter.get_total_flops()
+    if share != 1:
+        yield f"{share:.2f} times the operations of a pass are counted"
 
 
 def bypass(layer: Any) -> None:

@@ -28,7 +28,8 @@ def rewritten(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
     other = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in other.named_parameters():
-            parameter.zero_() if name.endswith("bias") else None
+            if name.endswith("bias"):
+                parameter.zero_()
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and all(name.endswith("bias") for name in missing)
     return other
@@ -42,7 +43,9 @@ def test_another_type_gives_the_same_perplexities(model_type, embedded, wiki) ->
     calibration, held_out = wiki[:2, :256], wiki[2:3, :256]
     for operator in ("ghost", "refit"):
         one, two = (
-            gl.perplexity(gl.recover(m, calibration, LAYERS, operator, relative_ridge=1e-3), held_out)
+            gl.perplexity(
+                gl.recover(m, calibration, LAYERS, operator, relative_ridge=1e-3), held_out
+            )
             for m in (model, other)
         )
         assert two == pytest.approx(one, rel=1e-3)
