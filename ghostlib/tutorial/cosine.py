@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ghostlib.common import track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
+from ghostlib.models.layers import listen
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows, listen, tap
+from ghostlib.models.streams import check_windows, tap
 from ghostlib.operators.families import FAMILIES
 from ghostlib.operators.solve import Operator
 
@@ -55,8 +56,8 @@ def mlp_activations(
     seen: dict[int, Tensor] = {}
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with (
-        tap(model, gap, seen.__setitem__) as run,
         listen(model, [gap.start], lambda start, read, output: outputs.append(output)),
+        tap(model, gap, seen.__setitem__) as run,
     ):
         for ids in track(torch.split(windows, 1), "collecting"):
             run(input_ids=ids.to(input_device(model)))

@@ -24,7 +24,7 @@ def by_hand(model, ids) -> dict[Boundary, torch.Tensor]:
         else:
             ops = {g: found[g] for g in GAPS[:k]}
             # everything before this gap pruned and repaired, and the gap's own layer still there
-            so_far = gl.recover(model, {}, LAYERS_OF[:k], ops)
+            so_far = gl.install(model, ops)
             streams: dict[int, torch.Tensor] = {}
             with tap(so_far, [gap.start - k], streams.__setitem__) as run:
                 run(input_ids=ids)
@@ -54,7 +54,7 @@ def test_recover_installs_the_sequential_operators():
     model, ids = tiny_model("llama"), tiny_windows()
     fitted = gl.fit_sequential(model, ids, GAPS, relative_ridge=1e-3)
     recovered = gl.recover(model, ids, LAYERS_OF, fit="sequential", relative_ridge=1e-3)
-    by_operator = gl.recover(model, {}, LAYERS_OF, fitted)
+    by_operator = gl.install(model, fitted)
     with torch.no_grad():
         assert torch.equal(recovered(ids).logits, by_operator(ids).logits)
     one = gl.recover(model, ids, [2, 3], fit="sequential")
@@ -120,9 +120,9 @@ def test_bad_boundaries_are_named(boundaries, message):
 def test_what_has_no_sequential_fit_is_refused():
     model, ids = tiny_model("llama"), tiny_windows()
     stats = gl.calibrate(model, ids, GAPS)
-    with pytest.raises(ValueError, match="give token windows, not statistics"):
+    with pytest.raises(ValueError, match="'fit' belongs to a pass .* or give token windows"):
         gl.recover(model, stats, LAYERS_OF, fit="sequential")
-    with pytest.raises(ValueError, match="replaceme does not act on the stream"):
-        gl.fit_sequential(model, ids, GAPS, "replaceme")
+    with pytest.raises(ValueError, match=r"boundary \(0, 1\) has no layer before it: keep layer 0"):
+        gl.fit_sequential(model, ids, [(0, 1), *GAPS[1:]], "replaceme")
     with pytest.raises(ValueError, match="fit must be 'teacher' or 'sequential', got 'student'"):
         gl.recover(model, ids, LAYERS_OF, fit="student")

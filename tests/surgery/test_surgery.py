@@ -98,7 +98,7 @@ def test_the_operator_is_applied_where_the_dense_model_has_x_post(any_tiny):
         op = gl.solve(
             gl.calibrate(any_tiny, ids, [boundary])[boundary], "ghost", relative_ridge=1e-3
         )
-        recovered = gl.recover(any_tiny, {}, boundary.removed, {boundary: op})
+        recovered = gl.install(any_tiny, {boundary: op})
         dense_streams: dict[int, torch.Tensor] = {}
         with tap(any_tiny, [start], dense_streams.__setitem__) as run:
             run(input_ids=ids)
@@ -118,7 +118,7 @@ def test_loading_without_ghostlib_fails_loudly(tmp_path):
     script = "from transformers import {0}; {0}.from_pretrained({1!r})"
     for loader, complaint in (
         ("AutoModelForCausalLM", "ghosted_llama"),
-        ("LlamaForCausalLM", "no file named model.safetensors"),
+        ("LlamaForCausalLM", "import-ghostlib-first.safetensors"),
     ):
         outcome = subprocess.run(
             [sys.executable, "-c", script.format(loader, str(folder))],
@@ -157,12 +157,12 @@ def test_a_new_process_gives_the_same_logits(tmp_path, embedded, wiki):
 
 def test_a_file_that_lost_its_operator_is_refused(tmp_path):
     gl.recover(tiny_model("llama"), tiny_windows(), [2, 3]).save_pretrained(tmp_path)
-    file = tmp_path / "model.ghosted.safetensors"
+    file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     lost = [name for name in tensors if ".boundary." in name]
     assert lost
     save_file({k: v for k, v in tensors.items() if k not in lost}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks its operators"):
+    with pytest.raises(ValueError, match=r"lacks weights .* such as model.layers.2.boundary.M"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -317,12 +317,10 @@ def test_moments_of_something_else_are_refused():
 def test_operators_of_the_wrong_shape_or_name_are_refused():
     model, ids, gap = tiny_model("llama"), tiny_windows(), Boundary(2, 4)
     moments = gl.Moments(7).update(torch.randn(30, 7), torch.randn(30, 7))
-    with pytest.raises(ValueError, match=r"must have shape \(16, 16\), got \(7, 7\)"):
-        gl.recover(model, ids, gap.removed, {gap: gl.solve(moments, "ghost")})
+    with pytest.raises(ValueError, match=r"boundary \(2, 4\) must have width 16, got 7"):
+        gl.install(model, {gap: gl.solve(moments, "ghost")})
     with pytest.raises(ValueError, match=r"unknown operator 'gost'; did you mean 'ghost'"):
         gl.recover(model, ids, gap.removed, "gost")
-    with pytest.raises(ValueError, match="no operator for boundary"):
-        gl.recover(model, ids, gap.removed, {})
 
 
 def test_a_recovered_model_is_not_operated_on_twice():
