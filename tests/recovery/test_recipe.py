@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 import ghostlib as gl
 from ghostlib.models.architectures import decoder_layers
 from ghostlib.models.boundaries import spell
-from ghostlib.operators.paths import RIDGES, choose_ridge
 from ghostlib.operators.families import FAMILIES
+from ghostlib.operators.paths import RIDGES, choose_ridge
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.recovery.recipe import CANDIDATES, PRUNED, SHORTLIST, Choice, Recipe
 from ghostlib.selection.trials import Trials
