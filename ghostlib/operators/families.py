@@ -17,7 +17,7 @@ returns, among equally good fits, the one with the smallest ``M``.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
@@ -27,7 +27,8 @@ from torch import Tensor
 from ghostlib.common import Registry, warn
 from ghostlib.linalg.gram import Gram, Regularisation, Regularised, SingularGramWarning
 from ghostlib.linalg.hadamard import rotate
-from ghostlib.statistics.features import STREAM, Regressor
+from ghostlib.models.boundaries import Boundary
+from ghostlib.statistics.features import FEATURES, STREAM, Regressor
 from ghostlib.statistics.moments import Moments
 
 
@@ -99,18 +100,39 @@ class Family:
         """Whether it adds no parameter and no operation: the checkpoint stays a stock one."""
         return self.install in ("down-projection", "earlier-writes", "nothing")
 
+    def check_place(self, gaps: Iterable[Boundary]) -> None:
+        """Refuse a gap that has no layer before it, where the repair needs one.
+
+        Raises:
+            ValueError: such a gap, and what works instead.
+        """
+        for gap in gaps:
+            if gap.start == 0 and self.regressor.reads_mlp:
+                raise ValueError(
+                    f"{self} repairs the MLP before the gap, and boundary {gap} has no layer "
+                    "before it: keep layer 0, or use a repair of the stream such as ghost"
+                )
+
     @classmethod
     def of(cls, spelling: "str | Family") -> "Family":
         """The family of a name, or least squares on a regressor spelt ``"x, n(x); 1/|y|"``.
 
         Raises:
-            ValueError: neither a family nor a regressor; the message names the nearest family.
+            ValueError: neither a family nor a regressor (the message names the nearest family), or
+                a regressor that reads the MLP, which no matrix at the gap can.
         """
         if isinstance(spelling, Family):
             return spelling
-        if spelling not in FAMILIES and ("," in spelling or ";" in spelling or spelling == "x"):
-            return replace(FAMILIES["branches"], regressor=Regressor.parse(spelling))
-        return FAMILIES[spelling]
+        text = str(spelling)
+        if text in FAMILIES or not (text in FEATURES or "," in text or ";" in text):
+            return FAMILIES[text]
+        regressor = Regressor.parse(text)
+        if regressor.reads_mlp:
+            raise ValueError(
+                f"no module at the gap can read {regressor}: use a family that is folded into the "
+                "MLP before it, such as replaceme"
+            )
+        return replace(FAMILIES["branches"], regressor=regressor)
 
 
 # ---------------------------------------------------------------- sets of diagonal matrices
@@ -269,8 +291,8 @@ def least_squares(
     means = moments.f1 / moments.weight, moments.d1 / moments.weight
     if bias:
         # Centring cancels: what is left of a large constant channel is rounding at the size of G.
-        scale = float(moments.G.diagonal().max())
-        gram = Gram(moments.G - torch.outer(moments.f1, means[0]), moments.blocks, scale)
+        centred = moments.G - torch.outer(moments.f1, means[0])
+        gram = Gram(centred, moments.blocks, moments.G.diagonal())
         cross = cross - torch.outer(moments.f1, means[1])
     inverse = gram.regularise(**options)
     M = inverse.solve(cross) if rank is None else _reduced(inverse, cross, rank)
@@ -395,6 +417,7 @@ _JOINT: dict[str, Any] = {
 
 FAMILIES: Registry[Family] = Registry("operator")
 """Every family of repairs, by name."""
+# fmt: off
 for _family in (
     Family("identity", "{I}", identity, lambda s: 0, install="nothing",
            color="#c0392b", least_squares=False),
@@ -404,8 +427,8 @@ for _family in (
     Family("diagonal", "diag(d)", diagonal, lambda s: s.C, color="#e69f00"),
     Family("linearpatch-d", "diag(d), by mean magnitudes", linearpatch_d, lambda s: s.C,
            color="#d4b106", least_squares=False, options=("pooled",)),
-    Family("linearpatch-r", "H diag(d) H', by mean magnitudes", linearpatch_r,
-           lambda s: s.C, color="#8c7b00", least_squares=False),
+    Family("linearpatch-r", "H diag(d) H', by mean magnitudes", linearpatch_r, lambda s: s.C,
+           color="#8c7b00", least_squares=False),
     Family("hadamard-diagonal", "H diag(d) H'", hadamard_diagonal, lambda s: s.C,
            color="#b8860b"),
     Family("orthogonal", "W'W = I", orthogonal, lambda s: s.C * (s.C - 1) // 2,
@@ -418,19 +441,15 @@ for _family in (
            options=(*_RIDGES, "rank")),
     Family("ghost", "every matrix", ghost, _whole, color="#00876c",
            options=(*_RIDGES, "around")),
-    Family("affine", "every matrix and bias", affine, _whole,
-           color="#004d40", options=_RIDGES),
+    Family("affine", "every matrix and bias", affine, _whole, color="#004d40", options=_RIDGES),
     Family("replaceme", "every matrix on the output of the last MLP before the gap",
            color="#a65628", install="down-projection", **_on("f", options=_RIDGES)),
     Family("refit", "the whole down-projection before the gap", color="#f781bf",
-           install="down-projection",
-           **_on("h", default=(("relative_ridge", 0.1),))),
-    Family("ghost-refit", "a matrix on the stream and the down-projection before the gap, jointly",
-           color="#1b7837", install="module and down-projection",
-           **_on("x, h", **_JOINT)),
+           install="down-projection", **_on("h", default=(("relative_ridge", 0.1),))),
+    Family("ghost-refit", "a matrix on the stream and the down-projection before it, jointly",
+           color="#1b7837", install="module and down-projection", **_on("x, h", **_JOINT)),
     Family("ghost-refit-relative", "the same, tokens weighted by 1/|y|",
-           color="#00441b", install="module and down-projection",
-           **_on("x, h; 1/|y|", **_JOINT)),
+           color="#00441b", install="module and down-projection", **_on("x, h; 1/|y|", **_JOINT)),
     Family("ghost-relative", "every matrix, tokens weighted by 1/|y|", color="#4daf4a",
            **_on("x; 1/|y|")),
     Family("two-branch", "matrices on the stream and its normalised copy", color="#984ea3",
@@ -443,5 +462,6 @@ for _family in (
            **_on("x, n(x), n(prev); 1/|y|")),
     Family("branches", "matrices on any features of the stream", color="#a1558a",
            **_on("x, n(x); 1/|y|")),
-):  # fmt: skip
+):
     FAMILIES[_family.name] = _family
+# fmt: on

@@ -12,7 +12,7 @@ from ghostlib.models.boundaries import Boundary, runs
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import check_options, solve, warn_of_massive_activations
 from ghostlib.recovery.recipe import AUTO, Recipe
-from ghostlib.recovery.sequential import check_mlp_before, fit_sequential
+from ghostlib.recovery.sequential import fit_sequential
 from ghostlib.statistics.calibration import Calibration, calibrate
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import check_dense, install
@@ -113,7 +113,7 @@ def recover(
     family = Family.of(operator)  # an unknown name is refused before the long pass, not after it
     check_options(family, options)
     gaps = runs(layers, num_layers(model))
-    check_mlp_before(family, gaps)
+    family.check_place(gaps)
     if not isinstance(calibration, Tensor):
         if passes or fit == "sequential":
             raise ValueError(
@@ -130,14 +130,14 @@ def recover(
     collected: Mapping[Boundary, Moments] = calibration
     if isinstance(calibration, Calibration):
         collected = calibration.of(family.regressor)
-    moments = {gap: _moments_of(model, collected, gap, family) for gap in gaps}
+    moments = {gap: _moments_of(model, collected, gap) for gap in gaps}
     warn_of_massive_activations(moments, family)
     solved = {gap: solve(moments[gap], family, **options) for gap in gaps}
     return install(model, solved, share=share)
 
 
 def _moments_of(
-    model: PreTrainedModel, collected: Mapping[Boundary, Moments], gap: Boundary, family: Family
+    model: PreTrainedModel, collected: Mapping[Boundary, Moments], gap: Boundary
 ) -> Moments:
     """The moments of a gap, unless they are of another model, boundary or width."""
     if gap not in collected:

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.models.architectures import fingerprint, has_bias, hidden_size, num_layers
+from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_order
+from ghostlib.models.layers import has_bias, listen
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows, excerpt, feed, listen, record
+from ghostlib.models.streams import check_windows, excerpt, feed, record
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import (
     Operator,
@@ -118,8 +119,8 @@ def fit_sequential(
     gaps = check_order(boundaries, num_layers(model))
     if not gaps:
         raise ValueError("no boundary to fit: name at least one, such as Boundary(12, 19)")
-    check_mlp_before(family, gaps)
     regressor = suited(model, family.regressor)
+    family.check_place(gaps)
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
     if streams is None:
         wanted = [gaps[0].start, *(gap.stop for gap in gaps)]
@@ -157,19 +158,6 @@ def fit_sequential(
             part = excerpt(model, gap.stop, following.start)
             before = _arrive(part, windows, repaired, mask, batch_size, regressor.reads_mlp)
     return operators
-
-
-def check_mlp_before(family: Family, gaps: Iterable[Boundary]) -> None:
-    """Refuse a repair of the MLP before a gap where no layer is left before it.
-
-    Raises:
-        ValueError: a gap starts at layer 0, and the family reads the MLP before it.
-    """
-    if family.regressor.reads_mlp and (first := next((g for g in gaps if g.start == 0), None)):
-        raise ValueError(
-            f"{family} repairs the MLP before the gap, and boundary {first} has no layer before "
-            "it: keep layer 0, or use a repair of the stream such as ghost"
-        )
 
 
 def _stream(streams: Mapping[int, Tensor], index: int, windows: Tensor) -> Tensor:

@@ -9,7 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.models import streams
-from ghostlib.models.architectures import GHOSTED, hidden_size, keep_layers, num_layers, receiver
+from ghostlib.models.architectures import (
+    GHOSTED,
+    check_layers,
+    hidden_size,
+    keep_layers,
+    num_layers,
+    receiver,
+)
 from ghostlib.models.boundaries import Boundary, check_order, runs
 from ghostlib.models.placement import compute_device
 from ghostlib.operators.solve import Operator
@@ -77,6 +84,7 @@ def install(
     recovered = streams.share(model)
     kept = [layer for layer in range(total) if layer not in set(removed)]
     keep_layers(recovered, kept)
+    check_layers(recovered, model)
 
     places = {sum(layer < gap.stop for layer in kept): gap for gap in gaps}
     repairs = {place: op for place, gap in places.items() if (op := given[gap]) is not None}
@@ -149,9 +157,12 @@ def _install_modules(
     cls = ghosted_class(recovered.config.model_type)
     become(recovered, cls)
     recovered.config.__class__ = cls.config_class  # type: ignore[assignment]
+    names = {module: name for name, module in recovered.named_modules()}
     recovered.config.ghost = [
         {
+            "module": names[receiver(recovered, place)],
             "receiver": place,
+            "width": operator.M.shape[1],
             "removed": list(places[place].removed),
             "operator": operator.name,
             "bias": operator.bias is not None,
@@ -162,7 +173,7 @@ def _install_modules(
     ]
     install_boundaries(recovered)
     for (place, operator), entry in zip(modules.items(), recovered.config.ghost, strict=True):
-        module = receiver(recovered, entry["receiver"])
+        module = recovered.get_submodule(entry["module"])
         device, dtype = compute_device(module), next(module.parameters()).dtype
         values = {"M": operator.M}
         if place in factors:

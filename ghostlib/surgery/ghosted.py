@@ -2,8 +2,9 @@
 
 A recovered model belongs to a subclass of its model's own class, made here for each architecture:
 ``GhostedLlamaForCausalLM`` is a ``LlamaForCausalLM`` whose ``config.ghost`` lists the operators, so
-they are saved, loaded, moved and cast like any other parameter. Importing this module registers
-the subclasses with transformers; without it, loading fails for want of the model type.
+they are saved, loaded, moved and cast like any other parameter. Importing this module registers a
+name for each with transformers, and imports none of their files: the class is made when a model is
+recovered or loaded. Without this module, loading fails for want of the model type.
 """
 
 import os
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -23,18 +24,14 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from ghostlib.models.architectures import (
-    ARCHITECTURES,
-    GHOSTED,
-    hidden_size,
-    num_layers,
-    receiver,
-)
-from ghostlib.statistics.features import FEATURES, STREAM
+from ghostlib.models.architectures import GHOSTED
+from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
     Pass,
     current_pass,
@@ -43,8 +40,6 @@ from ghostlib.surgery.previous import (
     remembering,
     token_before,
 )
-
-_STREAM = STREAM.features
 
 
 class BoundaryModule(nn.Module):
@@ -61,11 +56,12 @@ class BoundaryModule(nn.Module):
         super().__init__()
         self.place = place
         self.features = tuple(FEATURES[name] for name in features)
+        self.plain = list(features) == ["x"]
         self.looks_back = any(feature.previous for feature in self.features)
 
     def read(self, x: Tensor) -> Tensor:
         """The features of ``x`` (…, width), one token a row."""
-        if self.features == _STREAM:
+        if self.plain:
             return x.reshape(-1, x.shape[-1])
         before = token_before(self.place, x) if self.looks_back else x
         parts = [feature.of(before if feature.previous else x) for feature in self.features]
@@ -88,7 +84,9 @@ class LinearBoundary(BoundaryModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
-        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), self.M).view(x.shape)
+        # Some models (Mamba) keep a stream in float32 beside weights in half precision.
+        M = self.M.to(x.dtype)
+        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), M).view(x.shape)
         return y if self.b is None else y + self.b
 
 
@@ -111,7 +109,8 @@ class LowRankBoundary(BoundaryModule):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
         flat = x.reshape(-1, x.shape[-1])
-        y = torch.addmm(flat, self.read(x) @ self.A, self.B).view(x.shape)
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        y = torch.addmm(flat, self.read(x) @ A, B).view(x.shape)
         return y if self.b is None else y + self.b
 
 
@@ -147,15 +146,15 @@ def _empty_receiver(cls: type) -> Any:
     return kind.__new__(kind)
 
 
-_ENTRY = ("receiver", "bias", "rank", "features")
+_ENTRY = ("module", "receiver", "width", "bias", "rank", "features")
 
 
 def install_boundaries(model: PreTrainedModel) -> None:
-    """Give every receiver named in ``config.ghost`` its (still empty) operator.
+    """Give every module named in ``config.ghost`` its (still empty) operator.
 
     Raises:
-        ValueError: it names no operator, one without its shape, or a receiver twice or out of
-            range.
+        ValueError: it names no operator, one without its shape, or a module twice or that the model
+            does not have.
     """
     entries = getattr(model.config, "ghost", None)
     if not isinstance(entries, list) or not entries:
@@ -163,22 +162,23 @@ def install_boundaries(model: PreTrainedModel) -> None:
     for entry in entries:
         if not isinstance(entry, dict) or not all(key in entry for key in _ENTRY):
             raise ValueError(f"an entry of config.ghost holds {', '.join(_ENTRY)}, got {entry!r}")
-    places = [entry["receiver"] for entry in entries]
-    if len(set(places)) < len(places) or not set(places) <= set(range(num_layers(model) + 1)):
+    paths = [entry["module"] for entry in entries]
+    known = dict(model.named_modules())
+    if len(set(paths)) < len(paths) or not set(paths) <= set(known):
         raise ValueError(
-            f"config.ghost puts operators before layers {places}, each of which must be another "
-            f"one of 0 … {num_layers(model)}: was config.json edited by hand?"
+            f"config.ghost puts operators before {', '.join(paths)}, each of which must be another "
+            "module of the model: was config.json edited by hand?"
         )
-    for place, entry in zip(places, entries, strict=True):
-        module: Any = receiver(model, place)
+    for entry in entries:
+        module: Any = known[entry["module"]]
         become(module, _receiving(type(module)))
-        width, rank = hidden_size(model), entry["rank"]
+        rank = entry["rank"]
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
-        module.boundary = kind(width, place, bias=entry["bias"], features=entry["features"])
+        shape = {"bias": entry["bias"], "features": entry["features"]}
+        module.boundary = kind(entry["width"], entry["receiver"], **shape)
     # Found once: a forward pass should not search all modules for what is rarely there.
-    model.looking_back = tuple(  # type: ignore[assignment]
-        place for place in places if cast(Any, receiver(model, place)).boundary.looks_back
-    )
+    boundaries = [known[path].boundary for path in paths]
+    model.looking_back = tuple(b.place for b in boundaries if b.looks_back)  # type: ignore
 
 
 def become(module: Any, cls: type) -> None:
@@ -227,6 +227,11 @@ class GhostedMixin:
         if self.looking_back:
             return False
         return super()._valid_auto_compile_criteria(*args, **kwargs)  # type: ignore[misc,no-any-return]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: all that transformers computes while it loads is computed by the stock class."""
+        return False
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, into a folder that must be new or empty.
@@ -297,11 +302,16 @@ def _whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+_INSIDE = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
+"""Configurations of a text model whose class transformers lists under the whole one's type."""
+
+
 @cache
 def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     """The recovered class for a model type, registered so that `AutoModelForCausalLM` finds it."""
     config_base: type = CONFIG_MAPPING[model_type]
-    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_base]
+    whole: type = CONFIG_MAPPING[_INSIDE.get(model_type, model_type)]
+    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[whole]
     config_class = type(
         f"Ghosted{config_base.__name__}",
         (GhostedConfigMixin, config_base),
@@ -322,10 +332,27 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     globals().update(
         {c.__name__: c for c in (config_class, model_class)}
     )  # so that pickle finds them
-    AutoConfig.register(GHOSTED + model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
+    AutoConfig.register(GHOSTED + model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return model_class
 
 
-for _model_type in ARCHITECTURES:
-    ghosted_class(_model_type)
+def _announce(model_type: str) -> None:
+    """Register a name, whose class is made when a configuration of that type is read."""
+
+    def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        made: Any = ghosted_class(model_type).config_class
+        return made.from_dict(config_dict, **kwargs)
+
+    settings = {
+        "model_type": GHOSTED + model_type,
+        "from_dict": classmethod(from_dict),
+        "__module__": __name__,
+    }
+    AutoConfig.register(
+        GHOSTED + model_type, type(f"Ghosted_{model_type}", (PretrainedConfig,), settings)
+    )
+
+
+for _model_type in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *_INSIDE):
+    _announce(_model_type)
