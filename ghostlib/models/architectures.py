@@ -294,41 +294,6 @@ _SAME: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _PASSED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
-class Attention(NamedTuple):
-    """One layer's attention: its module, and what sets the size of its products and its cache.
-
-    ``window`` is the number of tokens a query can see, itself included; None where it sees all.
-    """
-
-    module: nn.Module
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None
-
-    def cached(self, tokens: int) -> int:
-        """How many of the last ``tokens`` have their keys and values kept for the next token."""
-        return tokens if self.window is None else min(tokens, self.window - 1)
-
-
-def attentions(model: PreTrainedModel) -> list[Attention]:
-    """The attention of every decoder layer; it is the child that has a place in the cache."""
-    config, found = text_config(model), []
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    for index, layer in enumerate(decoder_layers(model)):
-        module: Any = next(child for child in layer.children() if hasattr(child, "layer_idx"))
-        heads = config.num_attention_heads
-        # A configuration may hold settings its architecture ignores; the module knows better.
-        groups = getattr(module, "num_key_value_groups", 1)
-        head_dim = getattr(module, "head_dim", config.hidden_size // heads)
-        slides = kinds is None or kinds[index] == "sliding_attention"
-        found.append(
-            Attention(module, heads, heads // groups, head_dim, window if slides else None)
-        )
-    return found
-
-
 _PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
