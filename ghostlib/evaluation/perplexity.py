@@ -216,6 +216,77 @@ class Perplexity:
     window_nll: Sequence[float]
 
 
+@dataclass(frozen=True)
+class ScoredText:
+    """Held-out windows of a corpus, and what a perplexity on them must say; see `scored_text`.
+
+    Attributes:
+        corpus: its name; of a local file the name without folders.
+        split: which part of the corpus.
+        windows: (windows, length) token ids.
+        bytes: UTF-8 bytes that the scored tokens cover; None where the tokenizer does not say.
+        special_tokens: what the tokenizer added to the text, as text.
+    """
+
+    corpus: str
+    split: str
+    windows: Tensor
+    bytes: int | None
+    special_tokens: Sequence[str]
+
+    def perplexity(self, losses: Tensor) -> Perplexity:
+        """The perplexity that the losses (windows,) of these windows make, see `window_losses`."""
+        nll, tokens = float(losses.mean()), self.windows[:, 1:].numel()
+        error = float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else None
+        return Perplexity(
+            corpus=self.corpus,
+            split=self.split,
+            perplexity=math.exp(nll),
+            nll=nll,
+            nll_se=error,
+            bits_per_byte=nll * tokens / math.log(2) / self.bytes if self.bytes else None,
+            windows=len(self.windows),
+            length=self.windows.shape[1],
+            tokens=tokens,
+            bytes=self.bytes,
+            separator=SEPARATOR,
+            special_tokens=self.special_tokens,
+            window_nll=losses.tolist(),
+        )
+
+
+def scored_text(
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: str | Path,
+    *,
+    split: str | None = None,
+    length: int = 2048,
+    count: int | None = None,
+    seed: int = 0,
+    text_column: str = "text",
+    special_tokens: bool = True,
+) -> ScoredText:
+    """The windows of a corpus that `corpus_perplexity` scores, with its arguments and errors."""
+    usual = PUBLISHED.get(str(corpus), Choice("test", None))
+    split = split or usual.split
+    windows, text = tokenised(
+        corpus,
+        tokenizer,
+        split=split,
+        length=length,
+        count=usual.windows if count is None else count,
+        seed=seed,
+        text_column=text_column,
+        special_tokens=special_tokens,
+    )
+    sizes = token_bytes(tokenizer, text, special_tokens=special_tokens)
+    covered = None
+    if sizes is not None:
+        covered = int(sizes[: windows.numel()].reshape(windows.shape)[:, 1:].sum())
+    added = _added(tokenizer) if special_tokens else []
+    return ScoredText(_name(corpus), split, windows, covered, added)
+
+
 def corpus_perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -248,39 +319,17 @@ def corpus_perplexity(
         ValueError: less text than one window, and whatever `ghostlib.token_windows` refuses.
         ConnectionError: a hub corpus that cannot be reached.
     """
-    usual = PUBLISHED.get(str(corpus), Choice("test", None))
-    split = split or usual.split
-    windows, text = tokenised(
-        corpus,
+    text = scored_text(
         tokenizer,
+        corpus,
         split=split,
         length=length,
-        count=usual.windows if count is None else count,
+        count=count,
         seed=seed,
         text_column=text_column,
         special_tokens=special_tokens,
     )
-    losses = window_losses(model, windows, batch_size=batch_size).numpy()
-    nll, scored = float(losses.mean()), windows[:, 1:].numel()
-    sizes = token_bytes(tokenizer, text, special_tokens=special_tokens)
-    covered = None
-    if sizes is not None:
-        covered = int(sizes[: windows.numel()].reshape(windows.shape)[:, 1:].sum())
-    return Perplexity(
-        corpus=_name(corpus),
-        split=split,
-        perplexity=math.exp(nll),
-        nll=nll,
-        nll_se=float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else None,
-        bits_per_byte=nll * scored / math.log(2) / covered if covered else None,
-        windows=len(windows),
-        length=length,
-        tokens=scored,
-        bytes=covered,
-        separator=SEPARATOR,
-        special_tokens=_added(tokenizer) if special_tokens else [],
-        window_nll=losses.tolist(),
-    )
+    return text.perplexity(window_losses(model, text.windows, batch_size=batch_size))
 
 
 def token_bytes(

@@ -2,20 +2,7 @@
 
 Tasks are the harness' own by name, among them the paper's nine (`PAPER_TASKS`); local files of
 multiple-choice questions; and two made of the embedded corpus (`EMBEDDED`), which need no hub. A
-table of models × tasks that a stopped run goes on with (see `ghostlib.experiments.results`):
-
-    models = {"dense": model, "pruned": gl.prune(model, layers), "ghost": recovered}
-    results = gl.Results.open("zero-shot.json", {"layers": list(layers), "limit": 100, "seed": 0})
-    for name, scored in models.items():
-        for task in EMBEDDED:
-            results.cell(
-                f"{name} / {task}",
-                lambda scored=scored, task=task: gl.zero_shot(
-                    scored, tokenizer, task, limit=100
-                )[task],
-            )
-    scores = {key: Score(**cell) for key, cell in results.cells.items()}
-    gl.paired(scores["ghost / wiki-topic"], scores["pruned / wiki-topic"])
+table of operators × tasks is an experiment, see `ghostlib.experiments`.
 """
 
 import contextlib
@@ -219,6 +206,22 @@ def check_tasks(tasks: Sequence[str | Path]) -> None:
             _load(task)
 
 
+def check_names(tasks: Sequence[str | Path]) -> None:
+    """Refuse tasks that nothing is known of, without reading any data of the hub.
+
+    Raises:
+        ModuleNotFoundError: one of the harness' own, and lm-eval is not installed.
+        ValueError: an unknown task, or a file that cannot be used (the message names the line).
+        FileNotFoundError: no such file.
+    """
+    for task in map(str, tasks):
+        if task.endswith(".jsonl"):
+            read_items(task)
+        elif task not in EMBEDDED:
+            _harness()
+            _check_known(task)
+
+
 def _harness() -> tuple[Any, Any]:
     try:
         import lm_eval
@@ -245,13 +248,10 @@ def _load(task: str | Path) -> list[Any]:
         return [_task_of(name, EMBEDDED[name])]
     if isinstance(task, Path) or name.endswith(".jsonl"):
         return [_task_of(Path(name).stem, partial(read_items, name))]
-    known = _manager(True)
-    if name not in known.all_tasks:
-        names = dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known.all_tasks])
-        raise ValueError(_unknown(name, list(names)))
+    _check_known(name)
     # datasets raises a dozen kinds of error for "not reachable", "not there" and "not readable".
     try:
-        return list(known.load([name])["tasks"].values())
+        return list(_manager(True).load([name])["tasks"].values())
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise ConnectionError(
@@ -260,9 +260,12 @@ def _load(task: str | Path) -> list[Any]:
         ) from error
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
-    close = get_close_matches(name, known, n=3) or [*EMBEDDED, *PAPER_TASKS]
-    return f"unknown task {name!r}; near are {', '.join(close)}; or {_INSTEAD}"
+def _check_known(name: str) -> None:
+    known = _manager(True).all_tasks
+    if name not in known:
+        names = dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known])
+        close = get_close_matches(name, names, n=3) or [*EMBEDDED, *PAPER_TASKS]
+        raise ValueError(f"unknown task {name!r}; near are {', '.join(close)}; or {_INSTEAD}")
 
 
 def _task_of(name: str, read: Callable[[], list[Item]]) -> Any:

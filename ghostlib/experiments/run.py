@@ -1,181 +1,197 @@
-"""A whole evaluation, as the paper's tables are made: every repair, every corpus, every task.
+"""The runner: computes the cells of a specification that its results file lacks.
 
-    settings = Settings(n=(5, 7, 9), operators=("pruned", "linearpatch-d", "ghost"), limit=100)
-    model, tokenizer = settings.load()
-    results = evaluate(model, tokenizer, settings, "evaluation.json")
-    print(report(results.cells))  # of ghostlib.tables
+    specification = Specification(n=(5, 7, 9), operators=("pruned", "ghost"), tasks=("arc_easy",))
+    results = run_experiment(specification, "results.jsonl")
+    print(report(results))  # of ghostlib.experiments.tables
 
-Every number is a cell of a `Results` file: a run that was stopped goes on, and a finished one can
-be asked for more repairs, depths, corpora or tasks.
+A cell is one model (layers removed, operator in their place) on one corpus or task. Cells depend on
+nothing but the specification, so they may be computed in any order, by any number of processes,
+and a run that was stopped resumes with the first that is missing.
 """
 
+import hashlib
 import os
-from collections.abc import Callable
-from functools import cached_property, partial
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cache, cached_property
+from itertools import product
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.common import track
-from ghostlib.evaluation.perplexity import PUBLISHED, corpus_perplexity
+from ghostlib.evaluation.perplexity import ScoredText, window_losses
 from ghostlib.evaluation.tasks import check_tasks, zero_shot
 from ghostlib.experiments.results import Results
-from ghostlib.experiments.spec import DENSE, PRUNED, SEQUENTIAL, Settings, named
-from ghostlib.models.architectures import num_layers
-from ghostlib.models.boundaries import contiguous, runs
-from ghostlib.operators.solve import OPERATORS, REGRESSORS
-from ghostlib.recovery.recipe import AUTO, Recipe
-from ghostlib.recovery.recover import recover
-from ghostlib.selection.criteria import CRITERIA, Layers, needed, select_several
+from ghostlib.experiments.spec import (
+    AUTO,
+    DENSE,
+    PRUNED,
+    SEQUENTIAL,
+    Specification,
+    count,
+    family_of,
+    reads_layer,
+    shown,
+)
+from ghostlib.experiments.tables import accuracy_interval, mean_interval
+from ghostlib.models.architectures import hidden_size, num_layers
+from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, runs, spell
+from ghostlib.operators.solve import Operator, solve
+from ghostlib.recovery.recipe import Recipe
+from ghostlib.recovery.sequential import dense_streams, fit_sequential
+from ghostlib.selection.criteria import CRITERIA, Layers, needed, searched, select_several
+from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate
-from ghostlib.surgery.cut import prune
+from ghostlib.surgery.cut import operate
 
-_FEW = 8  # windows of a corpus for which nothing is published
+_STREAMS = 2**31  # bytes of the dense model's streams of a corpus that are kept at most
+PERPLEXITY, ACCURACY = "perplexity", "accuracy"
+
+Chosen = tuple[str, int]  # criterion, n
+Cell = tuple[Layers | Chosen, str, str, str]  # what is removed, operator, measure, corpus or task
 
 
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
+def run_experiment(
+    specification: Specification,
     output: str | os.PathLike[str],
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shard: str = "1/1",
 ) -> Results:
-    """Compute the cells that ``output`` lacks, the dense model's first, and return all.
+    """Compute the cells of ``specification`` that the file ``output`` lacks, and return all.
 
-    Layers are chosen in one pass and all repairs computed from another; of the repaired models,
-    which share the dense one's weights, one exists at a time.
+    Layers are chosen in one pass and all operators solved from another. Operators that read a layer
+    before the gap are left out where layer 0 is removed, and cells whose loss is not finite have no
+    score: lines of kind ``"skipped"`` say so.
 
     Args:
-        model: the dense model, such as `Settings.load` gives; it is not changed.
-        tokenizer: its tokenizer.
-        output: a results file, made or gone on with.
-
-    Returns:
-        Its `Results`. Cells hold the ``layers`` removed for an n, or an ``operator``, its ``n`` (0
-        for the dense model) and either a ``perplexity`` or the ``scores`` of a task's parts. What
-        ``"auto"`` chose for an n is printed, and kept under ``"choice n=…"``.
+        output: a results file, made or resumed; several processes may append to one file.
+        model, tokenizer: what ``specification.load()`` gives, where it is at hand; not changed.
+        shard: ``"3/8"`` computes the third eighth of the cells, as their content decides, the same
+            in every process; the files of all shards are joined by ``cat``.
 
     Raises:
-        ValueError: a file of other settings, unknown tasks, and what the steps refuse.
-        ModuleNotFoundError: tasks are asked for and lm-eval is not installed.
+        ValueError: a file of another specification (the message names the difference), layers that
+            the model does not have, a shard that is none, and what the steps refuse.
+        OSError: the file cannot be written.
         ConnectionError: a hub corpus or task that cannot be reached.
     """
-    results = Results.open(output, settings.identity(model))
-    _Evaluation(model, tokenizer, settings, results).run()
+    part = read_shard(shard)
+    results = Results(output)
+    try:
+        results.expect(specification.identity())
+        check_tasks(specification.tasks)  # not after hours
+        if model is None or tokenizer is None:
+            model, tokenizer = specification.load()
+        results.begin(specification.identity(model))
+        _Run(specification, results, model, tokenizer, part).run()
+    finally:
+        results.close()
     return results
 
 
-class _Evaluation:
+def read_shard(text: str) -> tuple[int, int]:
+    """(3, 8) of ``"3/8"``.
+
+    Raises:
+        ValueError: anything that is not the n-th of so many.
+    """
+    index, _, total = text.partition("/")
+    if not (index.isdecimal() and total.isdecimal() and 1 <= int(index) <= int(total)):
+        raise ValueError(f"shard {text!r} is not of the form 3/8, the third of eight")
+    return int(index), int(total)
+
+
+class _Run:
     """The cells still to be computed, and what they share."""
 
     def __init__(
         self,
+        specification: Specification,
+        results: Results,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        settings: Settings,
-        results: Results,
+        shard: tuple[int, int],
     ) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.results = results
-        for n in settings.n:
-            contiguous(n, num_layers(model))  # checks n
-        self.measures: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
-            **{
-                f"perplexity of {named(c)}": partial(self._perplexity, c)
-                for c in settings.perplexity
-            },
-            **{f"accuracy on {named(t)}": partial(self._accuracy, t) for t in settings.tasks},
-        }
-        repaired = [(name, n) for n in settings.n for name in settings.operators]
-        self.todo = [variant for variant in [(DENSE, 0), *repaired] if self._missing(*variant)]
+        self.specification, self.results, self.shard = specification, results, shard
+        self.model, self.tokenizer, self.total = model, tokenizer, num_layers(model)
+        self.removed: list[Layers | Chosen] = [
+            *specification.layers,
+            *(tuple(gap.removed) for gap in contiguous(specification.starts, self.total)),
+            *product(specification.criteria, specification.n),
+        ]
+        for layers in specification.layers:
+            runs(layers, self.total)
+        for n in specification.n:
+            contiguous(n, self.total)  # refuses what the model does not have
+        self.todo: dict[tuple[Layers, str], list[tuple[str, str]]] = {}
 
     def run(self) -> None:
-        if not self.todo:
-            return
-        check_tasks(self.settings.tasks)  # not after hours
-        if any(name == AUTO for name, _ in self.todo):
-            _ = self._recipe  # refuses models without a norm to read
-        for operator, n in track(self.todo, "evaluating", unit="model"):
-            if operator == DENSE:
-                self._measure(self.model, operator, n)
-            else:
-                self._measure(self._build(operator, n), operator, n)
+        """Choose, plan, and compute cell by cell."""
+        cells = [cell for cell in self._cells() if self._is_of_shard(cell)]
+        self._plan(cells, self._choose(cells))
+        if any(operator == AUTO for _, operator in self.todo):
+            self._recipe  # refuses models without a norm to read  # noqa: B018
+        for (layers, operator), measures in track(self.todo.items(), "scoring", unit="model"):
+            self.results.refresh()
+            if missing := [m for m in measures if not self._is_known(layers, operator, *m)]:
+                self._score(layers, operator, missing)
 
-    def _missing(self, operator: str, n: int) -> list[str]:
-        return [m for m in self.measures if _key(operator, n, m) not in self.results.cells]
+    def _cells(self) -> Iterator[Cell]:
+        """Every cell that is asked for, the dense model's first."""
+        specification = self.specification
+        models = [((), DENSE), *product(self.removed, specification.operators)]
+        measures = [
+            *((PERPLEXITY, corpus) for corpus in specification.perplexity),
+            *((ACCURACY, task) for task in specification.tasks),
+        ]
+        for (removed, operator), measure in product(models, measures):
+            yield removed, operator, *measure
 
-    def _measure(self, variant: PreTrainedModel, operator: str, n: int) -> None:
-        def value(measure: str) -> dict[str, Any]:
-            return {"operator": operator, "n": n} | self.measures[measure](variant)
+    def _is_of_shard(self, cell: Cell) -> bool:
+        index, total = self.shard
+        digest = hashlib.sha256(repr((*cell[:3], shown(cell[3]))).encode()).digest()
+        return int.from_bytes(digest[:8], "big") % total == index - 1
 
-        for measure in self._missing(operator, n):
-            self.results.cell(_key(operator, n, measure), partial(value, measure))
-
-    def _perplexity(self, corpus: str, variant: PreTrainedModel) -> dict[str, Any]:
-        count = self.settings.test_windows or (None if corpus in PUBLISHED else _FEW)
-        length, seed = self.settings.test_length, self.settings.seed
-        how: dict[str, Any] = {"length": length, "count": count, "seed": seed}
-        return {"perplexity": corpus_perplexity(variant, self.tokenizer, corpus, **how)}
-
-    def _accuracy(self, task: str, variant: PreTrainedModel) -> dict[str, Any]:
-        limit, batch_size = self.settings.limit, self.settings.batch_size
-        scores = zero_shot(variant, self.tokenizer, task, limit=limit, batch_size=batch_size)
-        return {"scores": list(scores.values())}
-
-    def _build(self, operator: str, n: int) -> PreTrainedModel:
-        layers = self._layers[n]
-        if operator == PRUNED:
-            return prune(self.model, layers)
-        if operator == AUTO:
-            self._recipe.collect(self._layers[n] for name, n in self.todo if name == AUTO)
-            choice = self._recipe.choose(layers)
-            print(f"n = {n}, {choice}")
-            self.results.cell(f"choice n={n}", lambda: choice.summary)
-            return choice.apply(self.model)
-        name = operator.removesuffix(SEQUENTIAL)
-        if name != operator:
-            return recover(self.model, self._windows, layers, name, fit="sequential")
-        return recover(self.model, self._statistics, layers, name)
-
-    @cached_property
-    def _windows(self) -> Tensor:
-        return self.settings.calibration_windows(self.tokenizer)
-
-    @cached_property
-    def _recipe(self) -> Recipe:
-        return Recipe(self.model, self._windows)
-
-    @cached_property
-    def _statistics(self) -> Calibration:
-        """What all repairs that are to be built are computed from."""
-        fitted = [(name, n) for name, n in self.todo if name in OPERATORS]
-        total = num_layers(self.model)
-        gaps = {gap for _, n in fitted for gap in runs(self._layers[n], total)}
-        regressors = {REGRESSORS.get(name, "stream") for name, _ in fitted}
-        return calibrate(self.model, self._windows, sorted(gaps), regressors=regressors)
-
-    @cached_property
-    def _layers(self) -> dict[int, Layers]:
-        """What is removed for each n that is to be built, chosen in one pass."""
-        criterion = self.settings.criterion
-        ns = sorted({n for _, n in self.todo if n})
-        lacking = [n for n in ns if _chosen(n) not in self.results.cells]
-        if lacking:
-            count = self.settings.selection_windows or len(self._windows)
-            windows = self._windows[[i * len(self._windows) // count for i in range(count)]]
-            known: Tensor | Calibration = windows
-            if wanted := needed(criterion, lacking, num_layers(self.model)):
-                moments = "moments" in CRITERIA[criterion].needs
-                known = calibrate(self.model, windows, wanted, moments=moments)
-            found = select_several(self.model, known, lacking, criterion, windows=windows)
+    def _choose(self, cells: list[Cell]) -> dict[Chosen, Layers]:
+        """What each criterion removes; one pass serves all that is not in the file."""
+        asked = [c for c in self.removed if _is_choice(c)]
+        if self.specification.perplexity or self.specification.tasks:
+            asked = [c for c in asked if c in {cell[0] for cell in cells}]
+        missing: dict[str, list[int]] = {}
+        for criterion, n in asked:
+            if not self.results.get("selection", criterion, n):
+                missing.setdefault(criterion, []).append(n)
+        known: Tensor | Calibration = self._windows if missing else torch.empty(0)
+        if wanted := {b for c, ns in missing.items() for b in needed(c, ns, self.total)}:
+            moments = any("moments" in CRITERIA[c].needs for c in missing)
+            known = calibrate(self.model, self._windows, sorted(wanted), moments=moments)
+        for criterion, ns in track(missing.items(), "selecting", unit="criterion"):
+            begin = time.perf_counter()
+            scored = self._selection if "windows" in CRITERIA[criterion].needs else None
+            found = select_several(self.model, known, ns, criterion, windows=scored)
+            each = (time.perf_counter() - begin) / len(searched(criterion, ns))
             for n, layers in found.items():
-                self.results.cell(_chosen(n), partial(dict, layers=list(layers)))
-        return {n: tuple(self.results.cells[_chosen(n)]["layers"]) for n in ns}
+                self.results.append(
+                    "selection", criterion=criterion, n=n, layers=spell(layers), seconds=each
+                )
+        return {c: read_layers(self.results.get("selection", *c)["layers"]) for c in asked}
 
-
-def _key(operator: str, n: int, measure: str) -> str:
-    return f"{operator} n={n} / {measure}" if n else f"{operator} / {measure}"
-
-
-def _chosen(n: int) -> str:
-    return f"layers n={n}"
+    def _plan(self, cells: list[Cell], chosen: Mapping[Chosen, Layers]) -> None:
+        """Sort what is missing by model, and say what is left out."""
+        for removed, operator, measure, on in cells:
+            layers = chosen[removed] if _is_choice(removed) else removed
+            if 0 in layers and operator not in (PRUNED, AUTO) and reads_layer(family_of(operator)[1]):
+                reason = f"{operator} repairs the layer before a gap, and layer 0 is removed"
+                self._skip(layers, operator, "", reason)
+            elif not self._is_known(layers, operator, measure, on):
+                measures = self.todo.setdefault((layers, operator), [])
+                if (measure, on) not in measures:
+                    measures.append((measure, on))

@@ -19,6 +19,17 @@ from ghostlib.text.assets import embedded_model_dir
 EMBEDDED = "smollm2"
 
 
+def check_source(name: str | Path) -> None:
+    """Refuse the path of a model where nothing is, in words about paths, not about hub ids.
+
+    Raises:
+        FileNotFoundError: it is spelled as a path, and there is no such folder.
+    """
+    spelled_as_path = isinstance(name, Path) or name.startswith((".", "/", "~", "\\"))
+    if spelled_as_path and not Path(name).is_dir():
+        raise FileNotFoundError(f"no such model folder: {name}")
+
+
 def load_model(
     name: str | Path = EMBEDDED,
     *,
@@ -39,7 +50,9 @@ def load_model(
     Raises:
         ValueError: the architecture is not supported; the message lists those that are.
         OSError: nothing was found under that name.
+        FileNotFoundError: a path, and there is no such folder.
     """
+    check_source(name)
     if not shown():
         disable_progress_bar()
     folder = embedded_model_dir() if str(name) == EMBEDDED else name
