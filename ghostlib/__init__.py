@@ -20,6 +20,8 @@ from ghostlib.linalg.gram import SingularGramWarning
 from ghostlib.models.architectures import ARCHITECTURES
 from ghostlib.models.boundaries import Boundary, contiguous, runs
 from ghostlib.models.loading import load_model
+from ghostlib.operators.families import FAMILIES as OPERATORS
+from ghostlib.operators.families import Family
 from ghostlib.operators.paths import (
     RankPath,
     choose_rank,
@@ -29,7 +31,6 @@ from ghostlib.operators.paths import (
     ridge_path,
 )
 from ghostlib.operators.solve import (
-    OPERATORS,
     MassiveActivationWarning,
     Operator,
     antisymmetric_share,
@@ -42,7 +43,7 @@ from ghostlib.selection.criteria import CRITERIA, Selection, select_layers
 from ghostlib.statistics.calibration import Calibration, Similarity, calibrate, calibration_bytes
 from ghostlib.statistics.distributed import calibrate_distributed, shard
 from ghostlib.statistics.moments import Moments
-from ghostlib.surgery.cut import prune
+from ghostlib.surgery.cut import install, prune
 from ghostlib.text.corpora import CORPORA, documents, token_windows
 from ghostlib.tutorial.paper import published
 
@@ -53,6 +54,7 @@ __all__ = [
     "OPERATORS",
     "Boundary",
     "Calibration",
+    "Family",
     "MassiveActivationWarning",
     "Moments",
     "Operator",
@@ -80,6 +82,7 @@ __all__ = [
     "flops",
     "gap_closed",
     "generate",
+    "install",
     "latency",
     "load_model",
     "paired",

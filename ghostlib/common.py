@@ -1,13 +1,13 @@
-"""A dictionary of named choices whose error for an unknown name suggests the known ones."""
+"""What every room uses: names with a helpful error, progress bars, warnings to the caller."""
 
 import io
 import os
+import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from difflib import get_close_matches
 from typing import TypeVar
-
-from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
@@ -15,7 +15,9 @@ T = TypeVar("T")
 class Registry(dict[str, T]):
     """Names of one kind (operators, criteria, corpora …) and what they stand for.
 
-    >>> Registry("operator", ghost=1)["gost"]
+    >>> registry = Registry("operator")
+    >>> registry["ghost"] = 1
+    >>> registry["gost"]
     Traceback (most recent call last):
     ValueError: unknown operator 'gost'; did you mean 'ghost'? Known: ghost
     """
@@ -31,16 +33,27 @@ class Registry(dict[str, T]):
 
 
 def shown() -> bool:
-    """Whether progress bars are wanted."""
+    """Whether progress bars are wanted: not where ``GHOSTLIB_PROGRESS=0``."""
     return os.environ.get("GHOSTLIB_PROGRESS", "1") != "0"
 
 
 def track(items: Iterable[T], what: str, unit: str = "window") -> Iterable[T]:
     """Iterate over ``items`` under a progress bar that leaves no trace when done."""
-    return tqdm(items, desc=what, unit=unit, leave=False, disable=not shown())
+    from tqdm.auto import tqdm
+
+    bar: Iterable[T] = tqdm(items, desc=what, unit=unit, leave=False, disable=not shown())
+    return bar
 
 
 def quiet() -> AbstractContextManager[object]:
     """Other libraries' progress bars stay out of sight where ghostlib may not draw its own."""
     # Not all of them heed a switch of their own, but all of them write to the error stream.
     return nullcontext() if shown() else redirect_stderr(io.StringIO())
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, in the name of the first caller outside this package, however deep the call is."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] == "ghostlib":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ghostlib.common import track
 from ghostlib.models.architectures import attentions, hidden_size
-from ghostlib.surgery.ghosted import BoundaryModule, looking_back
+from ghostlib.surgery.ghosted import BoundaryModule
 
 
 class Flops(NamedTuple):
@@ -64,7 +64,7 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     _at_least(0, tokens=tokens)
     _at_least(1, batch_size=batch_size)
     numbers = sum(2 * a.kv_heads * a.head_dim * a.cached(tokens) for a in attentions(model))
-    numbers += len(looking_back(model)) * hidden_size(model) * (tokens > 0)
+    numbers += len(getattr(model, "looking_back", ())) * hidden_size(model) * (tokens > 0)
     return batch_size * numbers * model.dtype.itemsize
 
 

@@ -1,12 +1,16 @@
-"""The Gram matrix: one eigendecomposition, shared by everything that has to invert it.
+"""The Gram matrix and its regularised inverses, each computed when it is first asked for.
 
 With ``G = V diag(s) V'`` every regularised inverse used here is ``V diag(gain) V'``: the truncated
 SVD of the paper's text (section 3.2.2) has ``gain = 1/s`` on the singular values kept and 0 on
-those dropped, the normal equations of its code (appendix H) have ``gain = 1/(s + ridge)``.
+those dropped, the normal equations of its code (appendix H) have ``gain = 1/(s + ridge)``. The
+second needs no spectrum: a Cholesky factorisation of ``G + ridge I`` solves it for a tenth of the
+time, and the spectrum is computed only where the factorisation fails or someone asks for it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
 import torch
@@ -16,6 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 RCOND = 1e-6
 # A ridge below this multiple of the mean eigenvalue regularises nothing that can be measured.
 _RIDGE_THAT_COUNTS = 1e-6
+# Squared pivots of a Cholesky factor above this share of the largest eigenvalue prove full rank.
+_CLEAR_PIVOT = 1e-10
 
 
 class Regularisation(TypedDict, total=False):
@@ -23,7 +29,7 @@ class Regularisation(TypedDict, total=False):
 
     rcond: float | None
     ridge: float | None
-    relative_ridge: float | None
+    relative_ridge: float | Sequence[float] | None
 
 
 class SingularGramWarning(UserWarning):
@@ -31,12 +37,13 @@ class SingularGramWarning(UserWarning):
 
 
 @dataclass(frozen=True, eq=False)
-class Gram:
-    """Eigendecomposition ``G = V diag(s) V'`` of a Gram matrix.
+class Spectrum:
+    """Eigendecomposition ``V diag(s) V'`` of a symmetric positive semidefinite matrix.
+
+    The same as ``scipy.linalg.eigh``, with negative rounding set to zero and a noise level.
 
     Attributes:
-        values: (p,) eigenvalues s in ascending order, negative rounding set to zero; their square
-            roots are the singular values of ``X``.
+        values: (p,) eigenvalues s in ascending order; their roots are the singular values of ``X``.
         vectors: (p, p) eigenvectors V, one per column.
         noise: eigenvalues up to here cannot be told from rounding.
     """
@@ -46,18 +53,13 @@ class Gram:
     noise: float
 
     @classmethod
-    def decompose(cls, G: Tensor, scale: float = 0.0) -> "Gram":
+    def of(cls, G: Tensor, scale: float = 0.0) -> "Spectrum":
         """Decompose a symmetric (p, p) matrix made of terms as large as ``scale``."""
         values, vectors = torch.linalg.eigh(G)
         scale = max(scale, float(values[-1]))
         # Sums over tokens, made block by block, are off by tens of eps however narrow the matrix.
         noise = max(len(G), 64) * torch.finfo(G.dtype).eps * scale
         return cls(values.clamp_min(0.0), vectors, noise)
-
-    @property
-    def mean(self) -> float:
-        """Mean eigenvalue ``tr(G)/p``, the unit of a relative ridge."""
-        return float(self.values.mean())
 
     @property
     def condition(self) -> float:
@@ -69,66 +71,156 @@ class Gram:
         """(p,) mask of the directions whose singular value exceeds ``rcond`` times the largest."""
         return self.values > max(rcond**2 * float(self.values[-1]), self.noise)
 
+
+class Gram:
+    """The Gram matrix of one feature, or of several side by side, and what its inverse needs.
+
+    Features differ in size by orders of magnitude. Each is measured in its own unit, the root mean
+    eigenvalue of its own Gram matrix: truncation and relative ridges see ``F_k / u_k``, of which
+    every block has mean eigenvalue 1. So neither the scale of the stream, nor a rotation of its
+    basis, nor the number or order of the tokens changes what a value of ``rcond`` or
+    ``relative_ridge`` does.
+
+    Args:
+        G: (p, p) symmetric, float64. blocks: widths of the features, with sum p; one by default.
+        scale: size of the terms that ``G`` was made of, where subtraction has cancelled them.
+    """
+
+    def __init__(self, G: Tensor, blocks: Sequence[int] = (), scale: float = 0.0) -> None:
+        self.G, self.blocks, self.scale = G, tuple(blocks) or (len(G),), scale
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """(p,) root mean eigenvalue of each feature's Gram matrix; 1 for one that is zero."""
+        parts = [
+            (mean if (mean := part.mean()) > 0 else torch.ones_like(mean)).sqrt().expand(len(part))
+            for part in self.G.diagonal().split(self.blocks)
+        ]
+        return torch.cat(parts)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """That of ``G`` in the features' own units."""
+        return self._spectrum(self.unit)
+
+    def _spectrum(self, scaling: Tensor) -> Spectrum:
+        scale = self.scale / float(scaling.square().min()) if self.scale else 0.0
+        return Spectrum.of(self.G / torch.outer(scaling, scaling), scale)
+
     def regularise(
         self,
         rcond: float | None = None,
         ridge: float | None = None,
-        relative_ridge: float | None = None,
+        relative_ridge: float | Sequence[float] | None = None,
     ) -> "Regularised":
         """Choose a regularised inverse; ``rcond = 1e-6`` where nothing is given.
 
         Args:
             rcond: drop singular values of ``X`` up to this fraction of the largest.
-            ridge: add this to every eigenvalue (the paper's code: 1e-6).
-            relative_ridge: add this multiple of the mean eigenvalue ``tr(G)/p``.
+            ridge: add this to the diagonal (the paper's code: 1e-6).
+            relative_ridge: add this multiple of the mean eigenvalue of each feature's Gram matrix;
+                one value for all features, or one for each.
 
         Raises:
-            ValueError: more than one of them, ``rcond`` outside (0, 1), or a ridge that is not
-                positive and finite.
+            ValueError: more than one of them, ``rcond`` outside (0, 1), a ridge that is not
+                positive and finite, or another number of ridges than of features.
         """
         given = {"rcond": rcond, "ridge": ridge, "relative_ridge": relative_ridge}
         chosen = {name: value for name, value in given.items() if value is not None}
         if len(chosen) > 1:
             raise ValueError(f"choose one of rcond, ridge and relative_ridge, got {chosen}")
-        # Where X has no component, X'Delta has none either: what rounding leaves there must be
-        # dropped, for it would be divided by the ridge alone.
         if ridge is not None:
-            return Regularised(self, self.values > self.noise, check_ridge(ridge))
+            # With one feature the unit is one number: the spectrum of every ridge is the same.
+            scaling = self.unit if len(self.blocks) == 1 else torch.ones_like(self.unit)
+            return Regularised(self, scaling, check_ridge(ridge) / float(scaling[0]) ** 2)
+        if isinstance(relative_ridge, Sequence) and len(set(relative_ridge)) > 1:
+            if len(relative_ridge) != len(self.blocks):
+                raise ValueError(
+                    f"relative_ridge has {len(relative_ridge)} values for {len(self.blocks)} "
+                    "features: give one, or one for each"
+                )
+            roots = [math.sqrt(check_ridge(r)) for r in relative_ridge]
+            parts = zip(roots, self.unit.split(self.blocks), strict=True)
+            return Regularised(self, torch.cat([root * part for root, part in parts]), 1.0)
         if relative_ridge is not None:
-            shift = check_ridge(relative_ridge) * self.mean
-            return Regularised(self, self.values > self.noise, shift)
+            one = relative_ridge[0] if isinstance(relative_ridge, Sequence) else relative_ridge
+            return Regularised(self, self.unit, check_ridge(one))
         rcond = RCOND if rcond is None else rcond
         if not 0 < rcond < 1:
             raise ValueError(f"rcond must lie between 0 and 1, got {rcond}")
-        return Regularised(self, self.seen(rcond), 0.0)
+        return Regularised(self, self.unit, 0.0, rcond)
 
 
-@dataclass(frozen=True, eq=False)
 class Regularised:
     """A `Gram` matrix with the regularised inverse that was chosen for it.
 
-    Attributes:
-        gram: the decomposition. kept: (p,) mask of its directions in use. ridge: absolute ridge.
+    Args:
+        gram: the matrix. scaling: (p,) d, by which columns are divided. shift: added to the
+            eigenvalues of ``G / d d'``, so that the penalty is ``shift * ||diag(d) M||^2``; 0 for
+            truncation. rcond: where to truncate.
     """
 
-    gram: Gram
-    kept: Tensor
-    ridge: float
+    def __init__(
+        self, gram: Gram, scaling: Tensor, shift: float, rcond: float | None = None
+    ) -> None:
+        self.gram, self.scaling, self.shift, self.rcond = gram, scaling, shift, rcond
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Of ``G / d d'``, which the shift is added to."""
+        shared = self.scaling is self.gram.unit
+        return self.gram.spectrum if shared else self.gram._spectrum(self.scaling)
+
+    @property
+    def kept(self) -> Tensor:
+        """(p,) mask of the directions in use."""
+        # Where X has no component, X'Delta has none either: what rounding leaves there must be
+        # dropped, for it would be divided by the ridge alone.
+        values = self.spectrum
+        return values.seen(self.rcond) if self.rcond else values.values > values.noise
 
     @property
     def gain(self) -> Tensor:
-        """(p,) eigenvalues of the inverse: ``1/(s + ridge)`` where kept, 0 where dropped."""
-        return self.kept / torch.where(self.kept, self.gram.values + self.ridge, 1.0)
+        """(p,) eigenvalues of the inverse: ``1/(s + shift)`` where kept, 0 where dropped."""
+        kept = self.kept
+        return kept / torch.where(kept, self.spectrum.values + self.shift, 1.0)
 
     @property
     def rank(self) -> int:
         """Number of directions the data determine: those kept, or seen at 1e-6 under a ridge."""
-        return int((self.gram.seen() if self.ridge else self.kept).sum())
+        return int((self.gram.spectrum.seen() if self.shift else self.kept).sum())
+
+    @property
+    def condition(self) -> float:
+        """Condition number of the Gram matrix in the features' own units."""
+        return self.gram.spectrum.condition
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is a ridge large enough to make up for directions never seen."""
+        smallest = self.shift * float((self.scaling / self.gram.unit).square().min())
+        return smallest >= _RIDGE_THAT_COUNTS
+
+    @cached_property
+    def _factor(self) -> Tensor | None:
+        """Lower Cholesky factor of ``G + shift d d'``; None where it is not to be trusted."""
+        if not self.shift or "spectrum" in vars(self.gram):
+            return None
+        A = self.gram.G.clone()
+        A.diagonal().add_(self.shift * self.scaling.square())
+        size = (A.diagonal() / self.scaling.square()).max()
+        factor, info = torch.linalg.cholesky_ex(A, out=(A, torch.empty(0, dtype=torch.int32)))
+        if int(info):
+            return None
+        pivots = (factor.diagonal() / self.scaling).square()
+        return factor if self.counts or pivots.min() > _CLEAR_PIVOT * size else None
 
     def solve(self, C: Tensor) -> Tensor:
         """Apply the inverse to ``C`` (p, q): the smallest fit ``M`` with ``G M = C``."""
-        V = self.gram.vectors
-        return V @ (V.T @ C).mul_(self.gain[:, None])
+        if self._factor is not None:
+            return torch.cholesky_solve(C, self._factor)
+        V, d = self.spectrum.vectors, self.scaling[:, None]
+        return (V @ (V.T @ (C / d)).mul_(self.gain[:, None])).div_(d)
 
     def trouble(self, tokens: int, blind: int = 0) -> str | None:
         """What is wrong with fitting a full matrix to these tokens, and what to do; or None.
@@ -136,29 +228,32 @@ class Regularised:
         Args:
             blind: directions in which no data can have a component.
         """
-        p = len(self.gram.values) - blind
-        if self.rank == p or self.ridge >= _RIDGE_THAT_COUNTS * self.gram.mean > 0:
+        if self.counts or self._factor is not None:
+            return None
+        p = len(self.gram.G) - blind
+        if self.rank == p:
             return None
         return (
             f"{tokens} tokens determine {self.rank} of {p} directions (condition number "
-            f"{self.gram.condition:.1e}), so the fit is not unique and need not generalise: "
+            f"{self.condition:.1e}), so the fit is not unique and need not generalise: "
             f"calibrate on at least {10 * p} tokens, or pass relative_ridge=1e-3 "
             f"(choose_ridge finds a value)"
         )
 
 
-_decomposed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def gram(G: Tensor) -> Gram:
-    """The decomposition of ``G`` (p, p), computed once for as long as that tensor lives.
+def gram(G: Tensor, blocks: Sequence[int] = ()) -> Gram:
+    """The `Gram` of ``G`` (p, p), whose spectrum is computed once for as long as that tensor lives.
 
     `Moments` rebind their sums and never change them in place, and boundaries that start at the
     same layer share one ``G``: keyed by the tensor, they share its decomposition as well.
     """
-    if G not in _decomposed:
-        _decomposed[G] = Gram.decompose(G)
-    found: Gram = _decomposed[G]
+    known = _known.get(G)
+    if known is None or known.blocks != (tuple(blocks) or (len(G),)):
+        known = _known[G] = Gram(G, blocks)
+    found: Gram = known
     return found
 
 

@@ -142,6 +142,12 @@ def mlp_output(model: PreTrainedModel, index: int) -> nn.Module:
     return module
 
 
+def intermediate_size(model: PreTrainedModel, index: int) -> int:
+    """Width of what the down-projection of layer ``index`` reads; errors as `mlp_output`."""
+    module: Any = mlp_output(model, index)
+    return int(module.weight.shape[1 if isinstance(module, nn.Linear) else 0])
+
+
 def embeddings(model: PreTrainedModel) -> list[nn.Module]:
     """The modules whose outputs make up the stream that enters the first layer.
 

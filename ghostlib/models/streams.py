@@ -152,15 +152,18 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
 
 @contextmanager
 def listen(
-    model: PreTrainedModel, starts: Iterable[int], on_mlp: Callable[[int, Tensor], None]
+    model: PreTrainedModel, starts: Iterable[int], on_mlp: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Watch what the last MLP before each of ``starts`` adds to the stream."""
+    """Watch the last down-projection before each of ``starts``: ``on_mlp(start, read, returned)``.
+
+    ``read`` (…, intermediate) is its input, ``returned`` (…, width) what it adds to the stream.
+    """
     handles = []
     try:
         for start in starts:
             handles.append(
                 mlp_output(model, start - 1).register_forward_hook(
-                    lambda module, args, output, start=start: on_mlp(start, output)
+                    lambda module, args, output, start=start: on_mlp(start, args[0], output)
                 )
             )
         yield

@@ -1,82 +1,155 @@
-"""The operator families: from `Moments` to the best matrix within each set.
+"""The operator families: from `Moments` to the best repair within each set, and all else there is
+to know of each.
 
-Every function takes moments of ``X`` (tokens, p) and ``Y`` (tokens, q) and returns a `Fit`. With
-``C`` the common width the sets are nested,
+Every solver takes moments of features ``F`` (tokens, p) and ``Delta`` (tokens, C) and returns the
+matrix ``M`` (p, C) of the repair ``X + F M``; with the plain stream for ``F`` that is ``X W`` with
+``W = I + M``. With the same tokens and no ridge the sets are nested,
 
     identity ⊂ scalar ⊂ diagonal, hadamard-diagonal ⊂ symmetric ⊂ ghost ⊂ affine,
     identity ⊂ orthogonal ⊂ scaled-orthogonal ⊂ ghost,
     scalar ⊂ scaled-orthogonal,
-    identity ⊂ low-rank (any rank) ⊂ ghost,
+    identity ⊂ low-rank (any rank) ⊂ ghost ⊂ two-branch ⊂ three-branch,
+    identity ⊂ replaceme ⊂ refit ⊂ ghost-refit,  ghost ⊂ ghost-refit,
 
-so their training errors are ordered. The two `linearpatch` functions and `magnitude` are no
-least-squares fits; `replaceme` is the fit of another regressor, the last MLP's output; those of
-several features of the stream, and of weighted tokens, differ in their regressor. Directions
-the calibration tokens never visit stay untouched: each family returns, among equally good fits, the
-one closest to the identity.
+so their training errors are ordered. The two ``linearpatch`` families and ``magnitude`` are no
+least-squares fits. Directions the calibration tokens never visit stay untouched: each family
+returns, among equally good fits, the one with the smallest ``M``.
 """
 
 import operator
-from typing import NamedTuple, Unpack
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from ghostlib.linalg.gram import Gram, Regularisation, Regularised, gram
+from ghostlib.common import Registry
+from ghostlib.linalg.gram import Gram, Regularisation, Regularised
 from ghostlib.linalg.hadamard import rotate
-from ghostlib.statistics.moments import Moments, check_square
+from ghostlib.statistics.features import STREAM, Regressor
+from ghostlib.statistics.moments import Moments
 
 
 class Fit(NamedTuple):
-    """What a family found: see `Operator` for the fields."""
+    """What a solver returns.
 
-    W: Tensor
-    dof: int
+    Attributes:
+        M: (p, C) float64 matrix.
+        bias: (C,) or None.
+        inverse: the regularised inverse it was solved with; None where no matrix was inverted.
+        seen: the diagonal that was inverted instead, for families that invert one.
+    """
+
+    M: Tensor
     bias: Tensor | None = None
+    inverse: Regularised | None = None
+    seen: Tensor | None = None
+
+
+class Shape(NamedTuple):
+    """Sizes that free parameters are counted from.
+
+    Attributes:
+        C: width of the stream.
+        p: width of all features together.
+        rank: bound on the rank of ``M``; 0 for none.
+        bias: whether there is one.
+    """
+
+    C: int
+    p: int
     rank: int = 0
-    condition: float = 1.0
-    trouble: str | None = None
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """All there is to know of a family of repairs.
+
+    Attributes:
+        name: what people call it.
+        searches: the set it searches, in a line.
+        solve: from moments (and options) to a `Fit`.
+        dof: its free parameters, from the `Shape`.
+        regressor: what it is solved from: the features it reads and how tokens weigh.
+        install: where its matrices go, a name in `ghostlib.surgery.installers.INSTALLERS`.
+        color: in every figure.
+        least_squares: whether it minimises a squared error, which few tokens may own.
+        options: what `solve` accepts beside the moments.
+    """
+
+    name: str
+    searches: str
+    solve: Callable[..., Fit]
+    dof: Callable[[Shape], int]
+    regressor: Regressor = STREAM
+    install: str = "module"
+    color: str = "#808080"
+    least_squares: bool = True
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def free(self) -> bool:
+        """Whether it adds no parameter and no operation: the checkpoint stays a stock one."""
+        return self.install in ("down-projection", "earlier-writes", "nothing")
+
+    @classmethod
+    def of(cls, spelling: "str | Family") -> "Family":
+        """The family of a name, or least squares on a regressor spelt ``"x, n(x); 1/|y|"``.
+
+        Raises:
+            ValueError: neither a family nor a regressor; the message names the nearest family.
+        """
+        if isinstance(spelling, Family):
+            return spelling
+        if spelling not in FAMILIES and ("," in spelling or ";" in spelling or spelling == "x"):
+            return replace(FAMILIES["branches"], regressor=Regressor.parse(spelling))
+        return FAMILIES[spelling]
+
+
+# ---------------------------------------------------------------- sets of diagonal matrices
 
 
 def identity(moments: Moments) -> Fit:
-    """``W = I``: the pruned model without recovery."""
-    return Fit(_eye(moments, "identity"), 0)
+    """``W = I``: the pruned model without a repair."""
+    return Fit(torch.zeros_like(moments.cross))
 
 
 def scalar(moments: Moments) -> Fit:
     """``W = a I`` with ``a = tr(B)/tr(G)``."""
-    eye = _eye(moments, "scalar")
-    G = moments.G.trace()[None]
-    return Fit(_ratio(moments.B.trace(), G) * eye, 1, None, *_conditioning(G))
+    size = moments.G.trace()[None]
+    a = _ratio(moments.B.trace(), size)
+    return Fit((a - 1) * _eye(moments), seen=size)
 
 
 def diagonal(moments: Moments) -> Fit:
     """``W = diag(d)`` with ``d_j = B_jj / G_jj``; 1 for a channel that is always zero."""
-    check_square(moments, "diagonal")
     G, B = moments.G.diagonal(), moments.B.diagonal()
-    return Fit(torch.diag(_ratio(B, G)), len(G), None, *_conditioning(G))
+    return Fit(torch.diag(_ratio(B, G) - 1), seen=G)
 
 
 def linearpatch_d(moments: Moments, *, pooled: bool = False) -> Fit:
-    """LinearPatch without rotation: ``d_j = mean|Y_j| / mean|X_j|`` (NeurIPS 2025).
+    """LinearPatch without rotation: ``d_j = mean|X_post,j| / mean|X_pre,j|`` (NeurIPS 2025).
 
     Args:
         pooled: take the ratio over all tokens at once (weighted where the tokens are) instead of
             averaging the ratios of the sequences, as the published code does.
     """
-    check_square(moments, "linearpatch-d")
-    d = _ratio(moments.y_abs, moments.x_abs) if pooled else moments.ratio / moments.sequences
-    return Fit(torch.diag(d), len(d))
+    pool = _ratio(moments.y_abs, moments.x_abs)
+    return Fit(torch.diag((pool if pooled else moments.ratio / moments.sequences) - 1))
 
 
 def linearpatch_r(moments: Moments) -> Fit:
-    """LinearPatch: ``W = H diag(d) H'`` with ``d`` the magnitude ratios of ``X H`` and ``Y H``.
+    """LinearPatch: ``W = H diag(d) H'``, d the magnitude ratios of ``X_pre H`` and ``X_post H``.
 
     Raises:
         ValueError: the width has no Hadamard matrix.
     """
-    H = rotate(_eye(moments, "linearpatch-r"))
-    d = moments.ratio_rotated / moments.sequences
-    return Fit(rotate(H * d, inverse=True), len(d))
+    return Fit(_in_hadamard_basis(moments, moments.ratio_rotated / moments.sequences))
 
 
 def hadamard_diagonal(moments: Moments) -> Fit:
@@ -85,184 +158,160 @@ def hadamard_diagonal(moments: Moments) -> Fit:
     Raises:
         ValueError: the width has no Hadamard matrix.
     """
-    H = rotate(_eye(moments, "hadamard-diagonal"))
-    g, b = _rotated_diagonal(moments.G, H), _rotated_diagonal(moments.B, H)
-    return Fit(rotate(H * _ratio(b, g), inverse=True), len(g), None, *_conditioning(g))
+    H = rotate(_eye(moments))
+    g, b = ((H * rotate(A)).sum(0) for A in (moments.G, moments.B))  # diagonals of H'GH, H'BH
+    return Fit(_in_hadamard_basis(moments, _ratio(b, g)), seen=g)
 
 
 def magnitude(moments: Moments) -> Fit:
-    """Prune&Comp: ``W = a I`` with ``a`` the mean over channels of ``mean|Y_j| / mean|X_j|``.
+    """Prune&Comp: ``W = a I``, a the mean over channels of ``mean|X_post,j| / mean|X_pre,j|``.
 
     That is the mean of `linearpatch_d`'s diagonal (arXiv 2507.18212, whose code averages the ratios
     of channels and sequences). It is folded into the weights before the gap.
     """
-    a = linearpatch_d(moments).W.diagonal().mean()
-    return Fit(a * _eye(moments, "magnitude"), 1)
+    return Fit(linearpatch_d(moments).M.diagonal().mean() * _eye(moments))
+
+
+# ---------------------------------------------------------------- rotations and symmetric matrices
 
 
 def orthogonal(moments: Moments) -> Fit:
-    """Procrustes: ``W = U V'`` from ``B = U S V'``, reflections included."""
-    check_square(moments, "orthogonal")
-    C = moments.width
-    return Fit(_procrustes(moments.B)[0], C * (C - 1) // 2)
+    """Procrustes: ``W = U V'`` from ``B = U S V'``, reflections included.
+
+    The same as ``scipy.linalg.orthogonal_procrustes(X_pre, X_post)``.
+    """
+    return Fit(_procrustes(moments.B)[0] - _eye(moments))
 
 
 def scaled_orthogonal(moments: Moments) -> Fit:
     """Procrustes with a scale: ``W = (tr(S)/tr(G)) U V'`` from ``B = U S V'``."""
-    check_square(moments, "scaled-orthogonal")
-    C = moments.width
     Q, nuclear = _procrustes(moments.B)
-    G = moments.G.trace()[None]
-    return Fit(_ratio(nuclear, G) * Q, C * (C - 1) // 2 + 1, None, *_conditioning(G))
+    size = moments.G.trace()[None]
+    return Fit(_ratio(nuclear, size) * Q - _eye(moments), seen=size)
 
 
-def symmetric(moments: Moments, **how: Unpack[Regularisation]) -> Fit:
+def symmetric(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
     """``W = W'``: the Lyapunov equation ``G W + W G = B + B'`` in the eigenbasis of ``G``.
 
-    Solved for ``M = W - I``, which obeys the same equation with ``B - G`` on the right. There
+    Solved for ``M = W - I``, which obeys the same equation with ``X'Delta`` on the right. There
     entry (i, j) is divided by ``s_i + s_j``, so it stays 0 only where neither direction was seen.
+    The same as ``scipy.linalg.solve_continuous_lyapunov(G, B + B')`` where G has full rank.
 
     Args:
-        how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
+        options: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
     """
-    check_square(moments, "symmetric")
-    inverse = gram(moments.G).regularise(**how)
-    V = inverse.gram.vectors
+    inverse = moments.gram.regularise(**options)
+    V, unit2 = inverse.spectrum.vectors, inverse.scaling[0] ** 2
     # X v = 0 forces v' X' Delta = 0: on dropped directions both are rounding, and must go together.
-    C = V.T @ (moments.B - moments.G) @ V * inverse.kept[:, None]
-    s = (inverse.gram.values + inverse.ridge) * inverse.kept
-    W = V @ _ratio(C + C.T, s[:, None] + s[None, :], empty=0.0) @ V.T
-    W.diagonal().add_(1.0)
-    return full_fit((W + W.T) / 2, moments, inverse, moments.width * (moments.width + 1) // 2)
+    C = V.T @ (moments.cross / unit2) @ V * inverse.kept[:, None]
+    s = (inverse.spectrum.values + inverse.shift) * inverse.kept
+    M = V @ _ratio(C + C.T, s[:, None] + s[None, :], empty=0.0) @ V.T
+    return Fit((M + M.T) / 2, inverse=inverse)
 
 
-def low_rank(moments: Moments, *, rank: int | None = None, **how: Unpack[Regularisation]) -> Fit:
-    """``W = I + M`` with ``rank M <= r``: reduced-rank regression of ``Delta`` on ``X``.
+# ---------------------------------------------------------------- least squares
 
-    ``||X M - Delta||`` differs by a constant from the distance of ``G^(1/2) M`` to the whitened
-    fit ``G^(-1/2) X'Delta``, whose best rank-r approximation is its truncated SVD (Eckart-Young).
+
+def ghost(moments: Moments, *, around: str = "identity", **options: Unpack[Regularisation]) -> Fit:
+    """The unconstrained optimum ``W = I + M``, ``M = pinv(X_pre) Delta`` (paper, eqs. 4-7).
+
+    The same as ``scipy.linalg.lstsq(X_pre, X_post - X_pre)``, from moments.
 
     Args:
-        rank: r, between 1 and the width.
-        how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
+        around: ``"identity"`` solves for the smallest ``M``, which leaves unseen directions as they
+            are; ``"zero"`` for the smallest ``W``, which erases them. The two agree without a ridge
+            where ``X_pre`` has full column rank.
+        options: at most one of ``rcond``, truncated SVD as in the paper's text: singular values of
+            ``X_pre`` up to this fraction of the largest are dropped, 1e-6 by default; ``ridge``,
+            ``(G + ridge I) M = X'Delta`` as in the paper's code, which takes 1e-6; and
+            ``relative_ridge``, the same in units of the mean eigenvalue ``tr(G)/p``, so that a
+            value keeps its meaning when the number of tokens or the scale of the stream changes.
+    """
+    if around == "zero":
+        inverse = moments.gram.regularise(**options)
+        return Fit(inverse.solve(moments.B) - _eye(moments), inverse=inverse)
+    if around != "identity":
+        raise ValueError(f"around must be 'identity' or 'zero', got {around!r}")
+    return least_squares(moments, **options)
+
+
+def least_squares(
+    moments: Moments,
+    *,
+    rank: int | None = None,
+    bias: bool = False,
+    **options: Unpack[Regularisation],
+) -> Fit:
+    """The best ``M = [M_1; M_2; …]`` of ``X + f_1 M_1 + f_2 M_2 …``, or of that plus a bias.
+
+    ``Delta`` regressed on all features at once: linear in the ``M_k``, hence one least-squares
+    problem. With ``rank``, reduced-rank regression: ``||F M - Delta||`` differs by a constant from
+    the distance of ``G^(1/2) M`` to the whitened fit ``G^(-1/2) F'Delta``, whose best rank-r
+    approximation is its truncated SVD (Eckart-Young).
+
+    Args:
+        rank: of ``M`` at most, between 1 and C.
+        bias: fit a bias as well, which nothing shrinks: centred moments.
+        options: as in `ghost`; a relative ridge is in each feature's own unit, one for all features
+            or one for each.
+
+    Raises:
+        ValueError: a rank out of range, or bad options.
+    """
+    C = moments.width
+    if rank is not None and not 1 <= operator.index(rank) <= C:
+        raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
+    gram, cross = moments.gram, moments.cross
+    means = moments.f1 / moments.weight, moments.d1 / moments.weight
+    if bias:
+        # Centring cancels: what is left of a large constant channel is rounding at the size of G.
+        scale = float(moments.G.diagonal().max())
+        gram = Gram(moments.G - torch.outer(moments.f1, means[0]), moments.blocks, scale)
+        cross = cross - torch.outer(moments.f1, means[1])
+    inverse = gram.regularise(**options)
+    M = inverse.solve(cross) if rank is None else _reduced(inverse, cross, rank)
+    return Fit(M, means[1] - means[0] @ M if bias else None, inverse)
+
+
+def affine(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
+    """``X W + b``: `ghost` on centred moments; a ridge does not shrink ``b``."""
+    return least_squares(moments, bias=True, **options)
+
+
+def low_rank(
+    moments: Moments, *, rank: int | None = None, **options: Unpack[Regularisation]
+) -> Fit:
+    """``W = I + M`` with ``rank M <= r``: reduced-rank regression of ``Delta`` on ``X_pre``.
 
     Raises:
         ValueError: no rank, or one outside 1 … width.
     """
-    check_square(moments, "low-rank")
     if rank is None:
         raise ValueError("low-rank needs rank=…: `choose_rank` finds one by held-out error")
-    C, r = moments.width, operator.index(rank)
-    if not 1 <= r <= C:
-        raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
-    inverse = gram(moments.G).regularise(**how)
-    W = reduced(inverse, moments.B - moments.G, r)
-    W.diagonal().add_(1.0)
-    return full_fit(W, moments, inverse, r * (2 * C - r))
+    return least_squares(moments, rank=rank, **options)
 
 
-def reduced(inverse: Regularised, cross: Tensor, rank: int) -> Tensor:
-    """The best fit (p, q) of at most this rank, from cross moments ``X'Delta`` (p, q)."""
+def _reduced(inverse: Regularised, cross: Tensor, rank: int) -> Tensor:
+    """The best fit (p, C) of at most this rank, from cross moments ``F'Delta`` (p, C)."""
     root, A = whitened(inverse, cross)
     if rank < min(A.shape):
         # The leading right singular vectors, from A'A: a third of the cost of an SVD, and an error
         # in them enters the residual only squared.
         U = torch.linalg.eigh(A.T @ A).eigenvectors[:, -rank:]
         A = A @ U @ U.T
-    return inverse.gram.vectors @ (root * A)
+    return (inverse.spectrum.vectors @ (root * A)) / inverse.scaling[:, None]
 
 
 def whitened(inverse: Regularised, cross: Tensor) -> tuple[Tensor, Tensor]:
-    """``G^(-1/2)``'s eigenvalues (p, 1), and the whitened fit in the eigenbasis (p, q)."""
+    """``G^(-1/2)``'s eigenvalues (p, 1), and the whitened fit in the eigenbasis (p, C)."""
     root = inverse.gain.sqrt()[:, None]
-    return root, root * (inverse.gram.vectors.T @ cross)
+    return root, root * (inverse.spectrum.vectors.T @ (cross / inverse.scaling[:, None]))
 
 
-def ghost(
-    moments: Moments,
-    *,
-    rcond: float | None = None,
-    ridge: float | None = None,
-    relative_ridge: float | None = None,
-    around: str = "identity",
-) -> Fit:
-    """The unconstrained optimum ``W = I + M``, ``M = pinv(X) Delta`` (paper, eqs. 4-7).
-
-    Give at most one of the first three; the default is ``rcond = 1e-6``.
-
-    Args:
-        rcond: truncated SVD as in the paper's text: singular values of ``X`` up to this fraction of
-            the largest are dropped.
-        ridge: ``(G + ridge I) M = X'Delta`` as in the paper's code, which takes 1e-6.
-        relative_ridge: the same in units of the mean eigenvalue ``tr(G)/p``, so that a value keeps
-            its meaning when the number of tokens or the scale of the stream changes.
-        around: ``"identity"`` solves for the smallest ``M``, which leaves unseen directions as they
-            are; ``"zero"`` for the smallest ``W``, which erases them, and which fits any pair of
-            widths. The two agree without a ridge where ``X`` has full column rank.
-    """
-    inverse = gram(moments.G).regularise(rcond, ridge, relative_ridge)
-    W = _solve(inverse, moments, moments.G, moments.B, around, "ghost")
-    return full_fit(W, moments, inverse, W.numel())
+# ---------------------------------------------------------------- helpers
 
 
-def replaceme(moments: Moments, **how: Unpack[Regularisation]) -> Fit:
-    """ReplaceMe, least squares: ``T`` on the last kept MLP's output alone (arXiv 2505.02819).
-
-    With ``F`` that output, the stream before the gap is ``X = R + F`` and becomes ``R + F T``; the
-    best ``T`` regresses ``X_post - R = F + Delta`` on ``F``. These moments (``calibrate(…,
-    mlp=True).mlp``) have ``F`` for ``X`` and ``F + Delta`` for ``Y``, so it is `ghost` on them.
-
-    Args:
-        how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
-    """
-    return ghost(moments, **how)
-
-
-def affine(moments: Moments, *, around: str = "identity", **how: Unpack[Regularisation]) -> Fit:
-    """``X W + b``: `ghost` on centred moments; a ridge does not shrink ``b``.
-
-    Args:
-        around: as in `ghost`.
-        how: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
-    """
-    x, y = moments.x1 / moments.weight, moments.y1 / moments.weight
-    G = moments.G - torch.outer(moments.x1, x)
-    B = moments.B - torch.outer(moments.x1, y)
-    # Centring cancels: what is left of a large constant channel is rounding at the size of G.
-    scale = float(moments.G.diagonal().max())
-    inverse = Gram.decompose(G, scale).regularise(**how)
-    W = _solve(inverse, moments, G, B, around, "affine")
-    return full_fit(W, moments, inverse, W.numel() + len(y), bias=y - x @ W)
-
-
-def _solve(
-    inverse: Regularised, moments: Moments, G: Tensor, B: Tensor, around: str, name: str
-) -> Tensor:
-    if around == "zero":
-        return inverse.solve(B)
-    if around != "identity":
-        raise ValueError(f"around must be 'identity' or 'zero', got {around!r}")
-    check_square(moments, f"{name} around the identity")
-    W = inverse.solve(B - G)
-    W.diagonal().add_(1.0)
-    return W
-
-
-def full_fit(
-    W: Tensor,
-    moments: Moments,
-    inverse: Regularised,
-    dof: int,
-    bias: Tensor | None = None,
-    blind: int = 0,
-) -> Fit:
-    """A `Fit` of a whole matrix, with what can be said of the Gram matrix it inverted."""
-    trouble = inverse.trouble(moments.tokens, blind)
-    return Fit(W, dof, bias, inverse.rank, inverse.gram.condition, trouble)
-
-
-def _eye(moments: Moments, name: str) -> Tensor:
-    check_square(moments, name)
+def _eye(moments: Moments) -> Tensor:
     return torch.eye(moments.width, dtype=torch.float64, device=moments.G.device)
 
 
@@ -272,15 +321,10 @@ def _ratio(numerator: Tensor, denominator: Tensor, empty: float = 1.0) -> Tensor
     return torch.where(denominator > 0, numerator / safe, empty)
 
 
-def _conditioning(diagonal: Tensor) -> tuple[int, float]:
-    """Rank and condition number of a diagonal Gram matrix."""
-    low, high = float(diagonal.min()), float(diagonal.max())
-    return int((diagonal > 0).sum()), high / low if low > 0 else float("inf")
-
-
-def _rotated_diagonal(A: Tensor, H: Tensor) -> Tensor:
-    """(n,) diagonal of ``H' A H``."""
-    return (H * rotate(A)).sum(0)
+def _in_hadamard_basis(moments: Moments, d: Tensor) -> Tensor:
+    """``H diag(d) H' - I``."""
+    H = rotate(_eye(moments))
+    return rotate(H * (d - 1), inverse=True)
 
 
 def _procrustes(B: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,65 +339,61 @@ def _procrustes(B: Tensor) -> tuple[Tensor, Tensor]:
     return U @ Vh, sigma.sum()
 
 
-def branches(
-    moments: Moments,
-    *,
-    rcond: float | None = None,
-    relative_ridge: float | None = None,
-    rank: int | None = None,
-    bias: bool = False,
-) -> Fit:
-    """The best ``M = [M_1; M_2; …]`` of ``X + F M``, or of ``X + F M + b``.
+# ---------------------------------------------------------------- the table
 
-    Args:
-        moments: of features (tokens, k C) and Delta (tokens, C).
-        rcond: drop singular values of the blockwise scaled ``F`` up to this fraction of the
-            largest; 1e-6 where no ridge is given.
-        relative_ridge: penalty ``r sum_k u_k^2 ||M_k||^2``, with ``u_k^2`` the mean eigenvalue of
-            block ``k``'s Gram matrix.
-        rank: of ``M`` at most, between 1 and C: reduced-rank regression, k C + C numbers a rank.
-        bias: fit ``b`` as well, which nothing shrinks: where norms and layers have shifts.
-
-    Raises:
-        ValueError: an option out of range, or both of the first two.
-    """
-    C = moments.out_width
-    if rank is not None and not 1 <= operator.index(rank) <= C:
-        raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
-    G, B, x, y = moments.G, moments.B, moments.x1 / moments.weight, moments.y1 / moments.weight
-    unit = block_units(moments)
-    if bias:
-        G = G - torch.outer(moments.x1, x)
-        B = B - torch.outer(moments.x1, y)
-    # Centring cancels: what is left of a large constant channel is rounding at the size of G.
-    scale = float((moments.G.diagonal() / unit.square()).max()) if bias else 0.0
-    gram = Gram.decompose(G / torch.outer(unit, unit), scale)
-    inverse = gram.regularise(rcond=rcond, relative_ridge=relative_ridge)
-    cross = B / unit[:, None]
-    scaled = inverse.solve(cross) if rank is None else reduced(inverse, cross, rank)
-    M = scaled / unit[:, None]
-    p = len(M)
-    dof = p * C if rank is None else rank * (p + C - rank)
-    b = y - x @ M if bias else None
-    # The channels of a standardised token sum to zero.
-    blind = moments.regressor.count("z(")
-    return full_fit(M, moments, inverse, dof + bias * C, b, blind)
+_RIDGES = ("rcond", "ridge", "relative_ridge")
 
 
-def normal_equations(moments: Moments, unit: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Gram matrix (p, p) and cross moments with Delta (p, q), for any regressor.
-
-    Args:
-        unit: `block_units` of the moments that a fit is from, where features are concerned.
-    """
-    if not moments.of_change:
-        return moments.G, moments.B - moments.G
-    unit = (block_units(moments) if unit is None else unit).to(moments.G)
-    return moments.G / torch.outer(unit, unit), moments.B / unit[:, None]
+def _whole(s: Shape) -> int:
+    return (s.rank * (s.p + s.C - s.rank) if s.rank else s.p * s.C) + s.bias * s.C
 
 
-def block_units(moments: Moments) -> Tensor:
-    """(k C,) root mean square eigenvalue of each feature's Gram matrix; 1 for one that is zero."""
-    C = moments.out_width
-    mean = moments.G.diagonal().view(-1, C).mean(1, keepdim=True)
-    return torch.where(mean > 0, mean, 1.0).sqrt().expand(-1, C).flatten()
+def _on(features: str, **more: Any) -> dict[str, Any]:
+    """Fields of a family that is least squares on other features than the stream."""
+    fields = {"solve": least_squares, "dof": _whole, "options": (*_RIDGES, "rank", "bias")}
+    return fields | {"regressor": Regressor.parse(features)} | more
+
+
+FAMILIES: Registry[Family] = Registry("operator")
+"""Every family of repairs, by name."""
+for _family in (
+    Family("identity", "{I}", identity, lambda s: 0, install="nothing",
+           color="#c0392b", least_squares=False),
+    Family("scalar", "a I", scalar, lambda s: 1, color="#e6a57e"),
+    Family("magnitude", "a I, by mean magnitudes", magnitude, lambda s: 1,
+           install="earlier-writes", color="#cc79a7", least_squares=False),
+    Family("diagonal", "diag(d)", diagonal, lambda s: s.C, color="#e69f00"),
+    Family("linearpatch-d", "diag(d), by mean magnitudes", linearpatch_d, lambda s: s.C,
+           color="#d4b106", least_squares=False, options=("pooled",)),
+    Family("linearpatch-r", "H diag(d) H', by mean magnitudes", linearpatch_r,
+           lambda s: s.C, color="#8c7b00", least_squares=False),
+    Family("hadamard-diagonal", "H diag(d) H'", hadamard_diagonal, lambda s: s.C,
+           color="#b8860b"),
+    Family("orthogonal", "W'W = I", orthogonal, lambda s: s.C * (s.C - 1) // 2,
+           color="#7f7fd5"),
+    Family("scaled-orthogonal", "s Q, Q'Q = I", scaled_orthogonal,
+           lambda s: s.C * (s.C - 1) // 2 + 1, color="#5b5bb0"),
+    Family("symmetric", "W = W'", symmetric, lambda s: s.C * (s.C + 1) // 2,
+           color="#56b4e9", options=_RIDGES),
+    Family("low-rank", "I + M, rank M = r", low_rank, _whole, color="#66c2a5",
+           options=(*_RIDGES, "rank")),
+    Family("ghost", "every matrix", ghost, _whole, color="#00876c",
+           options=(*_RIDGES, "around")),
+    Family("affine", "every matrix and bias", affine, _whole,
+           color="#004d40", options=_RIDGES),
+    Family("replaceme", "every matrix on the output of the last MLP before the gap",
+           color="#a65628", install="down-projection", **_on("f", options=_RIDGES)),
+    Family("ghost-relative", "every matrix, tokens weighted by 1/|y|", color="#4daf4a",
+           **_on("x; 1/|y|")),
+    Family("two-branch", "matrices on the stream and its normalised copy", color="#984ea3",
+           **_on("x, n(x)")),
+    Family("two-branch-relative", "the same, tokens weighted by 1/|y|", color="#54278f",
+           **_on("x, n(x); 1/|y|")),
+    Family("three-branch", "the same and the normalised stream of the token before",
+           color="#6baed6", **_on("x, n(x), n(prev)")),
+    Family("three-branch-relative", "the same, tokens weighted by 1/|y|", color="#08519c",
+           **_on("x, n(x), n(prev); 1/|y|")),
+    Family("branches", "matrices on any features of the stream", color="#a1558a",
+           **_on("x, n(x); 1/|y|")),
+):  # fmt: skip
+    FAMILIES[_family.name] = _family

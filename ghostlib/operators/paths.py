@@ -1,11 +1,13 @@
-"""The ridge path: every amount of regularisation for the price of one eigendecomposition.
+"""Paths: every ridge or rank for the price of one eigendecomposition, and the choice of one.
 
-In the eigenbasis ``G = V diag(s) V'`` a ridge on ``M = W - I`` only rescales rows,
+In the eigenbasis ``G = V diag(s) V'`` a ridge on ``M`` only rescales rows,
 
-    ``M(ridge) = V diag(f) C``,  ``f_i = 1/(s_i + ridge)``,  ``C = V' X'Delta``,
+    ``M(ridge) = V diag(f) C``,  ``f_i = 1/(s_i + ridge)``,  ``C = V' F'Delta``,
 
 so the training error is a sum over ``p`` rows, and the error on any other moments a quadratic form
-in ``f`` whose (p, p) matrix is computed once. Ridges are relative: multiples of ``tr(G)/p``.
+in ``f`` whose (p, p) matrix is computed once. Ridges are relative: multiples of each feature's mean
+eigenvalue. Likewise the operators of reduced-rank regression are nested: ``M_r`` is the sum of the
+first ``r`` of the products ``p_i q_i'``, and the error of every rank a running sum.
 """
 
 import operator
@@ -16,22 +18,22 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ghostlib.linalg.gram import Regularisation, check_ridge, gram
-from ghostlib.operators.families import block_units, normal_equations, whitened
-from ghostlib.statistics.moments import Moments, check_alike, check_moments, check_square
+from ghostlib.linalg.gram import Regularisation, check_ridge
+from ghostlib.operators.families import whitened
+from ghostlib.statistics.moments import Moments, check_alike, check_moments
 
 RIDGES: tuple[float, ...] = tuple(10 ** (k / 5) for k in range(-40, 11))
 
 
 @dataclass(frozen=True, eq=False)
 class RidgePath:
-    """Errors of ``ghost`` along a sequence of k relative ridges; float64 tensors of shape (k,).
+    """Errors of least squares along k relative ridges; float64 tensors of shape (k,).
 
     Attributes:
-        ridges: multiples of the mean eigenvalue ``tr(G)/p``.
+        ridges: multiples of each feature's mean eigenvalue.
         train_error: squared error on the training moments.
         held_out_error: squared error on the held-out moments, or None without them.
-        dof: effective number of parameters, ``q * sum_i s_i/(s_i + ridge)``, at most ``p q``.
+        dof: effective number of parameters, ``C * sum_i s_i/(s_i + ridge)``, at most ``p C``.
         gcv: generalised cross-validation score, an estimate of the squared error per token from
             the training moments alone; infinite where the fit interpolates them.
     """
@@ -46,7 +48,7 @@ class RidgePath:
 def ridge_path(
     train: Moments, ridges: Iterable[float] = RIDGES, held_out: Moments | None = None
 ) -> RidgePath:
-    """Errors of ``solve(train, "ghost", relative_ridge=r)`` for every ``r``, without a solve each.
+    """Errors of ``solve(train, …, relative_ridge=r)`` for every ``r``, without a solve each.
 
     After the decomposition of ``train.G`` (shared with `solve`) a value costs O(p) on the training
     moments and O(p^2) on held-out ones.
@@ -60,8 +62,8 @@ def ridge_path(
     dependent, which GCV ignores; whole documents held out do not have that bias.
 
     Args:
-        train: square moments (p = q), or those of features of the stream, whose errors are those
-            of `ghostlib.operators.families.branches`. ridges: k positive multiples of ``tr(G)/p``.
+        train: moments of any regressor.
+        ridges: k positive multiples of each feature's mean eigenvalue.
         held_out: moments of other tokens, of the same width and regressor.
 
     Raises:
@@ -72,37 +74,42 @@ def ridge_path(
     if not len(values):
         raise ValueError("no ridge to try: name at least one")
     check_moments(train)
-    if not train.of_change:
-        check_square(train, "a ridge path around the identity")
-    G, cross = normal_equations(train)
-    found = gram(G)
-    s, V = found.values, found.vectors
-    gains = [found.regularise(relative_ridge=float(ridge)).gain for ridge in values]
+    unit = train.gram.unit  # of each feature
+    s, V = train.gram.spectrum.values, train.gram.spectrum.vectors
+    gains = [train.gram.regularise(relative_ridge=float(ridge)).gain for ridge in values]
     f = torch.stack(gains)  # (k, p)
-    C = V.T @ cross  # (p, q)
+    C = V.T @ (train.cross / unit[:, None])  # (p, C)
     rows = C.square().sum(1)
-    train_error = (f.square() * s - 2 * f) @ rows + train.nothing
+    train_error = (f.square() * s - 2 * f) @ rows + train.pruned_error
     h = (f * s).sum(1)
     n = train.tokens
     free = 1.0 - h / n
     gcv = torch.where(free > 1e-6, train_error / n / free.square(), torch.inf)
+    held_out_error = None
+    if held_out is not None:
+        check_moments(held_out)
+        check_alike(train, held_out)
+        # tr(M'G_v M) - 2 tr(M'F_v'Delta_v) + ||Delta_v||^2 of M = V diag(f) C
+        U = V / unit[:, None]
+        quadratic = (U.T @ held_out.G.to(U) @ U) * (C @ C.T)
+        linear = (U.T @ held_out.cross.to(U) * C).sum(1)
+        errors = ((f @ quadratic) * f).sum(1) - 2 * f @ linear + held_out.pruned_error
+        held_out_error = errors.clamp_min(0.0).cpu()
     return RidgePath(
         ridges=values,
         train_error=train_error.clamp_min(0.0).cpu(),
-        held_out_error=None
-        if held_out is None
-        else _held_out_error(V, C, f, train, held_out).cpu(),
-        dof=(train.out_width * h).cpu(),
+        held_out_error=held_out_error,
+        dof=(train.width * h).cpu(),
         gcv=gcv.clamp_min(0.0).cpu(),
     )
 
 
 def cross_validate(folds: Sequence[Moments], ridges: Iterable[float] = RIDGES) -> Tensor:
-    """Held-out error of each fold when ``ghost`` is solved from all the others.
+    """Held-out error of each fold when least squares is solved from all the others.
 
     Args:
         folds: k moments of disjoint sets of tokens, best of whole documents.
-        ridges: positive multiples of ``tr(G)/p``, where ``G`` is that of the other folds.
+        ridges: positive multiples of the mean eigenvalue of the other folds' Gram matrix.
 
     Returns:
         (folds, ridges) squared errors; their sum over folds is the cross-validation score.
@@ -152,61 +159,43 @@ def choose_ridge(
         if torch.isinf(score).all():
             raise ValueError(
                 f"every ridge up to {ridges[0]:g} interpolates the {train.tokens} training "
-                f"tokens: try larger ones, or judge on held_out moments"
+                "tokens: try larger ones, or judge on held_out moments"
             )
     return ridges[int(score.argmin())]
 
 
-def _held_out_error(V: Tensor, C: Tensor, f: Tensor, train: Moments, held_out: Moments) -> Tensor:
-    """(k,) errors ``tr(M'G_v M) - 2 tr(M'X_v'Delta_v) + ||Delta_v||^2`` of ``M = V diag(f) C``."""
-    check_moments(held_out)
-    check_alike(train, held_out)
-    unit = block_units(train) if train.of_change else None
-    G, cross = (t.to(C) for t in normal_equations(held_out, unit))
-    quadratic = (V.T @ G @ V) * (C @ C.T)
-    linear = (V.T @ cross * C).sum(1)
-    errors = ((f @ quadratic) * f).sum(1) - 2 * f @ linear + held_out.nothing
-    return errors.clamp_min(0.0)
-
-
 @dataclass(frozen=True, eq=False)
 class RankPath:
-    """Squared errors of `low_rank` for every rank 1 … width; float64 tensors of shape (width,).
+    """Squared errors of reduced-rank regression for every rank 1 … width; float64 (width,).
 
     Attributes:
-        train_error: on the training moments. held_out_error: on the held-out moments.
+        train_error: on the training moments.
+        held_out_error: on the held-out moments.
     """
 
     train_error: Tensor
     held_out_error: Tensor
 
 
-def rank_path(train: Moments, held_out: Moments, **how: Unpack[Regularisation]) -> RankPath:
+def rank_path(train: Moments, held_out: Moments, **options: Unpack[Regularisation]) -> RankPath:
     """Errors of ``solve(train, "low-rank", rank=r)`` for every r from one decomposition.
 
-    The operators of reduced-rank regression are nested: ``M_r`` is the sum of the first ``r`` of
-    the products ``p_i q_i'``. So the error of every rank is a running sum.
-
     Args:
-        train: square moments to solve from, or those of features of the stream.
+        train: moments to solve from, of any regressor.
         held_out: of other tokens, of the same width and regressor.
-        how: ``rcond``, ``ridge`` or ``relative_ridge``, as in `ghost`.
+        options: ``rcond``, ``ridge`` or ``relative_ridge``, as in `ghost`.
 
     Raises:
         ValueError: no tokens, or different widths or regressors.
     """
     for moments in (train, held_out):
         check_moments(moments)
-        if not moments.of_change:
-            check_square(moments, "a rank path")
     check_alike(train, held_out)
-    unit = block_units(train) if train.of_change else None
-    G, cross = normal_equations(train, unit)
-    inverse = gram(G).regularise(**how)
-    root, A = whitened(inverse, cross)
+    inverse = train.gram.regularise(**options)
+    root, A = whitened(inverse, train.cross)
     Q = torch.linalg.eigh(A.T @ A).eigenvectors.flip(1).T  # rows q_i', the strongest first
-    P = inverse.gram.vectors @ (root * (A @ Q.T))  # columns p_i
-    return RankPath(*(_errors(P, Q, moments, unit) for moments in (train, held_out)))
+    P = inverse.spectrum.vectors @ (root * (A @ Q.T)) / inverse.scaling[:, None]  # columns p_i
+    return RankPath(*(_rank_errors(P, Q, moments) for moments in (train, held_out)))
 
 
 def choose_rank(
@@ -215,12 +204,12 @@ def choose_rank(
     ranks: Iterable[int] | None = None,
     *,
     tolerance: float = 0.0,
-    **how: Unpack[Regularisation],
+    **options: Unpack[Regularisation],
 ) -> int:
     """The smallest rank whose held-out error is within ``tolerance`` of the best.
 
     Args:
-        train, held_out, how: as in `rank_path`.
+        train, held_out, options: as in `rank_path`.
         ranks: candidates; all by default.
         tolerance: 0.01 accepts 1 % more error than the best candidate has.
 
@@ -229,10 +218,9 @@ def choose_rank(
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance must not be negative, got {tolerance}")
-    errors = rank_path(train, held_out, **how).held_out_error
-    tried = sorted(
-        {operator.index(r) for r in (range(1, len(errors) + 1) if ranks is None else ranks)}
-    )
+    errors = rank_path(train, held_out, **options).held_out_error
+    candidates = range(1, len(errors) + 1) if ranks is None else ranks
+    tried = sorted({operator.index(rank) for rank in candidates})
     if not tried or not 1 <= tried[0] <= tried[-1] <= len(errors):
         raise ValueError(f"ranks must lie between 1 and the width {len(errors)}, got {tried}")
     scores = {rank: float(errors[rank - 1]) for rank in tried}
@@ -240,10 +228,10 @@ def choose_rank(
     return next(rank for rank, score in scores.items() if score <= enough)
 
 
-def _errors(P: Tensor, Q: Tensor, moments: Moments, unit: Tensor | None) -> Tensor:
-    """(q,) errors of ``sum_{i <= r} p_i q_i'`` for r = 1 …"""
-    G, cross = (t.to(P) for t in normal_equations(moments, unit))
+def _rank_errors(P: Tensor, Q: Tensor, moments: Moments) -> Tensor:
+    """(C,) errors of ``sum_{i <= r} p_i q_i'`` for r = 1 …"""
+    G, cross = moments.G.to(P), moments.cross.to(P)
     pairs = (P.T @ G @ P) * (Q @ Q.T)
     quadratic = pairs.cumsum(0).cumsum(1).diagonal()
     linear = (P * (cross @ Q.T)).sum(0).cumsum(0)
-    return (quadratic - 2 * linear + moments.nothing).clamp_min(0.0).cpu()
+    return (quadratic - 2 * linear + moments.pruned_error).clamp_min(0.0).cpu()

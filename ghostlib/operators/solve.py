@@ -1,193 +1,215 @@
-"""Operators: what is put in place of the removed layers, solved in closed form from moments.
+"""Operators: what is put in place of the removed layers, solved in closed form from moments."""
 
-An operator is what it does to the stream: ``X -> X W + b``, of which a matrix without bias is the
-simplest case, or ``X -> X + F M + b`` with several features ``F`` of the stream side by side.
-`solve` finds the best one of a named family, and `OPERATORS` lists the families.
-"""
-
-import math
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ghostlib.common import Registry
-from ghostlib.linalg.gram import SingularGramWarning
+from ghostlib.common import warn
+from ghostlib.linalg.gram import Regularised, SingularGramWarning
 from ghostlib.models.boundaries import Boundary
-from ghostlib.operators import families
-from ghostlib.operators.families import Fit, branches
-from ghostlib.statistics.features import Regressor, design, generic
+from ghostlib.operators.families import Family, Shape
+from ghostlib.statistics.features import STREAM, Regressor, Sources
 from ghostlib.statistics.moments import Moments, check_moments
 
 _FEW = 0.01  # of all tokens
-_NOT_LEAST_SQUARES = ("identity", "magnitude", "linearpatch-d", "linearpatch-r")
 
 
 class MassiveActivationWarning(UserWarning):
     """A few tokens own the objective: what is best for it may harm all other tokens."""
 
 
-def warn_of_massive_activations(moments: Mapping[Boundary, Moments], operator: str) -> None:
-    """Warn of boundaries whose objective belongs to less than one token in a hundred.
-
-    `Moments.effective_tokens` tells it from the moments alone, before anything is evaluated.
-    """
-    if operator in _NOT_LEAST_SQUARES:
-        return
-    for boundary, found in moments.items():
-        if found.width != found.out_width and not found.of_change:
-            continue  # the solver will refuse them
-        share = found.effective_tokens
-        if found.tokens > 0 and share < _FEW * found.tokens:
-            warnings.warn(
-                f"boundary {boundary}: {share:.0f} of {found.tokens} tokens own the squared error "
-                f"that {operator} minimises (massive activations born in the removed layers), so "
-                "the others may fare worse than without repair: use operator="
-                "'two-branch-relative', which weighs each token by 1/|y|, or operator='auto'",
-                MassiveActivationWarning,
-                stacklevel=3,
-            )
-
-
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """A solved operator and how far to trust it.
+    """A solved repair ``X -> X + F M + b`` and how far to trust it.
 
     Attributes:
-        W: (p, q) float64 matrix, acting on row vectors as ``X @ W``; the matrix ``M`` of all
-            features, one below the other, where the operator has ``features``.
-        name: family it was searched in.
-        dof: number of free parameters of that family.
-        rank: effective rank of the Gram matrix the family inverts: that of ``G`` for `ghost`,
-            `low-rank` and `symmetric`, of the centred ``G`` for `affine`, of its (rotated) diagonal
-            or trace for the diagonal and scalar families; 0 where nothing is inverted.
-        condition: condition number of the same matrix, infinite when it is singular; 1 where
-            nothing is inverted.
-        residual: (weighted) squared error on the tokens it was solved from.
-        bias: (q,) b, or None.
-        features: names from `FEATURES`; empty for one that is ``X W + b``.
+        M: (p, C) float64 matrix, acting on row vectors of features as ``F @ M``.
+        family: the record of the family it was searched in.
+        regressor: the features, as the model's layers read them, and the weight of tokens.
+        bias: (C,) b, or None.
+        dof: number of free parameters.
+        residual: (weighted) squared error on the tokens it was solved from; NaN if unknown.
     """
 
-    W: Tensor = field(repr=False)
-    name: str
-    dof: int
-    rank: int
-    condition: float
-    residual: float
+    M: Tensor = field(repr=False)
+    family: Family
+    regressor: Regressor = STREAM
     bias: Tensor | None = field(default=None, repr=False)
-    features: tuple[str, ...] = ()
+    dof: int = 0
+    residual: float = float("nan")
+    _inverse: Regularised | None = field(default=None, repr=False)
+    _diagonal: Tensor | None = field(default=None, repr=False)
 
-    @property
-    def M(self) -> Tensor:
-        """The part that stands in for the removed layers: ``W - I``, or the features' matrix.
+    @classmethod
+    def of(
+        cls, W: Tensor, family: str | Family = "ghost", *, residual: float = float("nan")
+    ) -> "Operator":
+        """An operator around a matrix ``W`` (C, C) that was not solved here, such as a tuned one.
 
         Raises:
             ValueError: ``W`` is not square.
         """
-        if self.features:
-            return self.W
-        if self.W.shape[0] != self.W.shape[1]:
-            raise ValueError(f"M = W - I needs a square W, got {tuple(self.W.shape)}")
-        M = self.W.clone()
-        M.diagonal().sub_(1.0)
-        return M
+        if W.ndim != 2 or W.shape[0] != W.shape[1]:
+            raise ValueError(f"W must be a square matrix, got {tuple(W.shape)}")
+        record = Family.of(family)
+        M = W.double() - torch.eye(len(W)).to(W.double())
+        dof = record.dof(Shape(len(W), len(W)))
+        return cls(M, record, record.regressor, dof=dof, residual=residual)
 
-    def apply(self, X: Tensor, real: Tensor | None = None) -> Tensor:
-        """What ``X`` becomes, (..., p) -> (..., q), in its dtype and on its device.
+    @property
+    def name(self) -> str:
+        """Of its family."""
+        return self.family.name
 
-        Args:
-            X: (…, p); whole sequences (…, tokens, p) where a feature is of the token before.
-            real: (…, tokens), false at padding, which is nobody's token before.
+    @property
+    def W(self) -> Tensor:
+        """(C, C) ``I + M``, for a repair of one feature that is not normalised.
 
         Raises:
-            ValueError: ``X`` has another width.
+            ValueError: a repair of other features, which is no single matrix on the stream.
         """
-        p = len(self.W) // max(len(self.features), 1)
-        if X.ndim == 0 or X.shape[-1] != p:
-            raise ValueError(f"{self.name} acts on activations (..., {p}), got {tuple(X.shape)}")
-        W = self.W.to(X)
-        Y = X + design(self.features, X, real) @ W if self.features else X @ W
+        if not self.regressor.has_identity:
+            raise ValueError(f"{self.name} reads {self.regressor}: it has M, and no single W")
+        W = self.M.clone()
+        W.diagonal().add_(1.0)
+        return W
+
+    @cached_property
+    def rank(self) -> int:
+        """Effective rank of the Gram matrix the family inverts, or of its (rotated) diagonal.
+
+        0 where nothing is inverted. After a ridge solve this computes the spectrum.
+        """
+        if self._diagonal is not None:
+            return int((self._diagonal > 0).sum())
+        return self._inverse.rank if self._inverse else 0
+
+    @cached_property
+    def condition(self) -> float:
+        """Condition number of the same matrix: infinite if singular, 1 if nothing is inverted."""
+        if self._diagonal is not None:
+            low, high = float(self._diagonal.min()), float(self._diagonal.max())
+            return high / low if low > 0 else float("inf")
+        return self._inverse.condition if self._inverse else 1.0
+
+    def apply(
+        self,
+        X: Tensor,
+        real: Tensor | None = None,
+        *,
+        hidden: Tensor | None = None,
+        output: Tensor | None = None,
+    ) -> Tensor:
+        """What the stream ``X`` becomes, (..., C) -> (..., C), in its dtype and on its device.
+
+        Args:
+            X: (…, C); whole sequences (…, tokens, C) where a feature is of the token before.
+            real: (…, tokens), false at padding, which is nobody's token before.
+            hidden: (…, I) what the down-projection before the gap reads, if a feature needs it.
+            output: (…, C) what it returns, likewise.
+
+        Raises:
+            ValueError: ``X`` has another width, or a source is missing.
+        """
+        C = self.M.shape[1]
+        if X.ndim == 0 or X.shape[-1] != C:
+            raise ValueError(f"{self.name} acts on activations (..., {C}), got {tuple(X.shape)}")
+        F = self.regressor.design(Sources(X, hidden, output), real)
+        Y = X + F @ self.M.to(X)
         return Y if self.bias is None else Y + self.bias.to(X)
 
 
-_FAMILIES: dict[str, Callable[..., Fit]] = {
-    "identity": families.identity,
-    "scalar": families.scalar,
-    "magnitude": families.magnitude,
-    "diagonal": families.diagonal,
-    "linearpatch-d": families.linearpatch_d,
-    "linearpatch-r": families.linearpatch_r,
-    "hadamard-diagonal": families.hadamard_diagonal,
-    "orthogonal": families.orthogonal,
-    "scaled-orthogonal": families.scaled_orthogonal,
-    "symmetric": families.symmetric,
-    "low-rank": families.low_rank,
-    "ghost": families.ghost,
-    "affine": families.affine,
-    "replaceme": families.replaceme,
-    "ghost-relative": branches,
-    "two-branch": branches,
-    "two-branch-relative": branches,
-    "three-branch": branches,
-    "three-branch-relative": branches,
-    "branches": branches,
-}
-REGRESSORS = {
-    "replaceme": "mlp",
-    "ghost-relative": "x; 1/|y|",
-    "two-branch": "x, n(x)",
-    "two-branch-relative": "x, n(x); 1/|y|",
-    "three-branch": "x, n(x), n(prev)",
-    "three-branch-relative": "x, n(x), n(prev); 1/|y|",
-    "branches": "x, n(x); 1/|y|",
-}
-"""What a family is solved from, where it is not the stream: the ``regressor`` of its `Moments`.
-``"branches"`` takes any features and weight; these where it is not told."""
-OPERATORS: Registry[Callable[..., Fit]] = Registry("operator", **_FAMILIES)
-
-
-def solve(moments: Moments, name: str = "ghost", **options: Any) -> Operator:
+def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Operator:
     """The operator of a family that fits the moments best.
 
     Args:
-        moments: of ``X`` (tokens, p) and ``Y`` (tokens, q), with the family's regressor.
-        name: one of `OPERATORS`; its function documents the options.
-        options: ``rcond``, ``ridge`` or ``relative_ridge`` for `ghost`, `affine`, `symmetric`,
-            `low-rank` and `replaceme`; ``around`` for `ghost` and `affine`; ``rank`` for
-            `low-rank`; ``pooled`` for `linearpatch-d`; for those with branches and those that are
-            relative see `ghostlib.operators.families.branches`.
+        moments: of the family's regressor.
+        name: one of `FAMILIES`, whose ``solve`` documents the options; or a `Family`.
+        options: ``rcond``, ``ridge`` or ``relative_ridge`` for families that invert a matrix;
+            ``around`` for `ghost`; ``rank`` for ``low-rank`` and repairs of several features, which
+            take ``bias`` too; ``pooled`` for ``linearpatch-d``.
 
     Raises:
-        ValueError: an unknown name, no tokens, moments that are not float64 or not symmetric, two
-            widths in a family that needs one, moments of another regressor, or an option out of
-            range.
-        TypeError: an option the family does not have.
+        ValueError: an unknown name, no tokens, moments that are not float64 or not symmetric,
+            moments of another regressor, or an option that is out of range or of another family.
 
     Warns:
         SingularGramWarning: the tokens do not determine a full matrix and no ridge makes up for it.
 
     >>> X = torch.randn(100, 8)
-    >>> solve(Moments(8).update(X, 2 * X), "scalar").W.shape
-    torch.Size([8, 8])
+    >>> operator = solve(Moments(8).update(X, 2 * X), "scalar")
+    >>> operator.W.shape, operator.dof
+    (torch.Size([8, 8]), 1)
     """
-    family = OPERATORS[name]
+    family = Family.of(name)
     check_moments(moments)
-    regressor = REGRESSORS.get(name, "stream")
-    fitting = moments.of_change if name == "branches" else generic(moments.regressor) == regressor
-    if not fitting:
+    generic = moments.regressor.generic
+    open_choice = family.name == "branches" and not moments.regressor.reads_mlp
+    if generic != family.regressor and not (open_choice and generic != STREAM):
         raise ValueError(
-            f"{name} is solved from moments of the {regressor}, these are of the "
-            f"{moments.regressor}: calibrate(…, regressors=[{regressor!r}]).of({regressor!r})"
+            f"{family} is solved from moments of {family.regressor}, these are of {generic}: "
+            f"calibrate(…, regressors=['{family.regressor}']).of('{family.regressor}')"
         )
-    fit = family(moments, **options)
-    if fit.trouble:
-        warnings.warn(f"{name}: {fit.trouble}", SingularGramWarning, stacklevel=2)
-    features = Regressor.parse(moments.regressor).features if moments.of_change else ()
-    found = Operator(fit.W, name, fit.dof, fit.rank, fit.condition, math.nan, fit.bias, features)
-    return replace(found, residual=moments.error(found))
+    check_options(family, options)
+    fit = family.solve(moments, **options)
+    if fit.inverse is not None:
+        # The channels of a standardised token sum to zero.
+        blind = sum(feature.norm == "layer" for feature in moments.regressor.features)
+        if trouble := fit.inverse.trouble(moments.tokens, blind):
+            warn(f"{family}: {trouble}", SingularGramWarning)
+    rank = options.get("rank") or 0
+    shape = Shape(moments.width, sum(moments.blocks), rank, fit.bias is not None)
+    residual = moments.error(_Pair(fit.M, fit.bias))
+    return Operator(
+        fit.M,
+        family,
+        moments.regressor,
+        fit.bias,
+        family.dof(shape),
+        residual,
+        fit.inverse,
+        fit.seen,
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A matrix and a bias, for `Moments.error`."""
+
+    M: Tensor
+    bias: Tensor | None
+
+
+def check_options(family: Family, options: Mapping[str, Any]) -> None:
+    """Refuse an option that the family's solver does not take, by name.
+
+    Raises:
+        ValueError: such an option; the message lists those there are.
+    """
+    if unknown := [name for name in options if name not in family.options]:
+        known = f"it takes {', '.join(family.options)}" if family.options else "it takes none"
+        raise ValueError(f"{family} has no option {unknown[0]!r}: {known}")
+
+
+def warn_of_massive_activations(moments: Mapping[Boundary, Moments], family: Family) -> None:
+    """Warn of boundaries whose objective belongs to less than one token in a hundred.
+
+    `Moments.effective_tokens` tells it from the moments alone, before anything is evaluated.
+    """
+    for boundary, collected in moments.items() if family.least_squares else ():
+        share = collected.effective_tokens
+        if collected.tokens > 0 and share < _FEW * collected.tokens:
+            warn(
+                f"boundary {boundary}: {share:.0f} of {collected.tokens} tokens own the squared "
+                f"error that {family} minimises (massive activations born in the removed layers), "
+                "so the others may fare worse than without repair: use operator="
+                "'two-branch-relative', which weighs each token by 1/|y|, or operator='auto'",
+                MassiveActivationWarning,
+            )
 
 
 def antisymmetric_share(M: Tensor) -> float:
@@ -198,6 +220,9 @@ def antisymmetric_share(M: Tensor) -> float:
 
     Raises:
         ValueError: ``M`` is not square.
+
+    >>> antisymmetric_share(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+    1.0
     """
     if M.ndim != 2 or M.shape[0] != M.shape[1]:
         raise ValueError(f"the antisymmetric share needs a square matrix, got {tuple(M.shape)}")

@@ -1,8 +1,9 @@
 """The recipe: which repair, how much ridge and, if asked, which layers, from calibration tokens.
 
 A few calibration windows are kept out of every fit. Their moments choose the ridge of each
-candidate, and the loss of the repaired model on them chooses among the candidates, of which no
-repair is one. What was chosen is then solved once more from all windows. Test text plays no part.
+candidate, and the loss of the repaired model on them chooses among the candidates, of which the
+pruned model is one. What was chosen is then solved once more from all windows. Test text plays no
+part.
 """
 
 import math
@@ -20,19 +21,22 @@ from ghostlib.common import track
 from ghostlib.models.architectures import num_layers, stream_norm
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.streams import check_windows
+from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge
-from ghostlib.operators.solve import OPERATORS, REGRESSORS, Operator, solve
-from ghostlib.selection.criteria import Layers, needed, select_layers
+from ghostlib.operators.solve import Operator, solve
+from ghostlib.selection.criteria import needed, select_layers
+from ghostlib.selection.evidence import Layers
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate
-from ghostlib.statistics.features import Regressor
 from ghostlib.statistics.moments import Moments
-from ghostlib.surgery.cut import operate
+from ghostlib.surgery.cut import install
 
 AUTO = "auto"
 """The recipe's name where a repair is named."""
 
-NONE = "none"
+PRUNED = "pruned"
+"""No repair, where a repair is named."""
+
 CANDIDATES = ("ghost", "two-branch", "two-branch-relative")
 """Repairs without a state, of at most 2 C^2 numbers a boundary."""
 
@@ -50,8 +54,10 @@ class Choice:
     """What the recipe chose, and why.
 
     Attributes:
-        layers: removed. repair: the name of its operators, or ``"none"``.
-        operators: solved from all windows, by boundary. ridges: their relative ridges.
+        layers: removed.
+        repair: the name of its family, or ``"pruned"``.
+        operators: solved from all windows, by boundary.
+        ridges: their relative ridges.
         losses: nats per token on the held-out calibration tokens, by layers and repair, each
             solved without these tokens; infinite where the repaired model gives NaN.
         tokens: how many they are.
@@ -66,7 +72,10 @@ class Choice:
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
         """A copy of the dense ``model`` without the layers and with the operators in place."""
-        return operate(model, runs(self.layers, num_layers(model)), self.operators)
+        gaps = runs(self.layers, num_layers(model))
+        recovered = install(model, {gap: self.operators.get(gap) for gap in gaps})
+        recovered.config.recovery |= {"recipe": self.summary}
+        return recovered
 
     @property
     def rivals(self) -> dict[str, float]:
@@ -102,7 +111,7 @@ class Recipe:
         model: the dense model; it is not changed.
         windows: (windows, length) token ids without padding, at least two; of these, evenly spread,
             as many as make `HELD_OUT` tokens are kept out of the fits, but never more than half.
-        candidates: ``"ghost"`` and those with features or token weights, see `REGRESSORS`.
+        candidates: families that take a relative ridge.
         batch_size: windows per forward pass.
 
     Raises:
@@ -123,15 +132,14 @@ class Recipe:
             raise ValueError(TOO_FEW)
         if not candidates:
             raise ValueError(f"no candidate to choose from: name one, such as {CANDIDATES[-1]!r}")
-        for name in candidates:
-            OPERATORS[name]
-            if name != "ghost" and REGRESSORS.get(name, "mlp") == "mlp":
+        self.families = {name: Family.of(name) for name in candidates}
+        for name, family in self.families.items():
+            if "relative_ridge" not in family.options or family.name == "low-rank":
                 raise ValueError(
-                    f"the recipe cannot choose {name}: its candidates are 'ghost' and operators "
-                    f"with features or token weights, such as {CANDIDATES[-1]!r}"
+                    f"the recipe cannot choose {name}, which takes no ridge alone: its candidates "
+                    f"are such as {', '.join(CANDIDATES)}"
                 )
-        self.regressors = {name: REGRESSORS.get(name, "stream") for name in candidates}
-        _check_ground(model, self.regressors.values())
+        _check_ground(model, self.families.values())
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
         kept_out = torch.zeros(len(windows), dtype=torch.bool)
@@ -155,7 +163,7 @@ class Recipe:
         gaps = {gap for layers in choices for gap in runs(layers, self.total)}
         if missing := sorted(gaps - set(self._statistics)):
             how: dict[str, Any] = {"batch_size": self.batch_size}
-            how["regressors"] = set(self.regressors.values())
+            how["regressors"] = {family.regressor for family in self.families.values()}
             fit = calibrate(self.model, self.fitted, missing, **how)
             held_out = calibrate(self.model, self.judges, missing, **how)
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
@@ -164,49 +172,54 @@ class Recipe:
         """The best candidate for ``layers``, or for the best on the `shortlist` of so many.
 
         Raises:
-            ValueError: layers that cannot be removed; every candidate, no repair too, gives NaN.
+            ValueError: layers that cannot be removed, or NaN from every repair and from none.
         """
         asked = self.shortlist(layers) if isinstance(layers, int) else [tuple(sorted(layers))]
         self.collect(asked)
         losses: dict[tuple[Layers, str], float] = {}
         ridges: dict[tuple[Layers, str], dict[Boundary, float]] = {}
-        todo = [(layers, repair) for layers in asked for repair in (NONE, *self.regressors)]
+        todo = [(layers, repair) for layers in asked for repair in (PRUNED, *self.families)]
         for key in track(todo, "choosing", unit="repair"):
             layers, repair = key
             parts = self._moments(layers, repair)
             fits = {gap: fit for gap, (fit, _) in parts.items()}
             ridges[key] = {gap: choose_ridge(fits[gap], held_out=parts[gap][1]) for gap in parts}
-            loss = self._trials.loss(layers, _solve(fits, repair, ridges[key]))
+            loss = self._trials.loss(layers, self._solve(fits, repair, ridges[key]))
             losses[key] = math.inf if math.isnan(loss) else loss
         best = min(losses, key=lambda key: losses[key])  # ties: the fewest numbers, named first
         if math.isinf(losses[best]):
             raise ValueError(
-                "every candidate of the recipe, and no repair too, gives NaN or an infinite loss: "
+                "the pruned model and every repair of the recipe give NaN or an infinite loss: "
                 "try a wider dtype (bfloat16 or float32), or other windows"
             )
         layers, repair = best
         whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
-        final = _solve(whole, repair, ridges[best])
+        final = self._solve(whole, repair, ridges[best])
         return Choice(layers, repair, final, ridges[best], losses, self.judges.numel())
 
     def _moments(self, layers: Layers, repair: str) -> dict[Boundary, tuple[Moments, Moments]]:
         """Those that ``repair`` is solved from, of the fitted and of the held-out windows."""
-        found = {}
-        for gap in runs(layers, self.total) if repair != NONE else ():
-            fit, judge = (part.of(self.regressors[repair]) for part in self._statistics[gap])
-            found[gap] = (fit[gap], judge[gap])
-        return found
+        if repair == PRUNED:
+            return {}
+        regressor = self.families[repair].regressor
+        parts = {}
+        for gap in runs(layers, self.total):
+            fit, judge = (collected.of(regressor) for collected in self._statistics[gap])
+            parts[gap] = (fit[gap], judge[gap])
+        return parts
+
+    def _solve(
+        self, moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, float]
+    ) -> dict[Boundary, Operator]:
+        return {
+            gap: solve(m, self.families[repair], relative_ridge=ridges[gap])
+            for gap, m in moments.items()
+        }
 
 
-def _solve(
-    moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, float]
-) -> dict[Boundary, Operator]:
-    return {gap: solve(m, repair, relative_ridge=ridges[gap]) for gap, m in moments.items()}
-
-
-def _check_ground(model: PreTrainedModel, regressors: Iterable[str]) -> None:
+def _check_ground(model: PreTrainedModel, families: Iterable[Family]) -> None:
     """Refuse normalised features, before any pass, where layers read the stream without a norm."""
-    if any(r != "stream" and Regressor.parse(r).normalised for r in regressors):
+    if any(family.regressor.normalised for family in families):
         try:
             stream_norm(model)
         except ValueError as error:

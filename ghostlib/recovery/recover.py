@@ -1,4 +1,4 @@
-"""Recovery: from calibration windows, or moments collected before, to a repaired model."""
+"""Recover: from calibration windows, or moments collected before, to a repaired model."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,33 +8,31 @@ from transformers import PreTrainedModel
 
 from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, runs
-from ghostlib.operators.solve import (
-    OPERATORS,
-    REGRESSORS,
-    Operator,
-    solve,
-    warn_of_massive_activations,
-)
+from ghostlib.operators.families import Family
+from ghostlib.operators.solve import check_options, solve, warn_of_massive_activations
 from ghostlib.recovery.recipe import AUTO, Recipe
 from ghostlib.recovery.sequential import fit_sequential
 from ghostlib.statistics.calibration import Calibration, calibrate
 from ghostlib.statistics.moments import Moments
-from ghostlib.surgery.cut import operate
+from ghostlib.surgery.cut import install
 
 
 def recover(
     model: PreTrainedModel,
     calibration: Tensor | Mapping[Boundary, Moments],
     layers: Iterable[int] | int,
-    operator: str | Mapping[Boundary, Operator] = "ghost",
+    operator: str | Family = "ghost",
     *,
     attention_mask: Tensor | None = None,
-    skip_leading: int = 0,
-    batch_size: int = 1,
+    skip_leading: int | None = None,
+    batch_size: int | None = None,
     fit: str = "teacher",
+    verbose: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
     """Remove ``layers`` from a copy of ``model`` and repair each gap with a closed-form operator.
+
+    To install operators that were solved elsewhere, see `install`.
 
     Args:
         model: the dense model. It keeps its layers and logits; the copy shares its weights.
@@ -42,98 +40,104 @@ def recover(
             before (`calibrate`), which must hold every boundary of ``layers``.
         layers: decoder layers to remove; adjacent ones share one boundary. With ``"auto"`` it may
             be their number, and the recipe chooses them too.
-        operator: a name from `OPERATORS`, or solved operators by boundary; or
-            ``"auto"``: the `Recipe` tries several repairs on calibration tokens that it keeps out
-            of the fit, and prints one line about its choice. It needs windows.
-        attention_mask, skip_leading, batch_size: as in `calibrate`, when windows are given.
+        operator: a name from `FAMILIES`, a regressor such as ``"x, n(x); 1/|y|"``, or ``"auto"``:
+            the `Recipe` tries several repairs on calibration tokens that it keeps out of the fit.
+        attention_mask: (windows, length), 0 at padding, when windows are given.
+        skip_leading: first positions of each window to leave out, when windows are given.
+        batch_size: windows per forward pass, when windows are given; 1 by default.
         fit: ``"teacher"``: every boundary from the dense model's streams, in one pass;
             ``"sequential"``: each ``X_pre`` from the model as repaired so far, see
             `fit_sequential`, which needs windows. With one boundary they are the same.
+        verbose: print one line about what ``"auto"`` chose.
         options: passed on to the solver, such as ``relative_ridge=1e-3``, or to the `Recipe`.
 
     Returns:
-        A model of the same family whose ``config.ghost`` lists what was removed and installed, in
-        the dtype and on the devices of ``model``. Offloaded weights stay offloaded; the operators
-        do not.
+        A model of the same family, in the dtype and on the devices of ``model``, whose
+        ``config.recovery`` says what was removed, how it was repaired, and what a recipe chose.
 
     Raises:
         ValueError: layers out of range or repeated, none left, moments of another model, width or
-            boundary, an operator of the wrong shape or for another kind of norm, or a model that
-            was recovered before.
+            boundary, an argument that would have no effect, or a model that was recovered before.
 
     Warns:
         MassiveActivationWarning: a few tokens own the squared error the operator minimises.
+        SingularGramWarning: the tokens do not determine a full matrix and no ridge makes up for it.
     """
+    if fit not in ("teacher", "sequential"):
+        raise ValueError(f"fit must be 'teacher' or 'sequential', got {fit!r}")
+    given: dict[str, Any] = {
+        "attention_mask": attention_mask,
+        "skip_leading": skip_leading,
+        "batch_size": batch_size,
+    }
+    passes = {name: value for name, value in given.items() if value is not None}
     if operator == AUTO:
+        unused = [name for name in passes if name != "batch_size"]
+        if unused or fit != "teacher":
+            raise ValueError(
+                "operator='auto' fits whole windows of the dense model's text: leave out "
+                f"{(unused or ['fit'])[0]}"
+            )
         if not isinstance(calibration, Tensor):
             raise ValueError(
                 "operator='auto' keeps windows out of the fit: give token windows, not statistics"
             )
-        if attention_mask is not None or skip_leading or fit != "teacher":
-            raise ValueError(
-                "operator='auto' fits whole windows of the dense model's text: leave out "
-                "attention_mask, skip_leading and fit"
-            )
-        choice = Recipe(model, calibration, batch_size=batch_size, **options).choose(layers)
-        print(choice)
+        choice = Recipe(model, calibration, **passes, **options).choose(layers)
+        if verbose:
+            print(choice)
         return choice.apply(model)
+    if isinstance(operator, Mapping):
+        raise ValueError("these operators are solved already: use install(model, operators)")
     if isinstance(layers, int):
         raise ValueError(
             f"layers must name the layers to remove, got the number {layers}: choose them with "
             f"select_layers(model, calibration, {layers}), or use operator='auto'"
         )
+    family = Family.of(operator)  # an unknown name is refused before the long pass, not after it
+    check_options(family, options)
     gaps = runs(layers, num_layers(model))
-    if fit not in ("teacher", "sequential"):
-        raise ValueError(f"fit must be 'teacher' or 'sequential', got {fit!r}")
-    if isinstance(operator, Mapping):
-        return operate(model, gaps, {gap: _lookup(operator, gap, "operator") for gap in gaps})
-    OPERATORS[operator]  # an unknown name is refused before the long pass, not after it
-    how: dict[str, Any] = {
-        "attention_mask": attention_mask,
-        "skip_leading": skip_leading,
-        "batch_size": batch_size,
-    }
-    if fit == "sequential" and len(gaps) > 1:
-        if not isinstance(calibration, Tensor):
+    if not isinstance(calibration, Tensor):
+        if passes or fit == "sequential":
             raise ValueError(
-                "fit='sequential' runs the model as repaired so far: give token windows, "
-                "not statistics of the dense model"
+                f"{next(iter(passes), 'fit')!r} belongs to a pass over windows, and statistics "
+                "were given: leave it out, or give token windows"
             )
-        return operate(
-            model, gaps, fit_sequential(model, calibration, gaps, operator, **how, **options)
-        )
-    regressor = REGRESSORS.get(operator, "stream")
-    if isinstance(calibration, Tensor):
-        calibration = calibrate(model, calibration, gaps, regressors=[regressor], **how)
+    elif fit == "sequential" and len(gaps) > 1:
+        operators = fit_sequential(model, calibration, gaps, family, **passes, **options)
+        return install(model, dict(operators))
+    else:
+        calibration = calibrate(model, calibration, gaps, regressors=[family.regressor], **passes)
+    collected: Mapping[Boundary, Moments] = calibration
     if isinstance(calibration, Calibration):
-        calibration = calibration.of(regressor)
-    _check_source(model, calibration)
-    moments = {gap: _lookup(calibration, gap, "moments") for gap in gaps}
-    warn_of_massive_activations(moments, operator)
-    return operate(model, gaps, {gap: solve(moments[gap], operator, **options) for gap in gaps})
+        collected = calibration.of(family.regressor)
+    moments = {gap: _moments_of(model, collected, gap, family) for gap in gaps}
+    warn_of_massive_activations(moments, family)
+    return install(model, {gap: solve(moments[gap], family, **options) for gap in gaps})
 
 
-def _lookup(known: Mapping[Boundary, Any], gap: Boundary, what: str) -> Any:
-    if gap not in known:
+def _moments_of(
+    model: PreTrainedModel, collected: Mapping[Boundary, Moments], gap: Boundary, family: Family
+) -> Moments:
+    """The moments of a gap, unless they are of another model, boundary or width."""
+    if gap.start == 0 and family.regressor.reads_mlp:
         raise ValueError(
-            f"no {what} for boundary {gap}, only for {', '.join(map(str, known)) or 'none'}: "
+            f"{family} repairs the MLP before the gap, and boundary {gap} has no layer before it: "
+            "keep layer 0, or use a repair of the stream such as ghost"
+        )
+    if gap not in collected:
+        raise ValueError(
+            f"no moments for boundary {gap}, only for {', '.join(map(str, collected)) or 'none'}: "
             f"calibrate with boundaries=[Boundary{gap}]"
         )
-    return known[gap]
-
-
-def _check_source(model: PreTrainedModel, calibration: Mapping[Boundary, Moments]) -> None:
-    """Refuse moments of another model, another boundary or another width."""
-    mine = fingerprint(model)
-    for boundary, moments in calibration.items():
-        if moments.out_width != hidden_size(model):
-            raise ValueError(
-                f"moments of width {moments.out_width} do not fit a model of width "
-                f"{hidden_size(model)}"
-            )
-        if moments.boundary not in (None, boundary):
-            raise ValueError(f"moments of boundary {moments.boundary} were given for {boundary}")
-        if moments.model not in (None, mine):
-            raise ValueError(
-                f"moments were collected on model {moments.model}, not on {mine}: calibrate again"
-            )
+    moments = collected[gap]
+    if moments.width != hidden_size(model):
+        raise ValueError(
+            f"moments of width {moments.width} do not fit a model of width {hidden_size(model)}"
+        )
+    if moments.boundary not in (None, gap):
+        raise ValueError(f"moments of boundary {moments.boundary} were given for {gap}")
+    if moments.model not in (None, own := fingerprint(model)):
+        raise ValueError(
+            f"moments were collected on model {moments.model}, not on {own}: calibrate again"
+        )
+    return moments

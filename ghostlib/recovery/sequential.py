@@ -6,6 +6,7 @@ so far, its ``X_post`` still from the dense model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -17,10 +18,11 @@ from ghostlib.common import track
 from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows, excerpt, feed, record
-from ghostlib.operators.solve import REGRESSORS, Operator, solve
+from ghostlib.models.streams import check_windows, excerpt, feed, listen, record
+from ghostlib.operators.families import Family
+from ghostlib.operators.solve import Operator, solve, warn_of_massive_activations
 from ghostlib.statistics.calibration import suited
-from ghostlib.statistics.features import Regressor, observe
+from ghostlib.statistics.features import Sources
 from ghostlib.statistics.moments import Moments
 
 
@@ -37,8 +39,18 @@ def dense_streams(
     Several choices of layers can share them. They are kept on the CPU in the model's dtype: 75 MB
     an index for 16 windows of 2,048 tokens at width 576 in float32.
 
+    Args:
+        model: the dense model; it is not changed.
+        windows: (windows, length) token ids.
+        indices: from 0 to the number of layers, which stands for the final norm.
+        attention_mask: (windows, length), 0 at padding.
+        batch_size: windows per forward pass.
+
     Returns:
-        ``{index: (windows, length, hidden)}``.
+        ``{index: (windows, length, width)}``.
+
+    Raises:
+        ValueError: windows that do not fit the model.
     """
     check_windows(model, windows, attention_mask)
     wanted = sorted(set(indices))
@@ -49,47 +61,53 @@ def dense_streams(
         streams = record(model, ids, wanted, attention_mask=m.to(input_device(model)))
         for index, stream in streams.items():
             kept[index].append(stream.cpu())
-    return {index: torch.cat(found) for index, found in kept.items()}
+    return {index: torch.cat(parts) for index, parts in kept.items()}
 
 
 def fit_sequential(
     model: PreTrainedModel,
     windows: Tensor,
     boundaries: Sequence[Boundary | tuple[int, int]],
-    operator: str = "ghost",
+    operator: str | Family = "ghost",
     *,
     attention_mask: Tensor | None = None,
     skip_leading: int = 0,
     batch_size: int = 1,
     streams: Mapping[int, Tensor] | None = None,
-    regressor: str | None = None,
     **options: Any,
 ) -> dict[Boundary, Operator]:
     """Solve one operator per boundary, in order, each on what the earlier ones let through.
 
     One pass of the dense model records the first ``X_pre`` and every ``X_post``; after that only
     the layers between two boundaries run again, once each. The recorded streams are kept, which
-    `calibrate` avoids: (boundaries + 1) times tokens times hidden numbers of the model's dtype.
+    `calibrate` avoids: (boundaries + 1) times tokens times width numbers of the model's dtype.
 
     Args:
         model: the dense model; it is not changed.
         windows: (windows, length) token ids.
         boundaries: runs of removed layers, in ascending order, with a kept layer between any two.
-        operator: a name from `OPERATORS` that acts on the stream.
-        attention_mask, skip_leading, batch_size: as in `calibrate`.
+        operator: a name from `FAMILIES`, or a regressor such as ``"x, n(x); 1/|y|"``.
+        attention_mask: (windows, length), 0 at padding; padding enters no statistic.
+        skip_leading: how many of the first positions of each window to leave out.
+        batch_size: windows per forward pass.
         streams: `dense_streams` at the first start and at every stop, where at hand.
-        regressor: what ``"branches"`` is solved from, such as ``"x, n(x); 1/|y|"``; the other
-            operators' names say it.
         options: passed on to the solver.
 
     Raises:
-        ValueError: boundaries that overlap, touch or are out of order; an operator that does not
-            act on the stream; streams of other windows.
+        ValueError: boundaries that overlap, touch or are out of order; a repair of the MLP before
+            a gap that has no layer before it; streams of other windows.
+
+    Warns:
+        MassiveActivationWarning: a few tokens own the squared error at one of the boundaries.
     """
+    family = Family.of(operator)
     gaps = check_order(boundaries, num_layers(model))
-    regressor = regressor or REGRESSORS.get(operator, "stream")
-    if regressor == "mlp":
-        raise ValueError(f"{operator} does not act on the stream: fit it with fit='teacher'")
+    regressor = suited(model, family.regressor)
+    if regressor.reads_mlp and gaps[0].start == 0:
+        raise ValueError(
+            f"{family} repairs the MLP before the gap, and boundary {gaps[0]} has no layer before "
+            "it: keep layer 0, or use a repair of the stream such as ghost"
+        )
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
     if streams is None:
         wanted = [gaps[0].start, *(gap.stop for gap in gaps)]
@@ -98,16 +116,31 @@ def fit_sequential(
         )
     real = mask.bool()
     used = real & (mask.cumsum(1) > skip_leading)
-    x = _stream(streams, gaps[0].start, windows)
+    before = Sources(_stream(streams, gaps[0].start, windows))
+    if regressor.reads_mlp:
+        before = _arrive(excerpt(model, 0, gaps[0].start), windows, None, mask, batch_size, True)
     operators: dict[Boundary, Operator] = {}
     for gap, following in zip(gaps, [*gaps[1:], None], strict=True):
-        y = _stream(streams, gap.stop, windows)
-        moments = _moments(model, gap, regressor, x, y, real, used)
-        operators[gap] = solve(moments, operator, **options)
+        moments = Moments(
+            hidden_size(model),
+            regressor=regressor,
+            hidden=None if before.hidden is None else before.hidden.shape[-1],
+            boundary=gap,
+            model=fingerprint(model),
+        )
+        after = _stream(streams, gap.stop, windows)
+        for row in range(len(windows)):
+            if used[row].any():
+                x, hidden, output = before.map(lambda part, row=row: part[row])  # type: ignore[misc]
+                sources = {"hidden": hidden, "output": output}
+                moments.update(x, after[row], real=real[row], used=used[row], **sources)
+        warn_of_massive_activations({gap: moments}, family)
+        operators[gap] = solve(moments, family, **options)
         if following is not None:
-            x = operators[gap].apply(x, real)
+            x, hidden, output = before
+            repaired = operators[gap].apply(x, real, hidden=hidden, output=output)
             part = excerpt(model, gap.stop, following.start)
-            x = _through(part, windows, x, mask, batch_size)
+            before = _arrive(part, windows, repaired, mask, batch_size, regressor.reads_mlp)
     return operators
 
 
@@ -137,39 +170,31 @@ def _stream(streams: Mapping[int, Tensor], index: int, windows: Tensor) -> Tenso
     return streams[index]
 
 
-def _moments(
-    model: PreTrainedModel,
-    gap: Boundary,
-    regressor: str,
-    x: Tensor,
-    y: Tensor,
-    real: Tensor,
-    used: Tensor,
-) -> Moments:
-    width = hidden_size(model)
-    about: dict[str, Any] = {"boundary": gap, "model": fingerprint(model)}
-    rows = zip(x, y, real, used, strict=True)
-    if regressor == "stream":
-        moments = Moments(width, **about)
-        for before, after, _, u in rows:
-            if u.any():
-                moments.update(before[u], after[u])
-        return moments
-    chosen = suited(model, Regressor.parse(regressor))
-    moments = Moments(len(chosen.features) * width, width, regressor=str(chosen), **about)
-    for before, after, r, u in rows:
-        if u.any():
-            observe(moments, before, after, r, u)
-    return moments
-
-
-def _through(
-    part: PreTrainedModel, windows: Tensor, stream: Tensor, mask: Tensor, batch_size: int
-) -> Tensor:
-    """What ``stream`` has become behind all layers of ``part``."""
-    end, place, passed = num_layers(part), input_device(part), []
-    batches = [t.split(batch_size) for t in (windows, stream, mask)]
-    for ids, x, m in track(list(zip(*batches, strict=True)), "repairing", unit="batch"):
-        with feed(part, x):
-            passed.append(record(part, ids, [end], attention_mask=m.to(place))[end].cpu())
-    return torch.cat(passed)
+def _arrive(
+    part: PreTrainedModel,
+    windows: Tensor,
+    stream: Tensor | None,
+    mask: Tensor,
+    batch_size: int,
+    with_mlp: bool,
+) -> Sources:
+    """What has come of ``stream``, or of the embeddings, after all layers of ``part``."""
+    end, place = num_layers(part), input_device(part)
+    arrived: list[Sources] = []
+    mlp: list[tuple[Tensor, Tensor]] = []
+    rows = range(0, len(windows), batch_size)
+    with listen(part, [end] if with_mlp else [], lambda _, read, out: mlp.append((read, out))):
+        for first in track(rows, "repairing", unit="batch"):
+            batch = slice(first, first + batch_size)
+            entering = nullcontext() if stream is None else feed(part, stream[batch])
+            with entering:
+                m = mask[batch].to(place)
+                x = record(part, windows[batch], [end], attention_mask=m)[end]
+            shape = x.shape[:2]
+            read = [t.view(*shape, -1) for t in mlp.pop()] if with_mlp else ()
+            arrived.append(Sources(x, *read).map(lambda t: t.cpu()))
+    joined = torch.cat([sources.stream for sources in arrived])
+    if not with_mlp:
+        return Sources(joined)
+    hidden, output = ([getattr(s, name) for s in arrived] for name in ("hidden", "output"))
+    return Sources(joined, torch.cat(hidden), torch.cat(output))

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ghostlib.common import Registry, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
+from ghostlib.operators.families import Family
 from ghostlib.selection.evidence import Evidence, Layers
 from ghostlib.statistics.calibration import Calibration, calibrate
 
@@ -90,7 +91,7 @@ def select_layers(
     criterion: str = "cosine",
     *,
     windows: Tensor | None = None,
-    operator: str = "ghost",
+    operator: str | Family = "ghost",
     beam: int = 1,
     attention_mask: Tensor | None = None,
     skip_leading: int = 0,
@@ -141,6 +142,7 @@ def select_layers(
             skip_leading=skip_leading,
             batch_size=batch_size,
             moments="moments" in rule.needs,
+            regressors=[Family.of(operator).regressor] if "moments" in rule.needs else (),
         )
     known = calibration if isinstance(calibration, Calibration) else None
     evidence = Evidence(model, known, windows, operator=operator, batch_size=batch_size)

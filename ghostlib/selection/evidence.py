@@ -1,5 +1,6 @@
 """Evidence: what a criterion may ask about a set of layers, computed when it is first asked."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,9 +16,113 @@ from ghostlib.models.architectures import decoder_layers, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without, runs
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import check_windows
+from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, Similarity
+
+Layers = tuple[int, ...]
+
+
+class Evidence:
+    """Facts about removing layers of ``model``.
+
+    Args:
+        model: the dense model.
+        calibration: similarities and moments, or None where the criterion needs none.
+        windows: (windows, length) token ids to score, or None.
+        operator: the repair whose residual and loss are asked for.
+        batch_size: windows per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration | None,
+        windows: Tensor | None,
+        *,
+        operator: str | Family = "ghost",
+        batch_size: int = 1,
+    ) -> None:
+        self.model, self.calibration, self.windows = model, calibration, windows
+        self.family, self.batch_size = Family.of(operator), batch_size
+        self.total = num_layers(model)
+        self._operators: dict[Boundary, Operator] = {}
+        self._base: tuple[Layers, bool] = ((), False)
+        self._parent: Layers = ()
+
+    def similarity(self, layers: Layers) -> Similarity:
+        """How alike the stream is before and after the block ``layers``."""
+        return self._statistics.similarities[self._block(layers)]
+
+    def residual(self, layers: Layers) -> float:
+        """Squared error that the repair of a block leaves, relative to ``||X_post||^2``.
+
+        On the tokens the repair was solved from. The unit is what the next layer should have
+        received, so that blocks of any place and length compare.
+        """
+        gap = self._block(layers)
+        if self.family.regressor.reads_mlp and gap.start == 0:
+            return math.inf  # no layer is left before the gap to repair it in
+        return self._repair(gap).residual / self._statistics[gap].t
+
+    def importance(self, layers: Layers) -> float:
+        """Summed first-order importance of the weights of ``layers``."""
+        return sum(self._importance[layer] for layer in layers)
+
+    def loss(self, layers: Layers) -> float:
+        """Mean loss on the windows without ``layers``."""
+        self._rebase(repaired=False)
+        return self._trials.loss(layers)
+
+    def recovered_loss(self, layers: Layers) -> float:
+        """Mean loss on the windows without ``layers`` and with every gap repaired."""
+        if self.family.regressor.reads_mlp and 0 in layers:
+            return math.inf
+        self._rebase(repaired=True)
+        return self._trials.loss(layers, self._repairs(layers))
+
+    def grow_from(self, parent: Layers) -> None:
+        """The sets asked for next are ``parent`` and one layer more: keep its streams."""
+        self._parent = parent
+
+    def _rebase(self, repaired: bool) -> None:
+        wanted = (self._parent, repaired)
+        # Without a removed layer there is nothing to repair, and trials begin with the dense model.
+        if self._parent and self._base != wanted:
+            self._trials.rebase(self._parent, self._repairs(self._parent) if repaired else None)
+            self._base = wanted
+
+    @property
+    def _statistics(self) -> Calibration:
+        assert self.calibration is not None, "the criterion declares that it needs a calibration"
+        return self.calibration
+
+    @cached_property
+    def _trials(self) -> Trials:
+        assert self.windows is not None, "the criterion declares that it needs windows"
+        return Trials(self.model, self.windows, batch_size=self.batch_size)
+
+    @cached_property
+    def _importance(self) -> list[float]:
+        assert self.windows is not None, "the criterion declares that it needs windows"
+        return taylor_importance(self.model, self.windows)
+
+    def _block(self, layers: Layers) -> Boundary:
+        (gap,) = runs(layers, self.total)
+        return gap
+
+    def _repairs(self, layers: Layers) -> Mapping[Boundary, Operator]:
+        return {gap: self._repair(gap) for gap in gaps_without(layers, self.total)}
+
+    def _repair(self, gap: Boundary) -> Operator:
+        if gap not in self._operators:
+            moments = self._statistics.of(self.family.regressor)[gap]
+            with warnings.catch_warnings():
+                # A candidate that is not chosen need not trouble anyone.
+                warnings.simplefilter("ignore", SingularGramWarning)
+                self._operators[gap] = solve(moments, self.family)
+        return self._operators[gap]
 
 
 def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
@@ -33,6 +138,9 @@ def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
 
     Returns:
         One number a layer, in nats.
+
+    Raises:
+        ValueError: windows that do not fit the model.
     """
     check_windows(model, windows)
     layer_of = {
@@ -59,99 +167,3 @@ def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
     for index, weight, total in zip(owner, weights.values(), totals, strict=True):
         importance[index] += float((weight.detach() * total).abs().sum(dtype=torch.float64))
     return importance
-
-
-Layers = tuple[int, ...]
-
-
-class Evidence:
-    """Facts about removing layers of ``model``.
-
-    Args:
-        model: the dense model.
-        calibration: similarities and moments, or None where the criterion needs none.
-        windows: (windows, length) token ids to score, or None.
-        operator: the repair whose residual and loss are asked for.
-        batch_size: windows per forward pass.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        calibration: Calibration | None,
-        windows: Tensor | None,
-        *,
-        operator: str = "ghost",
-        batch_size: int = 1,
-    ) -> None:
-        self.model, self.calibration, self.windows = model, calibration, windows
-        self.operator, self.batch_size = operator, batch_size
-        self.total = num_layers(model)
-        self._operators: dict[Boundary, Operator] = {}
-        self._repaired: bool | None = None
-        self._parent: Layers = ()
-
-    def similarity(self, layers: Layers) -> Similarity:
-        """How alike the stream is before and behind the block ``layers``."""
-        assert self.calibration is not None
-        return self.calibration.similarities[self._block(layers)]
-
-    def residual(self, layers: Layers) -> float:
-        """Squared error that the repair of a block leaves, relative to ``||X_post||^2``.
-
-        On the tokens the repair was solved from. The unit is what the next layer should have
-        received, so that blocks of any place and length compare.
-        """
-        assert self.calibration is not None
-        gap = self._block(layers)
-        return self._repair(gap).residual / self.calibration[gap].t
-
-    def importance(self, layers: Layers) -> float:
-        """Summed first-order importance of the weights of ``layers``."""
-        return sum(self._importance[layer] for layer in layers)
-
-    def loss(self, layers: Layers) -> float:
-        """Mean loss on the windows without ``layers``."""
-        self._settle(repaired=False)
-        return self._trials.loss(layers)
-
-    def recovered_loss(self, layers: Layers) -> float:
-        """Mean loss on the windows without ``layers`` and with every gap repaired."""
-        self._settle(repaired=True)
-        return self._trials.loss(layers, self._repairs(layers))
-
-    def grow_from(self, parent: Layers) -> None:
-        """The sets asked for next are ``parent`` and one layer more: keep its streams."""
-        self._parent, self._repaired = parent, None
-
-    def _settle(self, repaired: bool) -> None:
-        if self._parent and self._repaired != repaired:  # trials begin with the dense model
-            self._trials.rebase(self._parent, self._repairs(self._parent) if repaired else None)
-            self._repaired = repaired
-
-    @cached_property
-    def _trials(self) -> Trials:
-        assert self.windows is not None
-        return Trials(self.model, self.windows, batch_size=self.batch_size)
-
-    @cached_property
-    def _importance(self) -> list[float]:
-        assert self.windows is not None
-        return taylor_importance(self.model, self.windows)
-
-    def _block(self, layers: Layers) -> Boundary:
-        (gap,) = runs(layers, self.total)
-        return gap
-
-    def _repairs(self, layers: Layers) -> Mapping[Boundary, Operator]:
-        return {gap: self._repair(gap) for gap in gaps_without(layers, self.total)}
-
-    def _repair(self, gap: Boundary) -> Operator:
-        if gap not in self._operators:
-            assert self.calibration is not None
-            with warnings.catch_warnings():
-                # A candidate that is not chosen need not trouble anyone.
-                warnings.simplefilter("ignore", SingularGramWarning)
-                found = solve(self.calibration[gap], self.operator)
-            self._operators[gap] = found
-        return self._operators[gap]

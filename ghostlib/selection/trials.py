@@ -5,8 +5,6 @@ of them, the base, are kept, and a trial runs only from where it begins to diffe
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -17,19 +15,21 @@ from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without
 from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
 from ghostlib.operators.solve import Operator
-from ghostlib.surgery.cut import operate
-from ghostlib.surgery.folding import FOLDED, fold_mlp
+from ghostlib.surgery.cut import install
 
 
 class Trials:
     """Losses of pruned and repaired variants of ``model`` on ``windows``.
+
+    The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype.
 
     Args:
         model: the dense model; it is not changed, and it is the first base.
         windows: (windows, length) token ids, at least two tokens long.
         batch_size: windows per forward pass.
 
-    The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype.
+    Raises:
+        ValueError: windows that do not fit the model, or of one token.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> None:
@@ -70,12 +70,12 @@ class Trials:
         place = sum(layer < self._first_change(layers, operators) for layer in kept)
         part = excerpt(variant, place)
         key = kept[place - 1] + 1 if place else 0
-        found = []
+        losses = []
         for ids, streams in zip(self.batches, self.streams, strict=True):
             with feed(part, streams[key]):
                 hidden = final_hidden(part, ids)
-            found.append(token_losses(part, hidden, ids).mean(1))
-        return torch.cat(found)
+            losses.append(token_losses(part, hidden, ids).mean(1))
+        return torch.cat(losses)
 
     def loss(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
@@ -86,27 +86,26 @@ class Trials:
     def _variant(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]
     ) -> PreTrainedModel:
-        # At the gap a folded scale is a scalar: the same function, and the layers before it stay.
-        at_gap = {
-            gap: replace(op, name="scalar") if op.name == "magnitude" else op
-            for gap, op in operators.items()
-        }
-        return operate(self.model, gaps_without(layers, self.total), at_gap)
+        gaps = gaps_without(layers, self.total)
+        # At the gap, so that the layers before it stay as they are in the base.
+        return install(self.model, {gap: operators.get(gap) for gap in gaps}, at_gap=True)
 
     def _first_change(self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]) -> int:
         """Index of the first dense layer from which this variant differs from the base."""
         gaps = gaps_without(layers, self.total)
         # both begin with as many gaps as agree before the first that does not
-        common = len(
-            list(takewhile(lambda pair: pair[0] == pair[1], zip(gaps, self.base, strict=False)))
-        )
+        pairs = zip(gaps, self.base, strict=False)
+        common = next((i for i, (ours, base) in enumerate(pairs) if ours != base), None)
+        if common is None:
+            common = min(len(gaps), len(self.base))
         different = [*gaps[common : common + 1], *self.base[common : common + 1]]
         if not different:
             return self.total
         first = min(gap.start for gap in different)
         changed = operators.get(gaps[common]) if common < len(gaps) else None
-        # A repair folded into the last MLP before the gap changes the layer before it.
-        return first - (changed is not None and FOLDED.get(changed.name) is fold_mlp)
+        # A repair that reads the last MLP before the gap is folded into it: that layer changes too.
+        folded = changed is not None and changed.regressor.reads_mlp
+        return first - 1 if folded and gaps[common].start == first else first
 
 
 def _survivors(layers: tuple[int, ...], total: int) -> list[int]:

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from ghostlib.models.boundaries import Boundary
 from ghostlib.models.placement import input_device
 from ghostlib.statistics.calibration import Calibration, Similarity, calibrate
-from ghostlib.statistics.moments import Moments
+from ghostlib.statistics.features import STREAM
 
 
 def shard(windows: Tensor) -> Tensor:
@@ -101,42 +101,40 @@ def calibrate_distributed(
 
 
 def all_reduce(calibration: Calibration, device: torch.device | str = "cpu") -> Calibration:
-    """Add up ``calibration``, in place, over all processes; returns it.
+    """The sums of ``calibration`` over all processes, which must hold the same boundaries.
 
-    Each must hold the same boundaries. A Gram matrix that boundaries share is added up once and
-    stays shared.
+    A Gram matrix that boundaries share is added up once and stays shared.
 
     Args:
         device: where the process group's backend wants tensors: a GPU for NCCL.
     """
-    attached = (calibration, *vars(calibration).values())
-    collected = [
-        moments
-        for found in attached
-        if isinstance(found, dict)
-        for moments in found.values()
-        if isinstance(moments, Moments)
-    ]
-    similar = calibration.similarities
-    means = torch.tensor(list(similar.values()), dtype=torch.float64) * calibration.tokens
-    counts = [(m.tokens, m.weight, m.sequences, m.fourth) for m in collected]
-    counts.append((calibration.tokens, 0, 0, 0))
-    totals = _total(torch.tensor(counts, dtype=torch.float64), device).tolist()
-    calibration.tokens = int(totals.pop()[0])
-    means = _total(means, device) / calibration.tokens
-    for boundary, row in zip(similar, means.tolist(), strict=True):
-        similar[boundary] = Similarity(*row)
+    # One flat dictionary of everything that is summed; shared matrices stand in it once.
+    sums: dict[int | str, Tensor] = {}
+    for moments in calibration.collected.values():
+        sums |= {id(tensor): tensor for tensor in moments.tensors().values()}
+    counts = [list(moments.counts().values()) for moments in calibration.collected.values()]
+    sums["counts"] = torch.tensor(counts, dtype=torch.float64)
+    sums["tokens"] = torch.tensor(float(calibration.tokens), dtype=torch.float64)
+    means = torch.tensor(list(calibration.similarities.values()), dtype=torch.float64)
+    sums["similarities"] = means * calibration.tokens
+    totals = {key: _total(values, device) for key, values in sums.items()}
 
-    done: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, whose id must not go astray
-    for moments, (tokens, weight, sequences, fourth) in zip(collected, totals, strict=True):
-        moments.tokens, moments.weight, moments.sequences = int(tokens), weight, int(sequences)
-        moments.fourth = fourth
-        for name, mine in list(vars(moments).items()):
-            if isinstance(mine, Tensor):
-                if id(mine) not in done:
-                    done[id(mine)] = mine, _total(mine, device)
-                setattr(moments, name, done[id(mine)][1])
-    return calibration
+    total = Calibration(calibration.model)
+    total.tokens = int(totals["tokens"])
+    rows = (totals["similarities"] / total.tokens).tolist()
+    for boundary, row in zip(calibration.similarities, rows, strict=True):
+        total.similarities[boundary] = Similarity(*row)
+    lines = totals["counts"].tolist()
+    for (key, moments), line in zip(calibration.collected.items(), lines, strict=True):
+        tensors = {name: totals[id(tensor)] for name, tensor in moments.tensors().items()}
+        tokens, weight, sequences, fourth = line
+        summed = {"tokens": int(tokens), "sequences": int(sequences)}
+        total.collected[key] = moments.replaced(
+            tensors, summed | {"weight": weight, "fourth": fourth}
+        )
+    if total.collected:
+        total.update(total.of(STREAM))
+    return total
 
 
 def _place() -> tuple[int, int]:

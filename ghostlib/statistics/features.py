@@ -1,20 +1,20 @@
-"""Features: what a repair may read of the stream, and how much the error of each token weighs.
+"""Features: what a repair may read, and how much the error of each token weighs.
 
 The removed layers never saw the raw stream: every pre-norm sub-layer reads a normalised copy of it.
-A `Regressor` names several features side by side, ``F = [f_1(X), f_2(X) …]``, and a token weight;
-``Delta`` is regressed on ``F`` from the same additive moments as ever, and what was found repairs
-the stream as ``X + F M``.
+A `Regressor` names several features side by side, ``F = [f_1, f_2 …]``, and a token weight;
+``Delta`` is regressed on ``F`` from the same additive moments as ever, and the solution repairs
+the stream as ``X + F M``. With one weight of tokens the moments of many features hold those of some
+of them as blocks, so that a pass collects the widest regressors alone.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ghostlib.common import Registry
-from ghostlib.statistics.moments import Moments
 
 
 def rms_norm(X: Tensor) -> Tensor:
@@ -22,6 +22,10 @@ def rms_norm(X: Tensor) -> Tensor:
 
     In float32 at least, as models compute it. Without the small constant that models add to the
     square, so that the scale of the stream goes out exactly.
+
+    >>> rms_norm(torch.tensor([[3.0, 4.0], [30.0, 40.0]]))
+    tensor([[0.8485, 1.1314],
+            [0.8485, 1.1314]])
     """
     return _divide(X.to(_wide(X)), X)
 
@@ -47,89 +51,225 @@ def _divide(values: Tensor, X: Tensor) -> Tensor:
     return torch.where(root > noise, values / root.where(root > noise, 1.0), 0.0).to(X.dtype)
 
 
-class Feature(NamedTuple):
-    """A function of one token, (…, width) -> (…, width), with ``of(0) = 0``.
+class Sources(NamedTuple):
+    """What features are taken of, for the same tokens.
 
-    ``previous``: it is taken of the token before, and is 0 at the first token of a sequence.
+    Attributes:
+        stream: (…, tokens, width) before the gap.
+        hidden: (…, tokens, intermediate) what the down-projection of the last layer before the gap
+            reads; None where no feature needs it.
+        output: (…, tokens, width) what that down-projection returns; None likewise.
     """
 
-    of: Callable[[Tensor], Tensor]
+    stream: Tensor
+    hidden: Tensor | None = None
+    output: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Sources":
+        """The same function of each."""
+        hidden = None if self.hidden is None else function(self.hidden)
+        output = None if self.output is None else function(self.output)
+        return Sources(function(self.stream), hidden, output)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A function of one token, (…, width) -> (…, width), with ``of(0) = 0``.
+
+    Attributes:
+        name: as people spell it.
+        of: the function.
+        source: what it is taken of, a field of `Sources`.
+        previous: it is taken of the token before, and is 0 at the first token of a sequence.
+        norm: ``"rms"`` or ``"layer"`` for a normalised copy, by the norm that the model's layers
+            read through; None for what does not depend on it.
+    """
+
+    name: str
+    of: Callable[[Tensor], Tensor] = field(repr=False)
+    source: str = "stream"
     previous: bool = False
-
-
-FEATURES: Registry[Feature] = Registry(
-    "feature",
-    **{
-        "x": Feature(lambda X: X),
-        "n(x)": Feature(rms_norm),
-        "n(prev)": Feature(rms_norm, previous=True),
-        "z(x)": Feature(standardise),
-        "z(prev)": Feature(standardise, previous=True),
-    },
-)
-"""The stream; and its normalised copy, this token's or the one's before: ``n`` by RMSNorm, ``z`` by
-LayerNorm. Ask for ``n``: `Regressor.resolve` takes what the model's layers read."""
-
-WEIGHTS: Registry[Callable[[Tensor], Tensor]] = Registry(
-    "weight",
-    **{
-        "1": torch.ones_like,
-        "1/|y|^0.5": lambda norm: norm.rsqrt(),
-        "1/|y|": lambda norm: 1 / norm,
-        "1/|y|^2": lambda norm: 1 / norm.square(),
-    },
-)
-"""The weight of a token's squared error, as a function of the norm of its ``X_post``.
-
-Multiplying all streams by ``a`` multiplies all weights alike, so no fit depends on their scale.
-``1/|y|^2`` makes every error relative; ``1/|y|`` is half way (a token 100 times the norm of the
-others counts 100 times as much as they, and not 10,000 times)."""
-
-
-class Regressor(NamedTuple):
-    """What ``Delta`` is regressed on, and how tokens are weighted; as text ``"x, n(x); 1/|y|"``."""
-
-    features: tuple[str, ...]
-    weight: str = "1"
+    norm: str | None = None
 
     def __str__(self) -> str:
-        return ", ".join(self.features) + (f"; {self.weight}" if self.weight != "1" else "")
+        return self.name
+
+    def resolve(self, norm: str) -> "Feature":
+        """The same feature for a model whose layers read through this norm."""
+        if self.norm is None or self.norm == norm:
+            return self
+        alike = ("source", "previous")
+        return next(
+            other
+            for other in FEATURES.values()
+            if other.norm == norm and all(getattr(other, a) == getattr(self, a) for a in alike)
+        )
+
+
+def _same(X: Tensor) -> Tensor:
+    return X
+
+
+FEATURES: Registry[Feature] = Registry("feature")
+"""The stream; its normalised copy, this token's or that of the token before (``n`` by RMSNorm,
+``z`` by LayerNorm: ask for ``n``, and `Regressor.resolve` takes what the model's layers read); what
+the last down-projection before the gap reads, ``h``, and what it returns, ``f``."""
+for _feature in (
+    Feature("x", _same),
+    Feature("n(x)", rms_norm, norm="rms"),
+    Feature("n(prev)", rms_norm, previous=True, norm="rms"),
+    Feature("z(x)", standardise, norm="layer"),
+    Feature("z(prev)", standardise, previous=True, norm="layer"),
+    Feature("h", _same, source="hidden"),
+    Feature("f", _same, source="output"),
+):
+    FEATURES[_feature.name] = _feature
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weight of a token's squared error, as a function of the norm of its ``X_post``.
+
+    Multiplying all streams by ``a`` multiplies all weights alike, so no fit depends on their scale.
+    ``1/|y|^2`` makes every error relative; ``1/|y|`` is half way (a token 100 times the norm of the
+    others counts 100 times as much as they, and not 10,000 times).
+    """
+
+    name: str
+    of: Callable[[Tensor], Tensor] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+WEIGHTS: Registry[Weight] = Registry("weight")
+for _weight in (
+    Weight("1", torch.ones_like),
+    Weight("1/|y|^0.5", lambda norm: norm.rsqrt()),
+    Weight("1/|y|", lambda norm: 1 / norm),
+    Weight("1/|y|^2", lambda norm: 1 / norm.square()),
+):
+    WEIGHTS[_weight.name] = _weight
+UNIFORM = WEIGHTS["1"]
+
+
+@dataclass(frozen=True)
+class Regressor:
+    """What ``Delta`` is regressed on, and how tokens are weighted; spelt ``"x, n(x); 1/|y|"``.
+
+    Attributes:
+        features: side by side, in this order.
+        weight: of each token.
+    """
+
+    features: tuple[Feature, ...]
+    weight: Weight = UNIFORM
+
+    def __str__(self) -> str:
+        listed = ", ".join(map(str, self.features))
+        return listed + (f"; {self.weight}" if self.weight != UNIFORM else "")
 
     @classmethod
-    def parse(cls, text: str) -> "Regressor":
-        """Read what `__str__` wrote.
+    def parse(cls, spelling: "str | Regressor") -> "Regressor":
+        """Read what ``str`` writes; the one place where a spelling is read.
 
         Raises:
             ValueError: an unknown feature or weight, or a feature named twice.
+
+        >>> Regressor.parse("x, n(x); 1/|y|").features[1].name
+        'n(x)'
         """
-        listed, _, weight = text.partition("; ")
-        features = tuple(listed.split(", "))
-        for name in features:
-            FEATURES[name]
-        WEIGHTS[weight or "1"]
+        if isinstance(spelling, Regressor):
+            return spelling
+        listed, _, weight = spelling.partition("; ")
+        features = tuple(FEATURES[name] for name in listed.split(", "))
         if len(set(features)) < len(features):
-            raise ValueError(f"regressor {text!r} names a feature twice: name each once")
-        return cls(features, weight or "1")
+            raise ValueError(f"regressor {spelling!r} names a feature twice: name each once")
+        return cls(features, WEIGHTS[weight or "1"])
+
+    def resolve(self, norm: str) -> "Regressor":
+        """The same for a model whose layers read through a ``"rms"`` or a ``"layer"`` norm."""
+        return Regressor(tuple(f.resolve(norm) for f in self.features), self.weight)
+
+    @property
+    def generic(self) -> "Regressor":
+        """The one that is asked for, whatever norm this one was resolved for."""
+        return self.resolve("rms")
 
     @property
     def normalised(self) -> bool:
         """Whether it reads a normalised stream."""
-        return any(name != "x" for name in self.features)
+        return any(feature.norm for feature in self.features)
 
-    def resolve(self, norm: str) -> "Regressor":
-        """The same for a model whose layers read through a ``"rms"`` or a ``"layer"`` norm."""
-        new, old = ("n(", "z(") if norm == "rms" else ("z(", "n(")
-        return self._replace(features=tuple(f.replace(old, new) for f in self.features))
+    @property
+    def sources(self) -> frozenset[str]:
+        """Fields of `Sources` that it reads."""
+        return frozenset(feature.source for feature in self.features)
+
+    @property
+    def reads_mlp(self) -> bool:
+        """Whether it reads the last MLP before the gap, which must then have a layer before it."""
+        return self.sources != {"stream"}
+
+    @property
+    def reads_previous(self) -> bool:
+        """Whether a feature is taken of the token before."""
+        return any(feature.previous for feature in self.features)
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether ``W = I + M`` says the same as ``M``: it acts on one untransformed feature."""
+        return len(self.features) == 1 and self.features[0].name in ("x", "f")
+
+    def widths(self, width: int, hidden: int | None = None) -> tuple[int, ...]:
+        """Width of each feature, for a stream and an MLP of these widths.
+
+        Raises:
+            ValueError: it reads what the down-projection reads, and ``hidden`` is not given.
+        """
+        if "hidden" in self.sources and hidden is None:
+            raise ValueError(f"moments of {self} need the width of the MLP: pass hidden=…")
+        return tuple(
+            hidden if hidden and feature.source == "hidden" else width for feature in self.features
+        )
+
+    def design(self, sources: Sources, real: Tensor | None = None) -> Tensor:
+        """The features side by side, (…, tokens, p).
+
+        Args:
+            sources: whole sequences where a feature is of the token before.
+            real: (…, tokens), false at padding, which is nobody's token before.
+        """
+        before = sources.map(lambda part: _shifted(part, real)) if self.reads_previous else sources
+        parts = []
+        for feature in self.features:
+            source = getattr(before if feature.previous else sources, feature.source)
+            if source is None:
+                raise ValueError(
+                    f"{self} reads the MLP before the gap: pass {feature.source}=… as well"
+                )
+            parts.append(feature.of(source))
+        return torch.cat(parts, -1)
+
+    def contains(self, other: "Regressor") -> bool:
+        """Whether its moments hold those of ``other``."""
+        return self.weight == other.weight and set(other.features) <= set(self.features)
 
 
-def generic(regressor: str) -> str:
-    """A regressor's text, whatever norm it was resolved for."""
-    return regressor.replace("z(", "n(")
+STREAM = Regressor.parse("x")
 
 
-def reads_previous(features: Sequence[str]) -> bool:
-    """Whether one of ``features`` is taken of the token before."""
-    return any(FEATURES[name].previous for name in features)
+def widest(regressors: Iterable[Regressor]) -> list[Regressor]:
+    """The fewest regressors whose moments hold those of all; features in one order for each weight.
+
+    >>> [str(r) for r in widest(map(Regressor.parse, ["x", "x, n(x)", "x; 1/|y|"]))]
+    ['x, n(x)', 'x; 1/|y|']
+    """
+    kept: list[Regressor] = []
+    for regressor in sorted(regressors, key=lambda r: (-len(r.features), str(r))):
+        if not any(wide.contains(regressor) for wide in kept):
+            kept.append(regressor)
+    return kept
 
 
 def previous(
@@ -143,7 +283,7 @@ def previous(
         before: (batch, width) the last real token of what came earlier; None at the beginning.
 
     Returns:
-        (batch, tokens, width), zero where there is none, and (batch, width) to go on from.
+        (batch, tokens, width), zero where there is none, and (batch, width) to resume from.
     """
     batch, tokens, width = X.shape
     if real is None:
@@ -153,103 +293,18 @@ def previous(
     place = torch.arange(1, tokens + 1, device=X.device)
     latest = torch.where(real, place, 0).cummax(1).values  # of the tokens so far, from 1; 0: none
     latest = nn.functional.pad(latest, (1, 0))
-    found = known.gather(1, latest[..., None].expand(-1, -1, width))
-    return found[:, :-1], found[:, -1]
+    gathered = known.gather(1, latest[..., None].expand(-1, -1, width))
+    return gathered[:, :-1], gathered[:, -1]
 
 
-def design(
-    features: Sequence[str],
-    X: Tensor,
-    real: Tensor | None = None,
-    shifted: Tensor | None = None,
-) -> Tensor:
-    """``features`` of ``X`` side by side, (…, tokens, features x width).
-
-    Args:
-        X: (…, tokens, width), whole sequences where a feature is of the token before.
-        real: (…, tokens), false at padding.
-        shifted: what `previous` gave, where at hand.
-    """
-    if shifted is None and reads_previous(features):
-        flat = X.reshape(-1, *X.shape[-2:])
-        shifted = previous(flat, None if real is None else real.reshape(flat.shape[:2]))[0]
-        shifted = shifted.view(X.shape)
-    parts = []
-    for name in features:
-        feature = FEATURES[name]
-        source = shifted if feature.previous else X
-        assert source is not None
-        parts.append(feature.of(source))
-    return torch.cat(parts, -1)
+def _shifted(X: Tensor, real: Tensor | None) -> Tensor:
+    flat = X.reshape(-1, *X.shape[-2:])
+    mask = None if real is None else real.reshape(flat.shape[:2])
+    return previous(flat, mask)[0].view(X.shape)
 
 
-def observe(
-    moments: Moments,
-    X: Tensor,
-    Y: Tensor,
-    real: Tensor | None = None,
-    used: Tensor | None = None,
-) -> Moments:
-    """Add one sequence to moments of a `Regressor`: its features for ``X``, ``Delta`` for ``Y``.
-
-    Args:
-        moments: ``Moments(features x width, width, regressor=…)``; returned.
-        X, Y: (tokens, width) streams before and after the boundary, from the sequence's beginning.
-        real: (tokens,) false at padding. used: (tokens,) those to learn from; by default ``real``.
-
-    Raises:
-        ValueError: as `Moments.update`; a used token that is zero after the boundary, where
-            weights divide by its norm.
-    """
-    regressor = Regressor.parse(moments.regressor)
-    x, y = X.double(), Y.double()
-    F = design(regressor.features, x, real)
-    used = real if used is None else used
-    if used is not None:
-        F, x, y = F[used], x[used], y[used]
-    norm = torch.linalg.vector_norm(y, dim=-1)
-    if regressor.weight != "1" and not (norm > 0).all():
-        raise ValueError(
-            f"a token has norm 0 after the boundary, where its weight {regressor.weight} is "
-            "infinite: leave it out, or use a regressor without a weight"
-        )
-    return moments.update(F, y - x, WEIGHTS[regressor.weight](norm))
-
-
-def contains(wide: Regressor, narrow: Regressor) -> bool:
-    """Whether moments of ``wide`` hold those of ``narrow``."""
-    return wide.weight == narrow.weight and set(narrow.features) <= set(wide.features)
-
-
-def widest(regressors: Iterable[Regressor]) -> list[Regressor]:
-    """The fewest of ``regressors`` whose moments hold those of all.
-
-    >>> [str(r) for r in widest(map(Regressor.parse, ["x", "x, n(x)", "x; 1/|y|"]))]
-    ['x, n(x)', 'x; 1/|y|']
-    """
-    found: list[Regressor] = []
-    for regressor in sorted(regressors, key=lambda r: (-len(r.features), str(r))):
-        if not any(contains(wide, regressor) for wide in found):
-            found.append(regressor)
-    return found
-
-
-def part(moments: Moments, places: Sequence[int]) -> Moments:
-    """The moments of some of the features that ``moments`` has side by side.
-
-    The first ones are given as views. What does not depend on features is shared: sums are rebound,
-    never changed in place.
-
-    Args:
-        moments: of k features (tokens, k C) and Delta (tokens, C).
-        places: which of them, from 0 to k - 1, in the order they are wanted in.
-    """
-    C, whole = moments.out_width, Regressor.parse(moments.regressor)
-    columns: slice | Tensor = slice(len(places) * C)
-    if list(places) != list(range(len(places))):
-        columns = torch.cat([torch.arange(place * C, (place + 1) * C) for place in places])
-    found = copy.copy(moments)
-    found.regressor = str(whole._replace(features=tuple(whole.features[i] for i in places)))
-    found.G = moments.G[columns][:, columns]
-    found.B, found.x1, found.x_abs = (t[columns] for t in (moments.B, moments.x1, moments.x_abs))
-    return found
+def places(wide: Sequence[Feature], narrow: Sequence[Feature], widths: Sequence[int]) -> Tensor:
+    """Columns of the features ``narrow`` among those of ``wide``, whose widths are given."""
+    starts = dict(zip(wide, torch.tensor([0, *widths[:-1]]).cumsum(0).tolist(), strict=True))
+    sizes = dict(zip(wide, widths, strict=True))
+    return torch.cat([torch.arange(starts[f], starts[f] + sizes[f]) for f in narrow])

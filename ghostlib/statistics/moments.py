@@ -1,16 +1,19 @@
-"""Moments: everything a least-squares operator needs to know about two sets of activations.
+"""Moments: everything a least-squares repair needs to know about the tokens on both sides of a gap.
 
-Row-vector convention: activations are ``X`` of shape (tokens, width), an operator acts as
-``X @ W``. The squared error of *any* linear operator is a quadratic form in the second moments
+Row-vector convention: activations are ``X`` of shape (tokens, width), a matrix acts as ``X @ W``.
+The squared error of *any* matrix ``M`` on features ``F`` is a quadratic form in the second moments
 
-    ``||X W - Y||_F^2 = tr(W' G W) - 2 tr(W' B) + t``,  ``G = X'X``, ``B = X'Y``, ``t = tr(Y'Y)``,
+    ``||F M - Delta||_F^2 = tr(M' G M) - 2 tr(M' F'Delta) + ||Delta||_F^2``,  ``G = F'F``,
 
-so ``X`` and ``Y`` themselves need never be kept: memory is O(width^2), whatever the number of
-tokens (paper, appendix H, eqs. A15-A16). The moments of two sets of tokens add up.
+so the activations themselves need never be kept: memory is O(width^2), whatever the number of
+tokens (paper, appendix H, eqs. A15-A16). The moments of two sets of tokens add up. With the stream
+itself for ``F``, and ``W = I + M``, the same number is the familiar ``||X_pre W - X_post||_F^2``.
 """
 
+import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -19,371 +22,418 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ghostlib.linalg.gram import gram
+from ghostlib.linalg.gram import Gram, gram
 from ghostlib.linalg.hadamard import has_hadamard, rotate
 from ghostlib.models.boundaries import Boundary
+from ghostlib.statistics.features import STREAM, Regressor, Sources, places
+
+_FORMAT = "ghostlib-moments-2"
+_TENSORS = ("G", "cross", "f1", "d1", "d2", "x_abs", "y_abs", "ratio", "ratio_rotated")
+_COUNTS = ("tokens", "weight", "sequences", "fourth")
+
+
+class Repair(Protocol):
+    """Anything that maps features ``F`` to ``F M + bias``, such as an `Operator`."""
+
+    @property
+    def M(self) -> Tensor:
+        """(p, C) matrix."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(C,) or None."""
 
 
 class Stream(NamedTuple):
-    """One sequence of activations (tokens, width) in float64 with its weighted column sums.
+    """One sequence of the stream in float64, with what every boundary there shares.
 
-    Computed once a sequence, it serves every boundary that begins or ends there.
+    Attributes:
+        values: (tokens, width).
+        weight: (tokens,) of each token's squared error.
+        abs: (width,) weighted column sums of ``|X|``.
+        rotated: (width,) those of ``|X H|``, H the Hadamard matrix; None where the width has none.
     """
 
     values: Tensor
-    weighted: Tensor
-    weight: float
-    sum: Tensor
+    weight: Tensor
     abs: Tensor
-    square: Tensor
     rotated: Tensor | None
 
     @classmethod
     def of(cls, activations: Tensor, weight: Tensor | None = None) -> "Stream":
-        """Sums over ``activations`` (tokens, width), each row multiplied by its ``weight``."""
+        """Take ``activations`` (tokens, width), each row with its ``weight``."""
         values = activations.double()
-        if weight is None:
-            weight = torch.ones(len(values), device=values.device)
-            weighted = values
-        else:
-            weight = weight.to(values.device)
-            weighted = weight.double()[:, None] * values
-        w = weight.double()
+        w = torch.ones(len(values), device=values.device) if weight is None else weight
+        w = w.to(values.device).double()
         rotated = None
         if has_hadamard(values.shape[1]):
             # It feeds a mean of absolute values only, for which float32 will do.
             rotated = w @ rotate(activations.float()).abs().double()
-        return cls(
-            values=values,
-            weighted=weighted,
-            weight=float(w.sum()),
-            sum=w @ values,
-            abs=w @ values.abs(),
-            square=(weighted * values).sum(0),
-            rotated=rotated,
-        )
-
-    def gram(self) -> Tensor:
-        """``X' diag(w) X``, (width, width)."""
-        return self.weighted.T @ self.values
+        return cls(values, w, w @ values.abs(), rotated)
 
 
-def ratio(x: Tensor, y: Tensor) -> Tensor:
-    """``y / x`` by channel, 1 where ``x`` is zero: a channel without signal stays as it is."""
-    return torch.where(x > 0, y / x.clamp_min(torch.finfo(x.dtype).tiny), torch.ones_like(x))
+class Moments:
+    """Additive float64 sufficient statistics of features ``F`` (tokens, p) and ``Delta``.
 
+    ``Delta = X_post - X_pre`` (tokens, C) is what the removed layers added to the stream. Tokens
+    may each carry a weight ``w``; without one, ``w = 1``.
 
-SUMS = ("G", "B", "y2", "x1", "y1", "x_abs", "y_abs", "ratio", "ratio_rotated")
-
-
-class Sums:
-    """Additive float64 sufficient statistics of the pair ``X`` (tokens, p) and ``Y`` (tokens, q).
-
-    Each token may carry a weight ``w``; without one, ``w = 1``.
+    Args:
+        width: of the stream, C.
+        regressor: the features, or their spelling; by default the stream ``X_pre`` itself.
+        hidden: width of the MLP, where a feature needs it.
+        boundary: which gap they belong to.
+        model: fingerprint of the model they come from.
+        device: where the sums are kept.
 
     Attributes:
-        G: (p, p) Gram matrix ``X' diag(w) X``.
-        B: (p, q) cross moments ``X' diag(w) Y``.
-        y2: (q,) squared norm of each column of ``Y``; their sum is ``t``.
-        x1, y1: (p,), (q,) column sums of ``X`` and ``Y``.
-        x_abs, y_abs: (p,), (q,) column sums of ``|X|`` and ``|Y|``.
-        ratio: (q,) sum over sequences of ``mean|Y_j| / mean|X_j|`` (1 where ``X_j`` is all zero),
-            the statistic of LinearPatch; stays zero when ``p != q``.
-        ratio_rotated: the same for ``X H`` and ``Y H``, with ``H`` the normalised Hadamard matrix;
-            stays zero when the width has none.
-        tokens: number of rows seen. weight: sum of their weights. sequences: number of updates.
-        boundary: the `Boundary` they belong to, or None.
-        model: fingerprint of the model they come from, or None.
-        fourth: sum over tokens of ``(w |Y - X|^2)^2``, for `Moments.effective_tokens`; 0 when
-            ``p != q``.
-        regressor: what ``X`` is: ``"stream"``, or ``"mlp"`` for the output of the last MLP before
-            the boundary (then ``Y`` is that output plus Delta), or a `Regressor`'s features (then
-            ``Y`` is Delta).
+        G: (p, p) Gram matrix ``F' diag(w) F``.
+        cross: (p, C) cross moments ``F' diag(w) Delta``.
+        f1: (p,) column sums of ``F``.
+        d1: (C,) column sums of ``Delta``.
+        d2: (C,) squared norm of each column of ``Delta``.
+        x_abs: (C,) column sums of ``|X_pre|``.
+        y_abs: (C,) column sums of ``|X_post|``.
+        ratio: (C,) sum over sequences of ``mean|X_post| / mean|X_pre|`` by channel (1 where that
+            channel is all zero), the statistic of LinearPatch.
+        ratio_rotated: (C,) the same in the Hadamard-rotated basis; zero where the width has none.
+        tokens: number of tokens.
+        weight: sum of their weights.
+        sequences: number of calls of `update`.
+        fourth: sum over tokens of ``(w |Delta|^2)^2``, for `effective_tokens`.
+
+    Raises:
+        ValueError: a width below 1, or features of the MLP without its width.
+
+    >>> X_pre, X_post = torch.randn(2, 100, 8)
+    >>> moments = Moments(8).update(X_pre, X_post)
+    >>> moments.G.shape, moments.cross.shape, moments.tokens
+    (torch.Size([8, 8]), torch.Size([8, 8]), 100)
     """
 
-    def __init__(
-        self,
-        width: int,
-        out_width: int | None = None,
-        *,
-        boundary: Boundary | tuple[int, int] | None = None,
-        model: str | None = None,
-        regressor: str = "stream",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        p, q = int(width), int(width if out_width is None else out_width)
-        if p < 1 or q < 1:
-            raise ValueError(f"widths must be at least 1, got {p} and {q}")
-        shapes = {"G": (p, p), "B": (p, q), "x1": (p,), "x_abs": (p,)}
-        for name in SUMS:
-            shape = shapes.get(name, (q,))
-            setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
-        self.tokens = 0
-        self.weight = 0.0
-        self.sequences = 0
-        self.fourth = 0.0
-        self.boundary = None if boundary is None else Boundary(*boundary)
-        self.model = model
-        self.regressor = regressor
-
     G: Tensor
-    B: Tensor
-    y2: Tensor
-    x1: Tensor
-    y1: Tensor
+    cross: Tensor
+    f1: Tensor
+    d1: Tensor
+    d2: Tensor
     x_abs: Tensor
     y_abs: Tensor
     ratio: Tensor
     ratio_rotated: Tensor
 
+    def __init__(
+        self,
+        width: int,
+        *,
+        regressor: Regressor | str = STREAM,
+        hidden: int | None = None,
+        boundary: Boundary | tuple[int, int] | None = None,
+        model: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        C = int(width)
+        if C < 1 or (hidden is not None and hidden < 1):
+            raise ValueError(f"widths must be at least 1, got {width} and {hidden}")
+        self.regressor = Regressor.parse(regressor)
+        self.blocks = self.regressor.widths(C, hidden)
+        p = sum(self.blocks)
+        shapes = {"G": (p, p), "cross": (p, C), "f1": (p,)}
+        for name in _TENSORS:
+            shape = shapes.get(name, (C,))
+            setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
+        self.tokens, self.sequences = 0, 0
+        self.weight, self.fourth = 0.0, 0.0
+        self.boundary = None if boundary is None else Boundary(*boundary)
+        self.model = model
+
     @property
     def width(self) -> int:
-        """Input width p."""
-        return self.B.shape[0]
-
-    @property
-    def out_width(self) -> int:
-        """Output width q."""
-        return self.B.shape[1]
-
-    @property
-    def of_change(self) -> bool:
-        """Whether ``Y`` is Delta, so that doing nothing is a zero operator and not the identity."""
-        return self.regressor not in ("stream", "mlp")
+        """Width of the stream, C."""
+        return self.cross.shape[1]
 
     def __repr__(self) -> str:
-        where = "" if self.boundary is None else f", boundary={self.boundary}"
-        return (
-            f"{type(self).__name__}(width={self.width}, out_width={self.out_width}, "
-            f"tokens={self.tokens}{where})"
-        )
+        at = "" if self.boundary is None else f", boundary={self.boundary}"
+        return f"Moments({self.width}, regressor='{self.regressor}', tokens={self.tokens}{at})"
 
-    def update(self, X: Tensor, Y: Tensor, weight: Tensor | None = None) -> Self:
+    def update(
+        self,
+        X_pre: Tensor,
+        X_post: Tensor,
+        weight: Tensor | None = None,
+        *,
+        hidden: Tensor | None = None,
+        output: Tensor | None = None,
+        real: Tensor | None = None,
+        used: Tensor | None = None,
+    ) -> Self:
         """Add the tokens of one sequence; returns self.
 
+        LinearPatch averages over sequences: for its statistic it matters which tokens come in one
+        call; for everything else it does not.
+
         Args:
-            X: (tokens, p) activations before the boundary. Y: (tokens, q) activations after it.
+            X_pre: (tokens, C) stream before the gap.
+            X_post: (tokens, C) stream after it.
             weight: (tokens,) non-negative weight of each token's squared error.
+            hidden: (tokens, I) what the down-projection before the gap reads, if it is needed.
+            output: (tokens, C) what it returns, likewise.
+            real: (tokens,) false at padding.
+            used: (tokens,) tokens to learn from; by default ``real``.
 
         Raises:
-            ValueError: shapes that do not fit, non-finite values, or invalid weights. Nothing is
-                added in that case.
+            ValueError: shapes that do not fit, complex or non-finite values, invalid weights, or a
+                token that is zero after the gap where weights divide by its norm. Nothing is added
+                in that case.
         """
-        self._check(X, Y, weight)
-        device = self.G.device
-        x, y = (Stream.of(values.to(device), weight) for values in (X, Y))
-        self.G = self.G + x.gram()
-        return self.add_sequence(x, y)
+        sources = Sources(X_pre, hidden, output)
+        self._check(sources, X_post, weight)
+        used = real if used is None else used
+        rows = torch.ones(len(X_pre), dtype=torch.bool) if used is None else used.bool().cpu()
+        F = self.regressor.design(sources.map(lambda part: part.double().to(self.G.device)), real)
+        pick = rows.to(F.device)
+        part = None if weight is None else weight[rows.to(weight.device)]
+        x, y = (Stream.of(S.to(self.G.device)[pick], part) for S in (X_pre, X_post))
+        return self.add_sequence(F[pick], x, y)
 
-    def add_sequence(self, x: Stream, y: Stream) -> Self:
-        """`update` without ``G``, from what several boundaries share; for the streaming pass.
+    def add_sequence(self, F: Tensor, x: Stream, y: Stream, *, with_gram: bool = True) -> Self:
+        """`update` from what several boundaries share; for the streaming pass.
 
         Sums are rebound, never changed in place, so that two objects may share a tensor.
         """
-        self.B = torch.addmm(self.B, x.weighted.T, y.values)
-        self.y2 = self.y2 + y.square
-        self.x1, self.y1 = self.x1 + x.sum, self.y1 + y.sum
+        delta = y.values - x.values
+        w = x.weight
+        if self.regressor.weight.name != "1":
+            norm = torch.linalg.vector_norm(y.values, dim=-1)
+            if not (norm > 0).all():
+                raise ValueError(
+                    f"a token has norm 0 after the boundary, where its weight "
+                    f"{self.regressor.weight} is infinite: leave it out, or use a regressor "
+                    "without a weight"
+                )
+            w = w * self.regressor.weight.of(norm)
+        weighted = F if bool((w == 1).all()) else F * w[:, None]
+        if with_gram:
+            self.G = self.G + weighted.T @ F
+        error = w * delta.square().sum(1)
+        self.cross = torch.addmm(self.cross, weighted.T, delta)
+        self.f1, self.d1 = self.f1 + weighted.sum(0), self.d1 + w @ delta
+        self.d2 = self.d2 + w @ delta.square()
+        self.fourth += float(error.square().sum())
         self.x_abs, self.y_abs = self.x_abs + x.abs, self.y_abs + y.abs
-        if self.of_change:
-            self.fourth += float((y.weighted * y.values).sum(1).square().sum())
-        elif self.width == self.out_width:
-            change = (y.weighted - x.weighted) * (y.values - x.values)
-            self.fourth += float(change.sum(1).square().sum())
-            self.ratio = self.ratio + ratio(x.abs, y.abs)
-            if x.rotated is not None and y.rotated is not None:
-                self.ratio_rotated = self.ratio_rotated + ratio(x.rotated, y.rotated)
-        self.tokens += len(x.values)
-        self.weight += x.weight
+        self.ratio = self.ratio + _ratio(x.abs, y.abs)
+        if x.rotated is not None and y.rotated is not None:
+            self.ratio_rotated = self.ratio_rotated + _ratio(x.rotated, y.rotated)
+        self.tokens += len(delta)
+        self.weight += float(w.sum())
         self.sequences += 1
         return self
 
-    def _check(self, X: Tensor, Y: Tensor, weight: Tensor | None) -> None:
-        if X.ndim != 2 or Y.ndim != 2 or len(X) != len(Y):
+    def _check(self, sources: Sources, X_post: Tensor, weight: Tensor | None) -> None:
+        X_pre = sources.stream
+        if X_pre.ndim != 2 or X_post.ndim != 2 or len(X_pre) != len(X_post):
             raise ValueError(
-                f"X and Y must be (tokens, width) with as many tokens, "
-                f"got {tuple(X.shape)} and {tuple(Y.shape)}"
+                "X_pre and X_post must be (tokens, width) with as many tokens, "
+                f"got {tuple(X_pre.shape)} and {tuple(X_post.shape)}"
             )
-        if X.shape[1] != self.width or Y.shape[1] != self.out_width:
+        if X_pre.shape[1] != self.width or X_post.shape[1] != self.width:
             raise ValueError(
-                f"these moments have widths {self.width} and {self.out_width}, "
-                f"got activations of widths {X.shape[1]} and {Y.shape[1]}"
+                f"these moments have width {self.width}, "
+                f"got activations of widths {X_pre.shape[1]} and {X_post.shape[1]}"
             )
-        for name, values in (("X", X), ("Y", Y)):
+        named: dict[str, Tensor | None] = {"X_pre": X_pre, "X_post": X_post}
+        named |= {"hidden": sources.hidden, "output": sources.output}
+        for name, values in named.items():
+            if values is None:
+                continue
+            if values.is_complex():
+                raise ValueError(f"{name} is complex ({values.dtype}): activations are real")
+            if len(values) != len(X_pre):
+                raise ValueError(f"{name} has {len(values)} tokens, X_pre has {len(X_pre)}")
             if not torch.isfinite(values).all():
                 raise ValueError(
                     f"{name} has NaN or infinite activations: they would spoil every moment"
                 )
         if weight is not None:
-            if weight.shape != (len(X),):
-                raise ValueError(f"weight must have shape ({len(X)},), got {tuple(weight.shape)}")
+            if weight.shape != (len(X_pre),):
+                raise ValueError(
+                    f"weight must have shape ({len(X_pre)},), got {tuple(weight.shape)}"
+                )
             if not torch.isfinite(weight).all() or (weight < 0).any():
                 raise ValueError("weights must be finite and non-negative")
 
-    def __add__(self, other: "Sums") -> Self:
-        """Moments of both sets of tokens together.
+    # ------------------------------------------------------------------ what they tell
 
-        Every sum is added once, so the result differs from one long pass only by the rounding of
-        float64 additions (relative 1e-15 per addition), and ``a + b`` equals ``b + a`` exactly.
+    @property
+    def gram(self) -> Gram:
+        """``G`` with its factorisations, which boundaries with the same start share."""
+        return gram(self.G, self.blocks)
+
+    @property
+    def B(self) -> Tensor:
+        """(C, C) cross moments ``X_pre' X_post`` of the plain stream.
 
         Raises:
-            ValueError: other widths, another boundary or another model.
+            ValueError: moments of other features.
         """
-        if not isinstance(other, Sums):
-            return NotImplemented
-        for what in ("width", "out_width", "boundary", "model", "regressor"):
-            mine, theirs = getattr(self, what), getattr(other, what)
-            if mine != theirs:
-                raise ValueError(
-                    f"moments of different {what} cannot be added: {mine} and {theirs}"
-                )
-        total = self._like()
-        for name in SUMS:
-            setattr(total, name, getattr(self, name) + getattr(other, name).to(self.G.device))
-        for name in ("tokens", "weight", "sequences", "fourth"):
-            setattr(total, name, getattr(self, name) + getattr(other, name))
-        return total
-
-    def __radd__(self, other: Any) -> Self:
-        return self if other == 0 else NotImplemented  # so that sum() works
-
-    def _like(self) -> Self:
-        return type(self)(
-            self.width,
-            self.out_width,
-            boundary=self.boundary,
-            model=self.model,
-            regressor=self.regressor,
-            device=self.G.device,
-        )
-
-    def to(self, device: torch.device | str) -> Self:
-        """A copy on another device (float64 stays)."""
-        moved = self._like()
-        for name in SUMS:
-            setattr(moved, name, getattr(self, name).to(device))
-        moved.tokens, moved.weight, moved.sequences = self.tokens, self.weight, self.sequences
-        moved.fourth = self.fourth
-        return moved
-
-
-_FORMAT = "ghostlib-moments-1"
-
-
-class Linear(Protocol):
-    """Anything that maps ``X`` to ``X @ W + bias``, such as an `Operator`."""
-
-    @property
-    def W(self) -> Tensor:
-        """(p, q) matrix."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        """(q,) or None."""
-
-
-class Moments(Sums):
-    """Additive float64 sufficient statistics of ``X`` (tokens, p) and ``Y`` (tokens, q).
-
-    `Sums` documents what is added up, how, and the arguments; here is what can be asked of it.
-    """
+        self._require_identity("B = X_pre' X_post")
+        return self.G + self.cross
 
     @property
     def t(self) -> float:
-        """``tr(Y'Y)``, the squared Frobenius norm of the target."""
-        return float(self.y2.sum())
+        """``||X_post||_F^2`` of the plain stream; `ValueError` for other features."""
+        self._require_identity("t = ||X_post||^2")
+        return float(self.G.trace() + 2 * self.cross.trace() + self.d2.sum())
 
     @property
-    def nothing(self) -> float:
-        """(Weighted) squared error of doing nothing, ``||Delta||_F^2``.
-
-        Raises:
-            ValueError: ``p != q``, where doing nothing has no meaning.
-        """
-        if self.of_change:
-            return self.t
-        if self.width != self.out_width:
-            raise ValueError("doing nothing is the identity, which needs equal widths")
-        return max(self.t - 2 * float(self.B.trace()) + float(self.G.trace()), 0.0)
+    def pruned_error(self) -> float:
+        """(Weighted) squared error of the pruned model, ``||Delta||_F^2``."""
+        return float(self.d2.sum())
 
     @property
     def effective_tokens(self) -> float:
         """How many tokens share the objective: ``(sum_t e_t)^2 / sum_t e_t^2``.
 
-        ``e_t = w_t |Delta_t|^2`` is what a token contributes to the error of doing nothing. All
+        ``e_t = w_t |Delta_t|^2`` is what a token contributes to the error of the pruned model. All
         tokens where they are alike, about k where k of them own it; one of them owns at least the
         reciprocal. Both sums are additive, so this is exact whatever the order of the tokens.
-
-        Raises:
-            ValueError: as `nothing`.
         """
-        nothing = self.nothing
-        return nothing**2 / self.fourth if self.fourth > 0 else float(self.tokens)
+        return self.pruned_error**2 / self.fourth if self.fourth > 0 else float(self.tokens)
 
-    def error(self, operator: Tensor | Linear) -> float:
-        """Squared error ``||X W + 1 b' - Y||_F^2`` of any operator on these tokens.
+    def error(self, repair: Tensor | Repair) -> float:
+        """Squared error ``||F M + 1 b' - Delta||_F^2`` of any repair on these tokens.
 
         On training moments this is the training residual, on held-out moments the held-out error.
-        Below about 1e-15 ``t`` the value is rounding; it is clipped at zero.
+        Below about 1e-15 of ``||X_post||^2`` the value is rounding; it is clipped at zero.
 
         Args:
-            operator: W of shape (p, q), or an `Operator` with its W and bias.
+            repair: an `Operator`; or its ``W`` (C, C) for moments of the plain stream, where the
+                error is ``||X_pre W - X_post||_F^2``; or its ``M`` (p, C) for other features.
 
         Raises:
-            ValueError: W has another shape.
+            ValueError: a matrix of another shape.
         """
-        W = operator if isinstance(operator, Tensor) else operator.W
-        bias = None if isinstance(operator, Tensor) else operator.bias
-        if W.shape != self.B.shape:
+        bias = None
+        if isinstance(repair, Tensor):
+            M = repair.to(self.G)
+            if self.regressor.has_identity and M.shape == self.cross.shape:
+                M = M - torch.eye(len(M)).to(M)
+        else:
+            M, bias = repair.M.to(self.G), repair.bias
+        if M.shape != self.cross.shape:
             raise ValueError(
-                f"operator must have shape {tuple(self.B.shape)}, got {tuple(W.shape)}"
+                f"operator must have shape {tuple(self.cross.shape)}, got {tuple(M.shape)}"
             )
-        W = W.to(self.G)
-        total = (W * (self.G @ W)).sum() - 2 * (W * self.B).sum() + self.y2.sum()
+        total = (M * (self.G @ M)).sum() - 2 * (M * self.cross).sum() + self.d2.sum()
         if bias is not None:
             b = bias.to(self.G)
-            total = total + 2 * b @ (W.T @ self.x1 - self.y1) + self.weight * (b @ b)
+            total = total + 2 * b @ (M.T @ self.f1 - self.d1) + self.weight * (b @ b)
         return max(float(total), 0.0)
 
-    def relative_error(self, operator: Tensor | Linear) -> float:
-        """`error` divided by that of doing nothing, ``||Y - X||_F^2`` (1 = no better than pruning).
+    def relative_error(self, repair: Tensor | Repair) -> float:
+        """`error` divided by that of the pruned model (1 = no better than pruning).
 
         Raises:
-            ValueError: ``p != q``, or ``Y`` equals ``X`` (there is nothing to recover).
+            ValueError: ``X_post`` equals ``X_pre`` (there is nothing to recover).
         """
-        nothing = self.nothing
-        size = 0.0 if self.of_change else self.t + float(self.G.trace())
-        rounding = self.width * torch.finfo(torch.float64).eps * size
-        if nothing <= rounding:
+        if self.pruned_error <= 0:
             raise ValueError("X_post equals X_pre: the removed layers did nothing to recover")
-        return self.error(operator) / nothing
+        return self.error(repair) / self.pruned_error
 
     def effective_rank(self, rcond: float = 1e-6) -> int:
-        """Number of singular values of ``X`` above ``rcond`` times the largest.
+        """Singular values of ``F``, in its features' units, above ``rcond`` times the largest.
 
         They are square roots of the eigenvalues of ``G``, so ratios below about 1e-8 drown in
         float64 rounding.
         """
         if not 0 < rcond < 1:
             raise ValueError(f"rcond must lie between 0 and 1, got {rcond}")
-        return int(gram(self.G).seen(rcond).sum())
+        return int(self.gram.spectrum.seen(rcond).sum())
+
+    def part(self, regressor: Regressor | str) -> "Moments":
+        """The moments of some of these features, as the blocks they are here.
+
+        Leading features come as views, and sums that no feature enters are shared.
+
+        Raises:
+            ValueError: a feature that is not here, or another weight of tokens.
+        """
+        narrow = Regressor.parse(regressor)
+        if not self.regressor.contains(narrow):
+            raise ValueError(f"moments of {self.regressor} do not hold those of {narrow}")
+        chosen = copy.copy(self)
+        chosen.regressor = narrow
+        widths = dict(zip(self.regressor.features, self.blocks, strict=True))
+        chosen.blocks = tuple(widths[feature] for feature in narrow.features)
+        columns: Any = places(self.regressor.features, narrow.features, self.blocks)
+        if columns.tolist() == list(range(len(columns))):
+            columns = slice(len(columns))
+        chosen.G = self.G[columns][:, columns]
+        chosen.cross, chosen.f1 = self.cross[columns], self.f1[columns]
+        return chosen
+
+    def _require_identity(self, what: str) -> None:
+        if self.regressor.features != STREAM.features:
+            raise ValueError(
+                f"{what} is of the plain stream, these moments are of {self.regressor}"
+            )
+
+    # ------------------------------------------------------------------ sums of sums, files
+
+    def __add__(self, other: "Moments") -> Self:
+        """Moments of both sets of tokens together.
+
+        Every sum is added once, so the result differs from one long pass only by the rounding of
+        float64 additions (relative 1e-15 per addition), and ``a + b`` equals ``b + a`` exactly.
+
+        Raises:
+            ValueError: other features, another width, boundary or model.
+        """
+        if not isinstance(other, Moments):
+            return NotImplemented
+        for what in ("width", "blocks", "boundary", "model", "regressor"):
+            this, that = getattr(self, what), getattr(other, what)
+            if this != that:
+                raise ValueError(f"moments of different {what} cannot be added: {this} and {that}")
+        mapped = {k: t + getattr(other, k).to(self.G.device) for k, t in self.tensors().items()}
+        counts = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
+        return self.replaced(mapped, counts)
+
+    def __radd__(self, other: Any) -> Self:
+        return self if other == 0 else NotImplemented  # so that sum() works
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on another device (float64 stays)."""
+        return self.replaced({name: t.to(device) for name, t in self.tensors().items()}, {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return {name: getattr(self, name) for name in _TENSORS}
+
+    def counts(self) -> dict[str, float]:
+        """The scalar sums by name."""
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    def replaced(self, tensors: Mapping[str, Tensor], counts: Mapping[str, float]) -> Self:
+        """A copy with other sums."""
+        changed = copy.copy(self)
+        for name, value in (*tensors.items(), *counts.items()):
+            setattr(changed, name, value)
+        return changed
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; an old file is replaced only once the new one is whole."""
         path = Path(path)
-        meta = {
+        facts = self.counts() | {
             "format": _FORMAT,
-            "tokens": str(self.tokens),
-            "weight": repr(self.weight),
-            "sequences": str(self.sequences),
-            "fourth": repr(self.fourth),
-            "boundary": json.dumps(self.boundary),
-            "model": json.dumps(self.model),
-            "regressor": self.regressor,
+            "regressor": str(self.regressor),
+            "blocks": self.blocks,
+            "boundary": self.boundary,
+            "model": self.model,
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            tensors = {name: getattr(self, name).cpu().contiguous() for name in SUMS}
-            save_file(tensors, temporary, metadata=meta)
+            tensors = {name: t.cpu().contiguous() for name, t in self.tensors().items()}
+            save_file(tensors, temporary, metadata={"moments": json.dumps(facts)})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -393,30 +443,39 @@ class Moments(Sums):
         """Read what `save` wrote.
 
         Raises:
+            FileNotFoundError: no such file.
             ValueError: the file is damaged or holds something else.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                if meta.get("format") != _FORMAT:
+                facts = json.loads((file.metadata() or {}).get("moments", "{}"))
+                if facts.get("format") != _FORMAT:
                     raise ValueError("not a ghostlib moments file")
-                sums = {name: file.get_tensor(name) for name in SUMS}
-            boundary, model = (json.loads(meta[key]) for key in ("boundary", "model"))
-            regressor = meta.get("regressor", "stream")  # files of version 0.1 do not say
-            moments = cls(*sums["B"].shape, boundary=boundary, model=model, regressor=regressor)
-            moments.tokens, moments.sequences = int(meta["tokens"]), int(meta["sequences"])
-            moments.weight = float(meta["weight"])
-            moments.fourth = float(meta.get("fourth", 0.0))  # nor had they this
+                sums = {name: file.get_tensor(name) for name in _TENSORS}
+            regressor = Regressor.parse(facts["regressor"])
+            sizes = zip(regressor.features, facts["blocks"], strict=True)
+            hidden = {size for feature, size in sizes if feature.source == "hidden"}
+            moments = cls(
+                sums["cross"].shape[1],
+                regressor=regressor,
+                hidden=hidden.pop() if hidden else None,
+                boundary=facts["boundary"],
+                model=facts["model"],
+            )
             for name, value in sums.items():
                 empty = getattr(moments, name)
                 if (value.shape, value.dtype) != (empty.shape, empty.dtype):
                     raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}")
-                setattr(moments, name, value)
+            return moments.replaced(sums, {name: facts[name] for name in _COUNTS})
         except FileNotFoundError:
             raise
         except Exception as error:
             raise ValueError(f"{path} cannot be read as moments: {error}") from error
-        return moments
+
+
+def _ratio(x: Tensor, y: Tensor) -> Tensor:
+    """``y / x`` by channel, 1 where ``x`` is zero: a channel without signal stays as it is."""
+    return torch.where(x > 0, y / x.clamp_min(torch.finfo(x.dtype).tiny), torch.ones_like(x))
 
 
 def check_moments(moments: Moments) -> None:
@@ -428,30 +487,17 @@ def check_moments(moments: Moments) -> None:
     """
     if moments.tokens < 1 or moments.weight <= 0:
         raise ValueError("these moments hold no tokens: call update(X_pre, X_post) first")
-    G, B = moments.G, moments.B
-    if G.dtype != torch.float64 or B.dtype != torch.float64:
+    G, cross = moments.G, moments.cross
+    if G.dtype != torch.float64 or cross.dtype != torch.float64:
         raise ValueError(
-            f"moments must be float64, got G in {G.dtype} and B in {B.dtype}: "
-            f"forming X'X squares the condition number, which float32 cannot hold"
+            f"moments must be float64, got G in {G.dtype} and cross moments in {cross.dtype}: "
+            "forming X'X squares the condition number, which float32 cannot hold"
         )
     asymmetry = float((G - G.T).abs_().max())
-    if not asymmetry <= 1e-9 * float(G.diagonal().abs().max()) or not torch.isfinite(B).all():
+    if not asymmetry <= 1e-9 * float(G.diagonal().abs().max()) or not torch.isfinite(cross).all():
         raise ValueError(
-            f"moments must be finite with a symmetric Gram matrix, "
+            "moments must be finite with a symmetric Gram matrix, "
             f"got max|G - G'| = {asymmetry:.2g}: were the sums edited by hand?"
-        )
-
-
-def check_square(moments: Moments, what: str) -> None:
-    """Refuse moments of two different widths for ``what``, which needs an identity.
-
-    Raises:
-        ValueError: ``p != q``.
-    """
-    if moments.width != moments.out_width:
-        raise ValueError(
-            f"{what} needs X and Y of one width, got {moments.width} and {moments.out_width}; "
-            f"solve(moments, 'ghost', around='zero') and 'affine' fit any pair of widths"
         )
 
 
@@ -461,13 +507,9 @@ def check_alike(train: Moments, held_out: Moments) -> None:
     Raises:
         ValueError: another width or another regressor.
     """
-    if held_out.B.shape != train.B.shape:
-        raise ValueError(
-            f"training and held-out moments must have one width, "
-            f"got {tuple(train.B.shape)} and {tuple(held_out.B.shape)}"
-        )
-    if held_out.regressor != train.regressor:
-        raise ValueError(
-            f"training and held-out moments must have one regressor, "
-            f"got {train.regressor} and {held_out.regressor}"
-        )
+    for what in ("width", "blocks", "regressor"):
+        first, second = getattr(train, what), getattr(held_out, what)
+        if first != second:
+            raise ValueError(
+                f"training and held-out moments must have one {what}, got {first} and {second}"
+            )

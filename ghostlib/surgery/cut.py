@@ -1,6 +1,6 @@
-"""Surgery: remove decoder layers from a model and install operators at the gaps."""
+"""Cut: remove decoder layers from a copy of a model and install operators at the gaps."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,99 +13,126 @@ from ghostlib.models.placement import compute_device
 from ghostlib.models.streams import share
 from ghostlib.operators.solve import Operator
 from ghostlib.statistics.calibration import suited
-from ghostlib.statistics.features import Regressor
-from ghostlib.surgery.folding import fold
 from ghostlib.surgery.ghosted import become, ghosted_class, install_boundaries
+from ghostlib.surgery.installers import fold
 
 
 def prune(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
     """A copy of ``model`` without ``layers`` and without any repair; see `recover`.
 
     It is of the model's own class, shares every weight with ``model`` and leaves that as it is.
-    """
-    return operate(model, runs(layers, num_layers(model)), {})
-
-
-def operate(
-    model: PreTrainedModel, gaps: Sequence[Boundary], operators: Mapping[Boundary, Operator]
-) -> PreTrainedModel:
-    """A copy of ``model`` without the layers in ``gaps`` and with solved ``operators`` in place.
-
-    Args:
-        model: the dense model; it is not changed, and the copy shares its weights.
-        gaps: maximal runs of removed layers, as `runs` gives them.
-        operators: of all gaps or some; the others stay without repair.
 
     Raises:
-        ValueError: as `recover`.
+        ValueError: layers out of range or repeated, none left, or a model that was recovered.
+    """
+    return install(model, dict.fromkeys(runs(layers, num_layers(model))))
+
+
+def install(
+    model: PreTrainedModel,
+    operators: Mapping[Boundary, Operator | None],
+    *,
+    at_gap: bool = False,
+) -> PreTrainedModel:
+    """A copy of ``model`` without the layers of these boundaries, with operators in their place.
+
+    Args:
+        model: the dense model. It keeps its layers and logits; the copy shares its weights.
+        operators: solved operators by boundary; None removes the layers without a repair.
+            Boundaries are maximal runs of removed layers, as `runs` gives them.
+        at_gap: a module at the boundary also for repairs that could be folded into weights.
+
+    Returns:
+        A model of the same family, in the dtype and on the devices of ``model``, whose
+        ``config.recovery`` says what was removed and installed. Offloaded weights stay offloaded;
+        the operators do not.
+
+    Raises:
+        ValueError: boundaries that overlap, touch or leave no layer, an operator of the wrong shape
+            or for another kind of norm, or a model that was recovered before.
     """
     if model.config.model_type.startswith(GHOSTED):
         raise ValueError(
             "this model was recovered before: start from the dense model, name all layers"
         )
+    gaps = {Boundary(*gap): operator for gap, operator in operators.items()}
+    removed = [layer for gap in gaps for layer in gap.removed]
     total = num_layers(model)
-    for gap in gaps:
+    if removed and sorted(gaps) != runs(removed, total):
+        raise ValueError(
+            f"boundaries {', '.join(map(str, gaps))} overlap or touch: give the maximal runs of "
+            "removed layers, as runs(layers, …) does"
+        )
+    for gap, operator in gaps.items():
         receiver(model, gap.stop)  # refuses a gap that nothing receives
-        if operator := operators.get(gap):
+        if operator is not None:
             _check_operator(model, gap, operator)
     recovered = share(model)
-    removed = {layer for gap in gaps for layer in gap.removed}
-    kept = [layer for layer in range(total) if layer not in removed]
+    kept = [layer for layer in range(total) if layer not in set(removed)]
     keep_layers(recovered, kept)
 
-    places = {gap: sum(layer < gap.stop for layer in kept) for gap in gaps}
-    folded = fold(recovered, operators, places)
-    install = {
-        gap: op
-        for gap in gaps
-        if (op := operators.get(gap)) and op.name != "identity" and gap not in folded
+    places = {sum(layer < gap.stop for layer in kept): gap for gap in sorted(gaps)}
+    repairs = {place: op for place, gap in places.items() if (op := gaps[gap]) is not None}
+    recovered.config.recovery = {
+        "removed": sorted(removed),
+        "repairs": [_record(gap, operator) for gap, operator in sorted(gaps.items())],
     }
-    if install:
-        _install(recovered, install, places)
+    modules = fold(recovered, repairs, at_gap=at_gap)
+    if modules:
+        _install_modules(recovered, modules, places)
     return recovered
+
+
+def _record(gap: Boundary, operator: Operator | None) -> dict[str, Any]:
+    """What is kept of a repair in the configuration, as JSON."""
+    if operator is None:
+        return {"boundary": list(gap), "operator": "pruned"}
+    return {"boundary": list(gap), "operator": operator.name, "reads": str(operator.regressor)}
 
 
 def _check_operator(model: PreTrainedModel, gap: Boundary, operator: Operator) -> None:
     """Refuse an operator of another width, or one that reads what this model's layers do not."""
-    width, features = hidden_size(model), operator.features
-    shape = (max(len(features), 1) * width, width)
-    if operator.W.shape != shape:
+    width = operator.M.shape[1]
+    if width != hidden_size(model):
         raise ValueError(
-            f"operator for boundary {gap} must have shape {shape}, got {tuple(operator.W.shape)}"
+            f"operator for boundary {gap} must have width {hidden_size(model)}, got {width}"
         )
-    fitting = suited(model, Regressor(features)).features
-    if features != fitting:
+    if not torch.isfinite(operator.M).all():
+        raise ValueError(f"operator for boundary {gap} has NaN or infinite entries: solve it again")
+    fitting = suited(model, operator.regressor)
+    if operator.regressor != fitting:
         raise ValueError(
-            f"operator for boundary {gap} reads {', '.join(features)}, and the layers of a "
-            f"{model.config.model_type} read {', '.join(fitting)}: solve it from this model"
+            f"operator for boundary {gap} reads {operator.regressor}, and the layers of a "
+            f"{model.config.model_type} read {fitting}: solve it from this model"
         )
 
 
-def _install(
-    recovered: PreTrainedModel, install: Mapping[Boundary, Operator], places: Mapping[Boundary, int]
+def _install_modules(
+    recovered: PreTrainedModel, modules: Mapping[int, Operator], places: Mapping[int, Boundary]
 ) -> None:
     """Make ``recovered`` a ghosted model, in place, with a module for each operator."""
-    factors = {gap: _factors(op.M) for gap, op in install.items() if _is_low_rank(op)}
+    factors = {place: _factors(op.M) for place, op in modules.items() if _is_low_rank(op)}
     cls = ghosted_class(recovered.config.model_type)
     become(recovered, cls)
     recovered.config.__class__ = cls.config_class  # type: ignore[assignment]
     recovered.config.ghost = [
         {
-            "receiver": places[gap],
-            "removed": list(gap.removed),
+            "receiver": place,
+            "removed": list(places[place].removed),
             "operator": operator.name,
             "bias": operator.bias is not None,
-            "rank": factors[gap][0].shape[1] if gap in factors else None,
-            "features": list(operator.features or ("x",)),
+            "rank": factors[place][0].shape[1] if place in factors else None,
+            "features": [feature.name for feature in operator.regressor.features],
         }
-        for gap, operator in install.items()
+        for place, operator in modules.items()
     ]
     install_boundaries(recovered)
-    for (gap, operator), entry in zip(install.items(), recovered.config.ghost, strict=True):
-        module: Any = receiver(recovered, entry["receiver"])
+    for (place, operator), entry in zip(modules.items(), recovered.config.ghost, strict=True):
+        module = receiver(recovered, entry["receiver"])
         device, dtype = compute_device(module), next(module.parameters()).dtype
-        low_rank = gap in factors
-        values = dict(zip("AB", factors[gap], strict=True)) if low_rank else {"M": operator.M}
+        values = {"M": operator.M}
+        if place in factors:
+            values = dict(zip("AB", factors[place], strict=True))
         if operator.bias is not None:
             values["b"] = operator.bias
         for name, value in values.items():
@@ -114,15 +141,14 @@ def _install(
 
 
 def _is_low_rank(operator: Operator) -> bool:
-    """Whether its matrix has fewer degrees of freedom than numbers, because its rank is bounded."""
+    """Whether least squares bounded the rank of its matrix, so that fewer numbers say it."""
     bias = 0 if operator.bias is None else len(operator.bias)
-    branched = bool(operator.features) and operator.dof - bias < operator.W.numel()
-    return operator.name == "low-rank" or branched
+    return "rank" in operator.family.options and operator.dof - bias < operator.M.numel()
 
 
 def _factors(M: Tensor) -> tuple[Tensor, Tensor]:
     """``M = A B`` with as few columns of ``A`` as the rank of ``M``, and both alike in size."""
-    U, s, Vh = torch.linalg.svd(M)
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
     rank = max(int((s > 1e-10 * s[0]).sum()), 1)
     root = s[:rank].sqrt()
     return (U[:, :rank] * root).contiguous(), (root[:, None] * Vh[:rank]).contiguous()

@@ -23,12 +23,15 @@ from transformers import (
 )
 
 from ghostlib.models.architectures import ARCHITECTURES, GHOSTED, hidden_size, receiver
-from ghostlib.statistics.features import design, reads_previous
+from ghostlib.statistics.features import FEATURES, STREAM
 from ghostlib.surgery.previous import remembering, token_before
 
 VARIANT = "ghosted"
 """Recovered weights are saved as ``model.ghosted.safetensors``: the stock class finds no file there
 instead of loading every weight but the operators."""
+
+
+_STREAM = STREAM.features
 
 
 class BoundaryModule(nn.Module):
@@ -39,14 +42,16 @@ class BoundaryModule(nn.Module):
 
     def __init__(self, features: Sequence[str] = ("x",)) -> None:
         super().__init__()
-        self.features = tuple(features)
+        self.features = tuple(FEATURES[name] for name in features)
+        self.looks_back = any(feature.previous for feature in self.features)
 
     def read(self, x: Tensor) -> Tensor:
         """The features of ``x`` (…, width), one token a row."""
-        if self.features == ("x",):
+        if self.features == _STREAM:
             return x.reshape(-1, x.shape[-1])
-        shifted = token_before(self, x) if reads_previous(self.features) else None
-        return design(self.features, x, shifted=shifted).flatten(0, -2)
+        before = token_before(self, x) if self.looks_back else x
+        parts = [feature.of(before if feature.previous else x) for feature in self.features]
+        return torch.cat(parts, -1).flatten(0, -2)
 
 
 class LinearBoundary(BoundaryModule):
@@ -104,9 +109,12 @@ def install_boundaries(model: PreTrainedModel) -> None:
         module: Any = receiver(model, entry["receiver"])
         plain: Any = type(module)
         become(module, _receiving(plain))
-        width, rank = hidden_size(model), entry.get("rank")
+        width, rank = hidden_size(model), entry["rank"]
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
-        module.boundary = kind(width, bias=entry["bias"], features=entry.get("features", ("x",)))
+        module.boundary = kind(width, bias=entry["bias"], features=entry["features"])
+    boundaries = (m for m in model.modules() if isinstance(m, BoundaryModule))
+    # Found once: a forward pass should not search all modules for what is rarely there.
+    model.looking_back = [m for m in boundaries if m.looks_back]  # type: ignore[assignment]
 
 
 def become(module: Any, cls: type) -> None:
@@ -160,12 +168,6 @@ class GhostedMixin:
         return (model, info) if wants_info else model
 
 
-def looking_back(model: nn.Module) -> list[nn.Module]:
-    """The boundaries of ``model`` that read the token before, in the order they come in."""
-    found = (m for m in model.modules() if isinstance(m, BoundaryModule))
-    return [m for m in found if reads_previous(m.features)]
-
-
 @cache
 def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     """The recovered class for a model type, registered so that `AutoModelForCausalLM` finds it."""
@@ -181,7 +183,7 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
         (GhostedMixin, model_base),
         {
             "config_class": config_class,
-            "forward": remembering(model_base.forward, looking_back),
+            "forward": remembering(model_base.forward),
             "__module__": __name__,
         },
     )

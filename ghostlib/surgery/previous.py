@@ -92,15 +92,13 @@ def _during(this: _Pass) -> Iterator[None]:
         _PASS.reset(token)
 
 
-def remembering(
-    forward: Callable[..., Any], looking_back: Callable[[Any], list[nn.Module]]
-) -> Callable[..., Any]:
-    """A model's ``forward`` that keeps the last tokens of its ``looking_back`` boundaries."""
+def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's ``forward`` that keeps the last tokens of its boundaries that look back."""
     names = list(inspect.signature(forward).parameters)[1:]
 
     @wraps(forward)
     def remembering_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        boundaries = looking_back(self)
+        boundaries = self.looking_back
         if not boundaries:
             return forward(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs

@@ -1,6 +1,7 @@
 """ReplaceMe's other objective: the angle between streams, which has no closed form."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,16 @@ from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import check_windows, listen, tap
+from ghostlib.operators.families import FAMILIES
 from ghostlib.operators.solve import Operator
+
+REPLACEME_COSINE = replace(
+    FAMILIES["replaceme"],
+    name="replaceme-cosine",
+    searches="every matrix on the output of the last MLP, by the angle of the stream",
+    color="#d8a27f",
+    least_squares=False,
+)
 
 
 class MlpActivations(NamedTuple):
@@ -40,18 +50,18 @@ def mlp_activations(
     check_windows(model, windows)
     if gap.start == 0:
         raise ValueError("boundary starts at layer 0: no MLP is before it")
-    heard: list[Tensor] = []
+    outputs: list[Tensor] = []
     seen: dict[int, Tensor] = {}
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with (
         tap(model, gap, seen.__setitem__) as run,
-        listen(model, [gap.start], lambda start, output: heard.append(output)),
+        listen(model, [gap.start], lambda start, read, output: outputs.append(output)),
     ):
         for ids in track(windows.split(1), "collecting"):
             run(input_ids=ids.to(input_device(model)))
             F, x, y = (
                 t.float().cpu().flatten(0, -2)
-                for t in (heard.pop(), seen[gap.start], seen[gap.stop])
+                for t in (outputs.pop(), seen[gap.start], seen[gap.stop])
             )
             parts.append((F, x - F, y))
     return MlpActivations(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -78,7 +88,7 @@ def fit_cosine(
             default, from which it needs many more steps.
 
     Returns:
-        `Operator` of the name ``"replaceme-cosine"``, for ``recover(model, {}, layers, {gap: …})``.
+        `Operator` of the family `REPLACEME_COSINE`, for `install`.
 
     Raises:
         ValueError: options out of range, or an objective that became NaN.
@@ -103,4 +113,4 @@ def fit_cosine(
     W = T.detach().double()
     with torch.no_grad():
         residual = float((R + F @ T - Y).double().square().sum())
-    return Operator(W, "replaceme-cosine", W.numel(), 0, 1.0, residual)
+    return Operator.of(W, REPLACEME_COSINE, residual=residual)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ghostlib.linalg.hadamard import hadamard
-from ghostlib.operators.solve import OPERATORS, REGRESSORS, Operator, antisymmetric_share, solve
+from ghostlib.operators.families import FAMILIES as OPERATORS, REGRESSORS, Operator, antisymmetric_share, solve
 from ghostlib.statistics.moments import Moments
 
 WIDTH = 8

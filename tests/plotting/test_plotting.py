@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgba
 
 from ghostlib import plotting
-from ghostlib.operators.solve import OPERATORS
+from ghostlib.operators.families import FAMILIES as OPERATORS
 
 TABLE = {
     "dense": {"wiki": 12.0, "pydoc": 11.0},

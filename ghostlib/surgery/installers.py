@@ -1,0 +1,140 @@
+"""Installers: where the matrices of a repair go in a pruned model.
+
+A module at the boundary adds parameters and one matrix product; weights that are there already take
+what can be folded into them, and add nothing. A family names its installer, and nobody else asks
+which family it is.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ghostlib.common import Registry
+from ghostlib.models.architectures import (
+    embeddings,
+    mlp_output,
+    num_layers,
+    present,
+    receiver,
+    scale_output,
+    writers,
+)
+from ghostlib.operators.solve import Operator
+
+# From a pruned model, changed in place with new parameters beside the old ones, and operators by
+# the index of the layer after each gap; to what is left for a module at the boundary.
+Installer = Callable[[PreTrainedModel, Mapping[int, Operator]], Mapping[int, Operator]]
+
+
+def leave(model: PreTrainedModel, operators: Mapping[int, Operator]) -> Mapping[int, Operator]:
+    """Install nothing: the pruned model."""
+    return {}
+
+
+def module(model: PreTrainedModel, operators: Mapping[int, Operator]) -> Mapping[int, Operator]:
+    """Leave everything to a module at the boundary (paper, eq. 8)."""
+    return operators
+
+
+def down_projection(
+    model: PreTrainedModel, operators: Mapping[int, Operator]
+) -> Mapping[int, Operator]:
+    """Fold into the down-projection of the last layer before each gap, ``h -> h D + d``.
+
+    A matrix on what it returns multiplies it: ``D (I + M)``, ``d (I + M)`` (ReplaceMe, arXiv
+    2505.02819). Computed in float64, cast once.
+
+    Raises:
+        ValueError: a gap with no layer before it, or an architecture that leaves no room.
+    """
+    for index, operator in operators.items():
+        projection = projection_before(model, index, operator.name)
+        D, d = projection_weights(projection)
+        write_projection(projection, D @ operator.W, None if d is None else d @ operator.W)
+    return {}
+
+
+def projection_before(model: PreTrainedModel, index: int, name: str) -> nn.Module:
+    """The down-projection of the last layer before a gap, whose weights are in memory."""
+    if index == 0:
+        raise ValueError(
+            f"{name} acts on the MLP before the gap, and no layer is left before it: keep layer 0"
+        )
+    return present(mlp_output(model, index - 1))
+
+
+def projection_weights(projection: Any) -> tuple[Tensor, Tensor | None]:
+    """``D`` (I, C) and ``d`` (C,) of ``h -> h D + d``, in float64 on the CPU."""
+    weight = projection.weight.detach().cpu().double()  # not every device has float64
+    bias = None if projection.bias is None else projection.bias.detach().cpu().double()
+    # a Linear keeps D', a Conv1D keeps D
+    return (weight.T if isinstance(projection, nn.Linear) else weight), bias
+
+
+def write_projection(projection: Any, D: Tensor, d: Tensor | None) -> None:
+    """Give ``projection`` new parameters; others may share the old ones, which stay as they are."""
+    stands = D.T if isinstance(projection, nn.Linear) else D
+    projection.weight = nn.Parameter(stands.to(projection.weight).contiguous())
+    if d is not None:
+        projection.bias = nn.Parameter(d.to(projection.weight))
+
+
+def earlier_writes(
+    model: PreTrainedModel, operators: Mapping[int, Operator]
+) -> Mapping[int, Operator]:
+    """Scale the stream at each gap by scaling all that was written to it before (Prune&Comp).
+
+    Pre-norm layers do not see the scale of the stream, so multiplying embeddings and every earlier
+    write by ``a`` multiplies the stream at the gap by ``a`` and changes nothing else (arXiv
+    2507.18212). Where the head is tied to the embeddings its logits would grow as well: the final
+    norm is divided by what the embeddings were multiplied by.
+    """
+    factor = 1.0
+    for index in reversed(range(num_layers(model) + 1)):
+        if index in operators:
+            factor *= float(operators[index].W[0, 0])
+        if factor != 1.0 and index > 0:
+            for writer in writers(model, index - 1):
+                scale_output(model, writer, factor)
+    tied: Any = model.get_output_embeddings()
+    for table in embeddings(model):
+        shared = tied is not None and tied.weight is table.weight
+        scale_output(model, table, factor)
+        if shared:
+            tied.weight = table.weight
+            scale_output(model, receiver(model, num_layers(model)), 1 / factor)
+    return {}
+
+
+INSTALLERS: Registry[Installer] = Registry("installer")
+INSTALLERS["nothing"] = leave
+INSTALLERS["module"] = module
+INSTALLERS["down-projection"] = down_projection
+INSTALLERS["earlier-writes"] = earlier_writes
+
+
+@torch.no_grad()
+def fold(
+    model: PreTrainedModel, operators: Mapping[int, Operator], *, at_gap: bool = False
+) -> dict[int, Operator]:
+    """Install what goes into existing weights; returns what a module at the boundary must do.
+
+    Args:
+        model: pruned model, changed in place.
+        operators: by the index, in the pruned model, of the layer after each gap.
+        at_gap: a module instead of folding, for repairs that read nothing but the stream: the same
+            function, and the layers before the gap stay as they are.
+    """
+    left: dict[int, Operator] = {}
+    by_installer: dict[str, dict[int, Operator]] = {}
+    for index, operator in operators.items():
+        chosen = operator.family.install
+        if at_gap and not operator.regressor.reads_mlp and chosen != "nothing":
+            chosen = "module"
+        by_installer.setdefault(chosen, {})[index] = operator
+    for name, chosen_operators in by_installer.items():
+        left |= INSTALLERS[name](model, chosen_operators)
+    return left
