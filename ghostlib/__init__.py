@@ -13,9 +13,9 @@ from ghostlib.evaluation.perplexity import (
     window_losses,
 )
 from ghostlib.evaluation.tasks import paired, zero_shot
-from ghostlib.experiments.results import Results
-from ghostlib.experiments.run import evaluate
-from ghostlib.experiments.spec import Settings
+from ghostlib.experiments.results import Results, read_results
+from ghostlib.experiments.run import run_experiment
+from ghostlib.experiments.spec import Specification
 from ghostlib.linalg.gram import SingularGramWarning
 from ghostlib.models.architectures import ARCHITECTURES
 from ghostlib.models.boundaries import Boundary, contiguous, runs
@@ -62,9 +62,9 @@ __all__ = [
     "Recipe",
     "Results",
     "Selection",
-    "Settings",
     "Similarity",
     "SingularGramWarning",
+    "Specification",
     "antisymmetric_share",
     "cache_bytes",
     "calibrate",
@@ -77,7 +77,6 @@ __all__ = [
     "count_parameters",
     "cross_validate",
     "documents",
-    "evaluate",
     "fit_sequential",
     "flops",
     "gap_closed",
@@ -90,8 +89,10 @@ __all__ = [
     "prune",
     "published",
     "rank_path",
+    "read_results",
     "recover",
     "ridge_path",
+    "run_experiment",
     "runs",
     "select_layers",
     "shard",

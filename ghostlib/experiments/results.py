@@ -12,13 +12,14 @@ import json
 import os
 import platform
 import subprocess
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from ghostlib.common import warn
 
 Record = dict[str, Any]
 
@@ -72,7 +73,9 @@ class Results:
                 or one that holds something else.
             OSError: the file could not be written in the end.
         """
-        check_output(self.path)
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path} is a folder: name a file in it")
+        check_place(self.path)
         self.refresh()
         stored, wanted = self.of("specification"), _plain(known)
         differ = [[k for k, v in wanted.items() if other.get(k) != v] for other in stored]
@@ -152,10 +155,9 @@ class Results:
         if damaged and not self.records and not data.startswith(b'{"kind":'):
             raise ValueError(f"{self.path} is no results file: name another path")
         for number, error in damaged:
-            warnings.warn(
+            warn(
                 f"{self.path}, line {number} is damaged ({error!r}): it is left out, and its cell "
-                "computed again",
-                stacklevel=2,
+                "computed again"
             )
         self._lines += data.count(b"\n")
 
@@ -203,14 +205,12 @@ def read_results(*paths: str | os.PathLike[str]) -> Results:
     return union
 
 
-def check_output(path: Path) -> None:
-    """Refuse a file that could not be written in the end, before the work for it.
+def check_place(path: Path) -> None:
+    """Refuse a path that could not be written in the end, before the work for it.
 
     Raises:
-        OSError: a folder, or a place that cannot be written to.
+        PermissionError: it could not; the message names what is in the way.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file, such as {path}/results.jsonl")
     place = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not os.access(place, os.W_OK) or not (place == path or place.is_dir()):
         raise PermissionError(f"{path} cannot be written, because of {place}: name another path")

@@ -1,60 +1,43 @@
 """The runner: computes the cells of a specification that its results file lacks.
 
     specification = Specification(n=(5, 7, 9), operators=("pruned", "ghost"), tasks=("arc_easy",))
-    results = run_experiment(specification, "results.jsonl")
-    print(report(results))  # of ghostlib.experiments.tables
+    print(report(run_experiment(specification, "results.jsonl")))
 
-A cell is one model (layers removed, operator in their place) on one corpus or task. Cells depend on
-nothing but the specification, so they may be computed in any order, by any number of processes,
-and a run that was stopped resumes with the first that is missing.
+A cell is one model (layers removed, an operator in their place) on one corpus or task. Cells depend
+on nothing but the specification, so that any number of processes may compute them in any order, and
+a run that was stopped resumes with the first that is missing.
 """
 
 import hashlib
+import json
+import math
 import os
 import time
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import product
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import track
-from ghostlib.evaluation.perplexity import ScoredText, window_losses
+from ghostlib.common import AUTO, DENSE, PRUNED, SEQUENTIAL, track, warn
+from ghostlib.evaluation.perplexity import ScoredText
 from ghostlib.evaluation.tasks import check_tasks, zero_shot
 from ghostlib.experiments.results import Results
-from ghostlib.experiments.spec import (
-    AUTO,
-    DENSE,
-    PRUNED,
-    SEQUENTIAL,
-    Specification,
-    count,
-    family_of,
-    reads_layer,
-    shown,
-)
-from ghostlib.experiments.tables import accuracy_interval, mean_interval
-from ghostlib.models.architectures import hidden_size, num_layers
-from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, runs, spell
+from ghostlib.experiments.spec import Specification, family_of, shown
+from ghostlib.experiments.tables import ACCURACY, PERPLEXITY, mean_interval
+from ghostlib.models.architectures import num_layers
+from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.recovery.recipe import Recipe
 from ghostlib.recovery.sequential import dense_streams, fit_sequential
 from ghostlib.selection.criteria import CRITERIA, Layers, needed, searched, select_several
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate
-from ghostlib.surgery.cut import operate
-
-_STREAMS = 2**31  # bytes of the dense model's streams of a corpus that are kept at most
-PERPLEXITY, ACCURACY = "perplexity", "accuracy"
-
-Chosen = tuple[str, int]  # criterion, n
-Cell = tuple[Layers | Chosen, str, str, str]  # what is removed, operator, measure, corpus or task
+from ghostlib.surgery.cut import install
 
 
 def run_experiment(
@@ -67,14 +50,15 @@ def run_experiment(
 ) -> Results:
     """Compute the cells of ``specification`` that the file ``output`` lacks, and return all.
 
-    Layers are chosen in one pass and all operators solved from another. Operators that read a layer
-    before the gap are left out where layer 0 is removed, and cells whose loss is not finite have no
-    score: lines of kind ``"skipped"`` say so.
+    Layers are chosen in one pass and all operators solved from another. Operators that read the
+    layer before a gap are left out where layer 0 is removed, and a cell whose loss is not finite
+    has no score: records of kind ``"skipped"`` say so.
 
     Args:
         output: a results file, made or resumed; several processes may append to one file.
-        model, tokenizer: what ``specification.load()`` gives, where it is at hand; not changed.
-        shard: ``"3/8"`` computes the third eighth of the cells, as their content decides, the same
+        model: the dense model that ``specification.load()`` gives, where it is at hand.
+        tokenizer: its tokenizer.
+        shard: ``"3/8"`` computes the third eighth of the cells, which their content decides, alike
             in every process; the files of all shards are joined by ``cat``.
 
     Raises:
@@ -82,6 +66,9 @@ def run_experiment(
             the model does not have, a shard that is none, and what the steps refuse.
         OSError: the file cannot be written.
         ConnectionError: a hub corpus or task that cannot be reached.
+
+    Warns:
+        UserWarning: a loss that is not finite, or a damaged line of the file.
     """
     part = read_shard(shard)
     results = Results(output)
@@ -91,7 +78,7 @@ def run_experiment(
         if model is None or tokenizer is None:
             model, tokenizer = specification.load()
         results.begin(specification.identity(model))
-        _Run(specification, results, model, tokenizer, part).run()
+        _Run(specification, results, model, tokenizer).run(*part)
     finally:
         results.close()
     return results
@@ -109,89 +96,213 @@ def read_shard(text: str) -> tuple[int, int]:
     return int(index), int(total)
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """What is asked for.
+
+    Attributes:
+        removed: the layers as `spell` writes them, ``"criterion n"``, or nothing.
+        operator: in their place.
+        measure: perplexity or accuracy.
+        on: corpus or task.
+    """
+
+    removed: str
+    operator: str
+    measure: str
+    on: str
+
+    def belongs(self, index: int, total: int) -> bool:
+        """Whether it is of this shard."""
+        content = json.dumps([self.removed, self.operator, self.measure, shown(self.on)])
+        digest = hashlib.sha256(content.encode()).digest()
+        return int.from_bytes(digest[:8], "big") % total == index - 1
+
+
+@dataclass
 class _Run:
     """The cells still to be computed, and what they share."""
 
-    def __init__(
-        self,
-        specification: Specification,
-        results: Results,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        shard: tuple[int, int],
-    ) -> None:
-        self.specification, self.results, self.shard = specification, results, shard
-        self.model, self.tokenizer, self.total = model, tokenizer, num_layers(model)
-        self.removed: list[Layers | Chosen] = [
-            *specification.layers,
-            *(tuple(gap.removed) for gap in contiguous(specification.starts, self.total)),
-            *product(specification.criteria, specification.n),
-        ]
-        for layers in specification.layers:
-            runs(layers, self.total)
-        for n in specification.n:
-            contiguous(n, self.total)  # refuses what the model does not have
-        self.todo: dict[tuple[Layers, str], list[tuple[str, str]]] = {}
+    specification: Specification
+    results: Results
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: dict[str, Layers] = field(default_factory=lambda: {"": ()})
+    todo: dict[tuple[Layers, str], list[_Cell]] = field(default_factory=dict)
 
-    def run(self) -> None:
+    def run(self, index: int, total: int) -> None:
         """Choose, plan, and compute cell by cell."""
-        cells = [cell for cell in self._cells() if self._is_of_shard(cell)]
-        self._plan(cells, self._choose(cells))
-        if any(operator == AUTO for _, operator in self.todo):
-            self._recipe  # refuses models without a norm to read  # noqa: B018
-        for (layers, operator), measures in track(self.todo.items(), "scoring", unit="model"):
+        cells = list(self._cells())
+        own = [cell for cell in cells if cell.belongs(index, total)]
+        self._choose({cell.removed for cell in own} if cells else None)
+        self._plan(own)
+        if chosen := [layers for layers, operator in self.todo if operator == AUTO]:
+            self._recipe.collect(chosen)
+        for (layers, operator), missing in track(self.todo.items(), "scoring", unit="model"):
             self.results.refresh()
-            if missing := [m for m in measures if not self._is_known(layers, operator, *m)]:
-                self._score(layers, operator, missing)
+            if left := [cell for cell in missing if not self._is_known(layers, cell)]:
+                self._score(layers, operator, left)
 
-    def _cells(self) -> Iterator[Cell]:
+    def _cells(self) -> Iterator[_Cell]:
         """Every cell that is asked for, the dense model's first."""
-        specification = self.specification
-        models = [((), DENSE), *product(self.removed, specification.operators)]
+        specification, total = self.specification, num_layers(self.model)
+        starts = contiguous(specification.starts, total) if specification.starts else []
+        for layers in (*specification.layers, *(tuple(gap.removed) for gap in starts)):
+            runs(layers, total)  # refuses what the model does not have
+            self.layers[spell(layers)] = layers
+        for n in specification.n:
+            contiguous(n, total)
+        chosen = [f"{c} {n}" for c, n in product(specification.criteria, specification.n)]
+        removed = [*filter(None, self.layers), *chosen]
+        models = [("", DENSE), *product(removed, specification.operators)]
         measures = [
-            *((PERPLEXITY, corpus) for corpus in specification.perplexity),
-            *((ACCURACY, task) for task in specification.tasks),
+            *product([PERPLEXITY], specification.perplexity),
+            *product([ACCURACY], specification.tasks),
         ]
-        for (removed, operator), measure in product(models, measures):
-            yield removed, operator, *measure
+        for model, measure in product(models, measures):
+            yield _Cell(*model, *measure)
 
-    def _is_of_shard(self, cell: Cell) -> bool:
-        index, total = self.shard
-        digest = hashlib.sha256(repr((*cell[:3], shown(cell[3]))).encode()).digest()
-        return int.from_bytes(digest[:8], "big") % total == index - 1
-
-    def _choose(self, cells: list[Cell]) -> dict[Chosen, Layers]:
-        """What each criterion removes; one pass serves all that is not in the file."""
-        asked = [c for c in self.removed if _is_choice(c)]
-        if self.specification.perplexity or self.specification.tasks:
-            asked = [c for c in asked if c in {cell[0] for cell in cells}]
-        missing: dict[str, list[int]] = {}
+    def _choose(self, wanted: set[str] | None) -> None:
+        """Find out what criteria remove; one pass serves all that is not in the file."""
+        total, missing = num_layers(self.model), dict[str, list[int]]()
+        pairs = product(self.specification.criteria, self.specification.n)
+        asked = [(c, n) for c, n in pairs if wanted is None or f"{c} {n}" in wanted]
         for criterion, n in asked:
             if not self.results.get("selection", criterion, n):
                 missing.setdefault(criterion, []).append(n)
-        known: Tensor | Calibration = self._windows if missing else torch.empty(0)
-        if wanted := {b for c, ns in missing.items() for b in needed(c, ns, self.total)}:
+        known: Tensor | Calibration | None = None
+        if boundaries := {b for c, ns in missing.items() for b in needed(c, ns, total)}:
             moments = any("moments" in CRITERIA[c].needs for c in missing)
-            known = calibrate(self.model, self._windows, sorted(wanted), moments=moments)
+            known = calibrate(self.model, self._windows, sorted(boundaries), moments=moments)
         for criterion, ns in track(missing.items(), "selecting", unit="criterion"):
             begin = time.perf_counter()
             scored = self._selection if "windows" in CRITERIA[criterion].needs else None
-            found = select_several(self.model, known, ns, criterion, windows=scored)
-            each = (time.perf_counter() - begin) / len(searched(criterion, ns))
-            for n, layers in found.items():
-                self.results.append(
-                    "selection", criterion=criterion, n=n, layers=spell(layers), seconds=each
-                )
-        return {c: read_layers(self.results.get("selection", *c)["layers"]) for c in asked}
+            source = self._windows if known is None else known
+            selected = select_several(self.model, source, ns, criterion, windows=scored)
+            seconds = (time.perf_counter() - begin) / len(searched(criterion, ns))
+            for n, layers in selected.items():
+                content = {"criterion": criterion, "n": n, "layers": spell(layers)}
+                self.results.append("selection", **content, seconds=round(seconds, 2))
+        for criterion, n in asked:
+            record = self.results.get("selection", criterion, n)
+            assert record is not None
+            self.layers[f"{criterion} {n}"] = read_layers(record["layers"])
 
-    def _plan(self, cells: list[Cell], chosen: Mapping[Chosen, Layers]) -> None:
-        """Sort what is missing by model, and say what is left out."""
-        for removed, operator, measure, on in cells:
-            layers = chosen[removed] if _is_choice(removed) else removed
-            if 0 in layers and operator not in (PRUNED, AUTO) and reads_layer(family_of(operator)[1]):
-                reason = f"{operator} repairs the layer before a gap, and layer 0 is removed"
-                self._skip(layers, operator, "", reason)
-            elif not self._is_known(layers, operator, measure, on):
-                measures = self.todo.setdefault((layers, operator), [])
-                if (measure, on) not in measures:
-                    measures.append((measure, on))
+    def _plan(self, cells: list[_Cell]) -> None:
+        """Sort by model what is missing, and record what is left out."""
+        for cell in cells:
+            layers = self.layers[cell.removed]
+            fitted = cell.operator not in (DENSE, PRUNED, AUTO)
+            if 0 in layers and fitted and family_of(cell.operator).regressor.reads_mlp:
+                names = {"layers": _spell(layers), "operator": cell.operator, "on": ""}
+                reason = f"{cell.operator} reads the layer before a gap, and layer 0 is removed"
+                self.results.append("skipped", **names, reason=reason)
+            elif not self._is_known(layers, cell):
+                self.todo.setdefault((layers, cell.operator), []).append(cell)
+
+    def _is_known(self, layers: Layers, cell: _Cell) -> bool:
+        names, on = (_spell(layers), cell.operator), shown(cell.on)
+        scored = self.results.get("score", *names, cell.measure, on)
+        return bool(scored or self.results.get("skipped", *names, on))
+
+    def _score(self, layers: Layers, operator: str, cells: list[_Cell]) -> None:
+        """Solve the operators of one model, and append a record for each of its cells."""
+        begin = time.perf_counter()
+        operators = self._operators(layers, operator)
+        for cell in cells:
+            if cell.measure == PERPLEXITY:
+                content = self._perplexity(cell.on, layers, operators)
+            else:
+                content = self._accuracy(cell.on, layers, operators)
+            names = {"layers": _spell(layers), "operator": operator, "on": shown(cell.on)}
+            seconds, begin = time.perf_counter() - begin, time.perf_counter()
+            if math.isfinite(content["value"]):
+                content |= names | {"measure": cell.measure, "seconds": round(seconds, 2)}
+                self.results.append("score", **content)
+            else:
+                reason = f"{operator} without layers {names['layers']} has no finite loss on "
+                reason += f"{names['on']}: try a wider dtype (bfloat16 or float32)"
+                warn(reason)
+                self.results.append("skipped", **names, reason=reason)
+
+    def _perplexity(
+        self, corpus: str, layers: Layers, operators: Mapping[Boundary, Operator]
+    ) -> dict[str, Any]:
+        text = self._texts[corpus]
+        losses = self._trials[corpus].losses(layers, operators)
+        value, *interval = mean_interval(losses.numpy())
+        low, high = interval if len(losses) > 1 else (None, None)
+        count, length = text.windows.shape
+        sizes = {"windows": count, "length": length, "tokens": count * (length - 1)}
+        scored = {"split": text.split, **sizes, "bytes": text.bytes, "losses": losses}
+        return {"value": value, "low": low, "high": high, **scored}
+
+    def _accuracy(
+        self, task: str, layers: Layers, operators: Mapping[Boundary, Operator]
+    ) -> dict[str, Any]:
+        gaps = gaps_without(layers, num_layers(self.model))
+        variant = install(self.model, {g: operators.get(g) for g in gaps}) if gaps else self.model
+        limit, batch_size = self.specification.limit, self.specification.batch_size
+        parts = zero_shot(variant, self.tokenizer, task, limit=limit, batch_size=batch_size)
+        scores = [asdict(part) for part in parts.values()]
+        return {"value": fmean(score["acc"] for score in scores), "scores": scores}
+
+    def _operators(self, layers: Layers, operator: str) -> Mapping[Boundary, Operator]:
+        if operator in (DENSE, PRUNED):
+            return {}
+        if operator == AUTO:
+            choice = self._recipe.choose(layers)
+            content = {"operator": choice.repair, **choice.summary}
+            del content["repair"]
+            self.results.append("choice", layers=spell(layers), **content)
+            return choice.operators
+        family, gaps = family_of(operator), runs(layers, num_layers(self.model))
+        if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
+            return fit_sequential(self.model, self._windows, gaps, family, streams=self._streams)
+        moments = self._statistics.of(family.regressor)
+        return {gap: solve(moments[gap], family) for gap in gaps}
+
+    @cached_property
+    def _windows(self) -> Tensor:
+        return self.specification.draw_calibration(self.tokenizer)
+
+    @cached_property
+    def _selection(self) -> Tensor:
+        return self.specification.draw_selection(self.tokenizer)
+
+    @cached_property
+    def _texts(self) -> dict[str, ScoredText]:
+        corpora = self.specification.perplexity
+        return {c: self.specification.draw_test(self.tokenizer, c) for c in corpora}
+
+    @cached_property
+    def _trials(self) -> dict[str, Trials]:
+        """What all models have in common on each corpus."""
+        return {c: Trials(self.model, text.windows) for c, text in self._texts.items()}
+
+    @cached_property
+    def _recipe(self) -> Recipe:
+        return Recipe(self.model, self._windows)
+
+    @cached_property
+    def _statistics(self) -> Calibration:
+        """Moments that all operators are solved from, of one pass."""
+        fitted = [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
+        # Also of sequential fits: of one gap they are the teacher's.
+        gaps = {gap for ls, _ in fitted for gap in runs(ls, num_layers(self.model))}
+        regressors = {family_of(operator).regressor for _, operator in fitted}
+        return calibrate(self.model, self._windows, sorted(gaps), regressors=regressors)
+
+    @cached_property
+    def _streams(self) -> dict[int, Tensor]:
+        """The dense model's streams that all sequential fits need, of one pass."""
+        places: set[int] = set()
+        for layers, operator in self.todo:
+            if operator.endswith(SEQUENTIAL):
+                gaps = runs(layers, num_layers(self.model))
+                places.update((layers[0], *(gap.stop for gap in gaps)))
+        return dense_streams(self.model, self._windows, places)
+
+
+def _spell(layers: Layers) -> str:
+    return spell(layers) if layers else ""

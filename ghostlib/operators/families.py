@@ -27,7 +27,7 @@ from torch import Tensor
 from ghostlib.common import Registry
 from ghostlib.linalg.gram import Gram, Regularisation, Regularised
 from ghostlib.linalg.hadamard import rotate
-from ghostlib.statistics.features import STREAM, Regressor
+from ghostlib.statistics.features import FEATURES, STREAM, Regressor
 from ghostlib.statistics.moments import Moments
 
 
@@ -106,7 +106,7 @@ class Family:
         """
         if isinstance(spelling, Family):
             return spelling
-        if spelling not in FAMILIES and ("," in spelling or ";" in spelling or spelling == "x"):
+        if spelling not in FAMILIES and spelling.split(";")[0].split(",")[0] in FEATURES:
             return replace(FAMILIES["branches"], regressor=Regressor.parse(spelling))
         return FAMILIES[spelling]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import track
+from ghostlib.common import AUTO, PRUNED, track
 from ghostlib.models.architectures import num_layers, stream_norm
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.streams import check_windows
@@ -30,12 +30,6 @@ from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install
-
-AUTO = "auto"
-"""The recipe's name where a repair is named."""
-
-PRUNED = "pruned"
-"""No repair, where a repair is named."""
 
 CANDIDATES = ("ghost", "two-branch", "two-branch-relative")
 """Repairs without a state, of at most 2 C^2 numbers a boundary."""
