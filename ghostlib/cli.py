@@ -110,9 +110,9 @@ def _count(text: str) -> int:
 
 def _described() -> Iterator[tuple[str, str]]:
     """The attributes of `Specification` with what its docstring says of them."""
-    lines = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", Specification.__doc__ or "", re.MULTILINE)
-    for name, text in lines:
-        yield name, " ".join(text.split()).replace("%", "%%")
+    text = (Specification.__doc__ or "").partition("Raises:")[0]
+    for name, line in re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", text, re.MULTILINE):
+        yield name, " ".join(line.split()).replace("%", "%%")
 
 
 def experiment(options: argparse.Namespace) -> None:

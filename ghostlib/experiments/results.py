@@ -95,6 +95,8 @@ class Results:
             {"kind": kind, "id": _digest(content), **_plain(content)}
             for kind, content in (("specification", specification), ("environment", environment()))
         ]
+        if self.records:
+            self._put(self._header[0])  # where its line was damaged
 
     def append(self, kind: str, **content: Any) -> None:
         """Write one finished record, unless the file has it by now.
@@ -104,12 +106,14 @@ class Results:
             OSError: the file cannot be written, as on a full disk; it stays as it was.
         """
         ids = {header["kind"]: header["id"] for header in self._header}
-        record = _plain({"kind": kind, **ids, **content})
+        self._put(_plain({"kind": kind, **ids, **content}))
+
+    def _put(self, record: Record) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
             if _name(record) not in self.records:
-                wanted = [*self._header, record]
-                self._write([each for each in wanted if _name(each) not in self.records])
+                wanted = {_name(each): each for each in (*self._header, record)}
+                self._write([each for name, each in wanted.items() if name not in self.records])
 
     def refresh(self) -> None:
         """Read what has been appended, by this process or another."""

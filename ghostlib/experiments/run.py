@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import product
@@ -96,80 +96,56 @@ def read_shard(text: str) -> tuple[int, int]:
     return int(index), int(total)
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """What is asked for.
-
-    Attributes:
-        removed: the layers as `spell` writes them, ``"criterion n"``, or nothing.
-        operator: in their place.
-        measure: perplexity or accuracy.
-        on: corpus or task.
-    """
-
-    removed: str
-    operator: str
-    measure: str
-    on: str
-
-    def belongs(self, index: int, total: int) -> bool:
-        """Whether it is of this shard."""
-        content = json.dumps([self.removed, self.operator, self.measure, shown(self.on)])
-        digest = hashlib.sha256(content.encode()).digest()
-        return int.from_bytes(digest[:8], "big") % total == index - 1
-
-
 @dataclass
 class _Run:
-    """The cells still to be computed, and what they share."""
+    """The cells still to be computed, by model and by what is measured, and what they share."""
 
     specification: Specification
     results: Results
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    layers: dict[str, Layers] = field(default_factory=lambda: {"": ()})
-    todo: dict[tuple[Layers, str], list[_Cell]] = field(default_factory=dict)
+    todo: dict[tuple[Layers, str], list[tuple[str, str]]] = field(default_factory=dict)
 
     def run(self, index: int, total: int) -> None:
-        """Choose, plan, and compute cell by cell."""
-        cells = list(self._cells())
-        own = [cell for cell in cells if cell.belongs(index, total)]
-        self._choose({cell.removed for cell in own} if cells else None)
-        self._plan(own)
+        """Choose layers, plan, and compute cell by cell."""
+        measures = [
+            *product([PERPLEXITY], self.specification.perplexity),
+            *product([ACCURACY], self.specification.tasks),
+        ]
+        models = [((), DENSE), *product(self._removed(), self.specification.operators)]
+        for (layers, operator), (measure, on) in product(models, measures):
+            name = json.dumps([_spell(layers), operator, measure, shown(on)])
+            digest = hashlib.sha256(name.encode()).digest()
+            if int.from_bytes(digest[:8], "big") % total == index - 1:
+                self._plan(layers, operator, measure, on)
         if chosen := [layers for layers, operator in self.todo if operator == AUTO]:
             self._recipe.collect(chosen)
         for (layers, operator), missing in track(self.todo.items(), "scoring", unit="model"):
             self.results.refresh()
-            if left := [cell for cell in missing if not self._is_known(layers, cell)]:
+            if left := [m for m in missing if not self._is_known(layers, operator, *m)]:
                 self._score(layers, operator, left)
 
-    def _cells(self) -> Iterator[_Cell]:
-        """Every cell that is asked for, the dense model's first."""
+    def _removed(self) -> list[Layers]:
+        """Every set of layers to remove: those given, and those that criteria choose."""
         specification, total = self.specification, num_layers(self.model)
         starts = contiguous(specification.starts, total) if specification.starts else []
-        for layers in (*specification.layers, *(tuple(gap.removed) for gap in starts)):
+        given = [*specification.layers, *(tuple(gap.removed) for gap in starts)]
+        for layers in given:
             runs(layers, total)  # refuses what the model does not have
-            self.layers[spell(layers)] = layers
-        for n in specification.n:
-            contiguous(n, total)
-        chosen = [f"{c} {n}" for c, n in product(specification.criteria, specification.n)]
-        removed = [*filter(None, self.layers), *chosen]
-        models = [("", DENSE), *product(removed, specification.operators)]
-        measures = [
-            *product([PERPLEXITY], specification.perplexity),
-            *product([ACCURACY], specification.tasks),
-        ]
-        for model, measure in product(models, measures):
-            yield _Cell(*model, *measure)
-
-    def _choose(self, wanted: set[str] | None) -> None:
-        """Find out what criteria remove; one pass serves all that is not in the file."""
-        total, missing = num_layers(self.model), dict[str, list[int]]()
-        pairs = product(self.specification.criteria, self.specification.n)
-        asked = [(c, n) for c, n in pairs if wanted is None or f"{c} {n}" in wanted]
+        asked = list(product(specification.criteria, specification.n))
+        missing: dict[str, list[int]] = {}
         for criterion, n in asked:
+            contiguous(n, total)
             if not self.results.get("selection", criterion, n):
                 missing.setdefault(criterion, []).append(n)
+        self._select(missing)
+        records = [self.results.get("selection", *pair) for pair in asked]
+        chosen = [read_layers(record["layers"]) for record in records if record]
+        return list(dict.fromkeys([*given, *chosen]))
+
+    def _select(self, missing: Mapping[str, list[int]]) -> None:
+        """Let criteria choose so many layers each; one pass serves all of them."""
+        total = num_layers(self.model)
         known: Tensor | Calibration | None = None
         if boundaries := {b for c, ns in missing.items() for b in needed(c, ns, total)}:
             moments = any("moments" in CRITERIA[c].needs for c in missing)
@@ -183,41 +159,33 @@ class _Run:
             for n, layers in selected.items():
                 content = {"criterion": criterion, "n": n, "layers": spell(layers)}
                 self.results.append("selection", **content, seconds=round(seconds, 2))
-        for criterion, n in asked:
-            record = self.results.get("selection", criterion, n)
-            assert record is not None
-            self.layers[f"{criterion} {n}"] = read_layers(record["layers"])
 
-    def _plan(self, cells: list[_Cell]) -> None:
-        """Sort by model what is missing, and record what is left out."""
-        for cell in cells:
-            layers = self.layers[cell.removed]
-            fitted = cell.operator not in (DENSE, PRUNED, AUTO)
-            if 0 in layers and fitted and family_of(cell.operator).regressor.reads_mlp:
-                names = {"layers": _spell(layers), "operator": cell.operator, "on": ""}
-                reason = f"{cell.operator} reads the layer before a gap, and layer 0 is removed"
-                self.results.append("skipped", **names, reason=reason)
-            elif not self._is_known(layers, cell):
-                self.todo.setdefault((layers, cell.operator), []).append(cell)
+    def _plan(self, layers: Layers, operator: str, measure: str, on: str) -> None:
+        """Note what is missing, and record what is left out."""
+        fitted = operator not in (DENSE, PRUNED, AUTO)
+        if 0 in layers and fitted and family_of(operator).regressor.reads_mlp:
+            names = {"layers": _spell(layers), "operator": operator, "on": ""}
+            reason = f"{operator} reads the layer before a gap, and layer 0 is removed"
+            self.results.append("skipped", **names, reason=reason)
+        elif not self._is_known(layers, operator, measure, on):
+            self.todo.setdefault((layers, operator), []).append((measure, on))
 
-    def _is_known(self, layers: Layers, cell: _Cell) -> bool:
-        names, on = (_spell(layers), cell.operator), shown(cell.on)
-        scored = self.results.get("score", *names, cell.measure, on)
-        return bool(scored or self.results.get("skipped", *names, on))
+    def _is_known(self, layers: Layers, operator: str, measure: str, on: str) -> bool:
+        names = (_spell(layers), operator)
+        scored = self.results.get("score", *names, measure, shown(on))
+        return bool(scored or self.results.get("skipped", *names, shown(on)))
 
-    def _score(self, layers: Layers, operator: str, cells: list[_Cell]) -> None:
-        """Solve the operators of one model, and append a record for each of its cells."""
+    def _score(self, layers: Layers, operator: str, measures: list[tuple[str, str]]) -> None:
+        """Solve the operators of one model, and append a record for each of its measures."""
         begin = time.perf_counter()
         operators = self._operators(layers, operator)
-        for cell in cells:
-            if cell.measure == PERPLEXITY:
-                content = self._perplexity(cell.on, layers, operators)
-            else:
-                content = self._accuracy(cell.on, layers, operators)
-            names = {"layers": _spell(layers), "operator": operator, "on": shown(cell.on)}
+        for measure, on in measures:
+            take = self._perplexity if measure == PERPLEXITY else self._accuracy
+            content = take(on, layers, operators)
+            names = {"layers": _spell(layers), "operator": operator, "on": shown(on)}
             seconds, begin = time.perf_counter() - begin, time.perf_counter()
             if math.isfinite(content["value"]):
-                content |= names | {"measure": cell.measure, "seconds": round(seconds, 2)}
+                content |= names | {"measure": measure, "seconds": round(seconds, 2)}
                 self.results.append("score", **content)
             else:
                 reason = f"{operator} without layers {names['layers']} has no finite loss on "

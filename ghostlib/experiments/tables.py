@@ -149,7 +149,9 @@ def wide(rows: pd.DataFrame, form: Callable[[Any], str]) -> pd.DataFrame:
     lines += ["n", "operator"]
     if rows.duplicated([*lines, "on"]).any():
         lines.insert(-2, "layers")
-    texts = rows.assign(text=[form(row) for row in rows.itertuples()]).fillna({"criterion": ""})
+    texts = rows.assign(text=[form(row) for row in rows.itertuples()])
+    if "criterion" in lines:
+        texts["criterion"] = texts["criterion"].fillna("")  # the dense model's
     order = list(dict.fromkeys(texts[lines].itertuples(index=False, name=None)))
     order.sort(key=lambda line: line[-2])
     names = sorted(dict.fromkeys(rows["on"]), key=lambda name: name == MEAN)
