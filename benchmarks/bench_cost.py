@@ -24,17 +24,16 @@ from transformers.utils.logging import disable_progress_bar
 
 import ghostlib as gl
 from ghostlib.evaluation.cost import Spread
-from ghostlib.operators.solve import REGRESSORS
 
 REPAIRS = ("linearpatch-r", "ghost", "two-branch-relative", "three-branch-relative")
 
 
-def family(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """The dense model and what becomes of it."""
+def dense_and_repaired(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
+    """The dense model, pruned and with every repair."""
     model, tokenizer = gl.load_model(options.model, dtype=options.dtype, device=options.device)
     gap = gl.Boundary(options.start, options.start + options.layers)
     windows = gl.token_windows("wiki", tokenizer, length=1024, count=2)
-    regressors = [REGRESSORS.get(name, "stream") for name in REPAIRS]
+    regressors = [gl.OPERATORS[name].regressor for name in REPAIRS]
     stats = gl.calibrate(model, windows, [gap], regressors=regressors)
     models = {"dense": model, "pruned": gl.prune(model, gap.removed)}
     for name in REPAIRS:
@@ -115,7 +114,7 @@ def main() -> None:
     if options.case:
         run_case(options.case, options)
         return
-    models = family(options)
+    models = dense_and_repaired(options)
     total, kept = (models[name].config.num_hidden_layers for name in ("dense", "pruned"))
     print(f"{total} layers, {kept} kept: ideal dense ÷ ghost {total / kept:.3f}")
     for name, model in models.items():

@@ -5,10 +5,10 @@ Importing this package registers the recovered model classes with transformers, 
 """
 
 from ghostlib.evaluation.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
+from ghostlib.evaluation.generation import generate
 from ghostlib.evaluation.perplexity import (
     corpus_perplexity,
     gap_closed,
-    generate,
     perplexity,
     window_losses,
 )
@@ -17,15 +17,17 @@ from ghostlib.experiments.results import Results, read_results
 from ghostlib.experiments.run import run_experiment
 from ghostlib.experiments.spec import Specification
 from ghostlib.linalg.gram import SingularGramWarning
-from ghostlib.models.architectures import ARCHITECTURES
-from ghostlib.models.boundaries import Boundary, contiguous, runs
+from ghostlib.models.architectures import ARCHITECTURES, decoder_layers, receiver
+from ghostlib.models.boundaries import Boundary, contiguous, runs, spell
 from ghostlib.models.loading import load_model
+from ghostlib.models.streams import record, tap
 from ghostlib.operators.families import FAMILIES as OPERATORS
 from ghostlib.operators.families import Family
 from ghostlib.operators.paths import (
     RankPath,
     choose_rank,
     choose_ridge,
+    choose_ridges,
     cross_validate,
     rank_path,
     ridge_path,
@@ -40,8 +42,10 @@ from ghostlib.recovery.recipe import Recipe
 from ghostlib.recovery.recover import recover
 from ghostlib.recovery.sequential import fit_sequential
 from ghostlib.selection.criteria import CRITERIA, Selection, select_layers
+from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, Similarity, calibrate, calibration_bytes
 from ghostlib.statistics.distributed import calibrate_distributed, shard
+from ghostlib.statistics.features import Regressor
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install, prune
 from ghostlib.text.corpora import CORPORA, documents, token_windows
@@ -60,11 +64,13 @@ __all__ = [
     "Operator",
     "RankPath",
     "Recipe",
+    "Regressor",
     "Results",
     "Selection",
     "Similarity",
     "SingularGramWarning",
     "Specification",
+    "Trials",
     "antisymmetric_share",
     "cache_bytes",
     "calibrate",
@@ -72,10 +78,12 @@ __all__ = [
     "calibration_bytes",
     "choose_rank",
     "choose_ridge",
+    "choose_ridges",
     "contiguous",
     "corpus_perplexity",
     "count_parameters",
     "cross_validate",
+    "decoder_layers",
     "documents",
     "fit_sequential",
     "flops",
@@ -90,6 +98,8 @@ __all__ = [
     "published",
     "rank_path",
     "read_results",
+    "receiver",
+    "record",
     "recover",
     "ridge_path",
     "run_experiment",
@@ -97,6 +107,8 @@ __all__ = [
     "select_layers",
     "shard",
     "solve",
+    "spell",
+    "tap",
     "token_windows",
     "weight_bytes",
     "window_losses",

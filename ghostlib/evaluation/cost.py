@@ -1,23 +1,28 @@
-"""Cost: parameters, operations and cache counted from the model; time measured on the machine.
+"""Cost: parameters, operations and cache counted on a copy without weights; time measured.
 
 One multiply-add is two FLOPs. Matrix products are counted and nothing else: the rest (norms,
 activations, softmax, rotations) is linear in the width. Attention is counted as if every new token
-met every key in reach of the cache, masked or not, which is what a plain implementation computes
-and what `torch.utils.flop_counter` counts; kernels that skip the masked half do less.
+met every key in reach of the cache, masked or not, which is what a plain implementation computes;
+kernels that skip the masked half do less.
 """
 
+import copy
 import inspect
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.models.architectures import attentions, hidden_size
+from ghostlib.evaluation.perplexity import evaluating
+from ghostlib.models.architectures import decoder_layers, hidden_size
+from ghostlib.models.placement import input_device
 from ghostlib.surgery.ghosted import BoundaryModule
 
 
@@ -38,7 +43,7 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of the four."""
         return sum(self)
 
 
@@ -63,9 +68,14 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     """
     _at_least(0, tokens=tokens)
     _at_least(1, batch_size=batch_size)
-    numbers = sum(2 * a.kv_heads * a.head_dim * a.cached(tokens) for a in attentions(model))
-    numbers += len(getattr(model, "looking_back", ())) * hidden_size(model) * (tokens > 0)
-    return batch_size * numbers * model.dtype.itemsize
+    if tokens == 0:
+        return 0
+    twin, cache = _without_weights(model), DynamicCache(config=model.config)
+    _read(twin, tokens, batch_size, cache)
+    kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    last_tokens = batch_size * len(getattr(model, "looking_back", ())) * hidden_size(model)
+    numbers = sum(t.numel() for t in kept) + last_tokens
+    return int(numbers * model.dtype.itemsize)
 
 
 def flops(
@@ -73,42 +83,73 @@ def flops(
 ) -> Flops:
     """Count one forward pass of ``tokens`` new tokens after ``context`` tokens in the cache.
 
-    ``flops(model, 2048)`` is a prefill, ``flops(model, 1, context=2048)`` the next token.
-    Every matrix that is not looked up row by row multiplies every token once.
+    ``flops(model, 2048)`` is a prefill, ``flops(model, 1, context=2048)`` a decoding step. Counted
+    are the products that a copy of the model without weights performs, as
+    `torch.utils.flop_counter.FlopCounterMode` counts them; nothing is computed.
 
     Args:
-        logits: positions whose logits are computed; ``generate`` asks for the last alone.
+        logits: positions for which logits are computed; ``generate`` asks for the last alone.
 
     Raises:
-        ValueError: a negative ``context`` or ``logits``, or ``tokens`` or ``batch_size`` below 1.
+        ValueError: a negative ``context`` or ``logits``, ``tokens`` or ``batch_size`` below 1, or
+            more ``logits`` than ``tokens``.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 97}
+    >>> config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    >>> flops(LlamaForCausalLM(config), 8)
+    Flops(attention=40960, mlp=36864, boundary=0, head=3104)
+    >>> flops(LlamaForCausalLM(config), 1, context=8).total
+    12960
     """
     _at_least(1, tokens=tokens, batch_size=batch_size)
     _at_least(0, context=context, logits=logits)
-    layers = attentions(model)
-    attention = sum(_weights(a.module) for a in layers)
-    boundary = sum(_weights(m) for m in model.modules() if isinstance(m, BoundaryModule))
-    head = _weights(model.get_output_embeddings())
-    mlp = _weights(model) - attention - boundary - head
-    pairs = sum(  # (query, key) pairs, times the numbers of a key and of a value
-        2 * a.heads * a.head_dim * tokens * (a.cached(context) + tokens) for a in layers
-    )
-    return Flops(
-        attention=2 * batch_size * (tokens * attention + pairs),
-        mlp=2 * batch_size * tokens * mlp,
-        boundary=2 * batch_size * tokens * boundary,
-        head=2 * batch_size * logits * head,
+    if logits > tokens:
+        raise ValueError(f"logits must be at most tokens = {tokens}, got {logits}")
+    twin = _without_weights(model)
+    cache = DynamicCache(config=twin.config)
+    if context:
+        _read(twin, context, batch_size, cache)
+    with FlopCounterMode(display=False) as counter:
+        _read(twin, tokens, batch_size, cache)
+    counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    names = {module: f"{type(twin).__name__}.{name}" for name, module in twin.named_modules()}
+
+    def spent(modules: Iterable[Any]) -> int:
+        return sum(counted.get(names[module], 0) for module in modules)
+
+    # A layer's attention is its child that has a place in the cache.
+    children = [child for layer in decoder_layers(twin) for child in layer.children()]
+    attention = spent(child for child in children if hasattr(child, "layer_idx"))
+    boundary = spent(module for module in names if isinstance(module, BoundaryModule))
+    head = spent([twin.get_output_embeddings()])
+    mlp = counter.get_total_flops() - attention - boundary - head
+    return Flops(attention, mlp, boundary, logits * head)  # one position was counted
+
+
+def _without_weights(model: PreTrainedModel) -> Any:
+    """A model of the same modules and dtype, all on the meta device, with plain attention."""
+    config = copy.deepcopy(model.config)
+    config.pad_token_id = None  # or else some models look for padding among the ids
+    with torch.device("meta"):
+        twin: Any = type(model)(config)
+    twin.set_attn_implementation("eager")  # the counter does not look into fused kernels
+    return twin.to(model.dtype).eval()
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, tokens: int, batch_size: int, cache: DynamicCache) -> None:
+    """Extend ``cache`` by ``tokens`` tokens, with the logits of the last."""
+    model(
+        torch.zeros(batch_size, tokens, dtype=torch.long, device="meta"), **_caching(model, cache)
     )
 
 
-def _weights(module: nn.Module) -> int:
-    """Numbers in the matrices of ``module`` that multiply activations."""
-    return sum(
-        parameter.numel()
-        for part in module.modules()
-        if not isinstance(part, nn.Embedding)
-        for parameter in part.parameters(recurse=False)
-        if parameter.ndim == 2
-    )
+def _caching(model: PreTrainedModel, cache: DynamicCache) -> dict[str, Any]:
+    """Arguments for a pass that extends ``cache`` and gives the last token's logits."""
+    # The cache has got another name in the course of transformers 5.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True, "logits_to_keep": 1}
 
 
 class Spread(NamedTuple):
@@ -117,12 +158,6 @@ class Spread(NamedTuple):
     median: float
     least: float
     most: float
-
-    @classmethod
-    def of(cls, seconds: Iterable[float]) -> "Spread":
-        """Summarise measurements."""
-        ordered = sorted(seconds)
-        return cls(statistics.median(ordered), ordered[0], ordered[-1])
 
 
 class Latency(NamedTuple):
@@ -153,12 +188,15 @@ def latency(
     """Time several models in turn, so that a machine that slows down slows all of them alike.
 
     In every round each model reads the same random prompt and continues it greedily, one token at a
-    time. Clocks are read when the devices have finished.
+    time, in evaluation mode. Clocks are read when the devices have finished.
 
     Args:
-        models: ``{name: model}``; they are not changed.
-        prompt_tokens, new_tokens, batch_size: size of the task.
-        warmup: rounds that are not counted. repeats: rounds that are.
+        models: ``{name: model}``; they are given back as they were.
+        prompt_tokens: length of the prompt.
+        new_tokens: decoding steps after it.
+        batch_size: sequences in the batch.
+        warmup: rounds that are not counted.
+        repeats: rounds that are.
         seed: of the prompt.
 
     Raises:
@@ -185,34 +223,33 @@ def latency(
     words = min(model.config.vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(words, (batch_size, prompt_tokens), generator=generator)
-    rounds: dict[str, list[tuple[float, float, int | None]]] = {name: [] for name in models}
-    for turn in track(range(warmup + repeats), "timing", unit="round"):
-        for name, model in models.items():
-            measured = _measure(model, prompt, new_tokens)
-            if turn >= warmup:
-                rounds[name].append(measured)
-    return {
-        name: Latency(
-            Spread.of(prefill for prefill, _, _ in taken),
-            Spread.of(decode for _, decode, _ in taken),
-            max((peak for *_, peak in taken if peak is not None), default=None),
-        )
-        for name, taken in rounds.items()
-    }
+    rounds: dict[str, list[tuple[float, float, int]]] = {name: [] for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        for turn in track(range(warmup + repeats), "timing", unit="round"):
+            for name, model in models.items():
+                measured = _measure(model, prompt, new_tokens)
+                if turn >= warmup:
+                    rounds[name].append(measured)
+    found = {}
+    for name, taken in rounds.items():
+        prefill, decode, peaks = zip(*taken, strict=True)
+        found[name] = Latency(_spread(prefill), _spread(decode), max(peaks) or None)
+    return found
+
+
+def _spread(seconds: Sequence[float]) -> Spread:
+    return Spread(statistics.median(seconds), min(seconds), max(seconds))
 
 
 @torch.no_grad()
-def _measure(
-    model: PreTrainedModel, prompt: Tensor, new_tokens: int
-) -> tuple[float, float, int | None]:
-    """Seconds of one prefill, seconds per decoded token, and peak memory."""
-    devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
+def _measure(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float, int]:
+    """Seconds of one prefill, seconds per decoding step, and peak bytes (0 without CUDA)."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     cuda = [device for device in devices if device.type == "cuda"]
-    # The cache has got another name in the course of transformers 5.
-    named = inspect.signature(model.forward).parameters
-    cache = {"cache" if "cache" in named else "past_key_values": DynamicCache(config=model.config)}
-    options: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1, **cache}
-    prompt = prompt.to(model.device)
+    options = _caching(model, DynamicCache(config=model.config))
+    prompt = prompt.to(input_device(model))
 
     _synchronize(devices)
     before = {device: torch.cuda.memory_allocated(device) for device in cuda}
@@ -227,7 +264,7 @@ def _measure(
     _synchronize(devices)
     end = time.perf_counter()
     peak = sum(torch.cuda.max_memory_allocated(d) - held for d, held in before.items())
-    return read - begin, (end - read) / new_tokens, peak if cuda else None
+    return read - begin, (end - read) / new_tokens, peak
 
 
 def _synchronize(devices: Iterable[torch.device]) -> None:

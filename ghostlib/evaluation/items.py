@@ -1,8 +1,9 @@
-"""Two zero-shot tasks made of the embedded Wikipedia introductions, for machines without a hub.
+"""Multiple-choice questions: read from a file, or made of the embedded Wikipedia introductions.
 
-Each item shows a few words of an introduction and asks for the article's short description, or for
-its topic, among four. Only articles of the corpus' test split are asked about: calibration on
-``split="train"`` has seen none of them. The items depend on nothing but the seed.
+The embedded tasks are for machines without a hub. Each item shows a few words of an introduction
+and asks for the article's short description, or for its topic, among four. Only articles of the
+corpus' test split are asked about: calibration on ``split="train"`` has seen none of them. The
+items depend on nothing but the seed.
 """
 
 import json
@@ -30,16 +31,18 @@ def read_items(path: str | Path) -> list[Item]:
         ValueError: a line that is none, by its number and what is wrong with it; or no line at all.
         FileNotFoundError: no such file.
     """
-    path, items = Path(path).expanduser(), []
-    if not path.exists():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"no such task file: {path}")
+    items = []
     # Not splitlines(): JSON strings may hold other line separators, such as U+2028, unescaped.
     for number, line in enumerate(decode(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                items.append(_checked(json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+        if not line.strip():
+            continue
+        try:
+            items.append(_checked(json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     if not items:
         raise ValueError(f"{path} has no items: give one {{query, choices, gold}} a line")
     return items
@@ -68,12 +71,12 @@ def _checked(record: Any) -> Item:
 
 ITEMS, CHOICES, WORDS = 300, 4, 20
 SEED = 0
-# The corpus' topics, each as one word (and one token of most vocabularies, whose four choices the
-# harness scores in one forward pass); left out is "Uncategorized".
+# The corpus' topics, each as one word (and one token of most vocabularies: the harness then scores
+# the four choices in one forward pass). "Uncategorized" is left out.
 TOPICS = {
     "Arts": "art",
     "Biology and health sciences": "biology",
-    "Everyday life": "life",
+    "Everyday life": "lifestyle",  # not "life", which biology is the study of
     "Geography": "geography",
     "History": "history",
     "Mathematics": "mathematics",
@@ -92,21 +95,21 @@ _COMMON = set(
 def descriptions(seed: int = SEED) -> list[Item]:
     """Choose an article's short description; the others are of articles on the same topic.
 
-    The first sentence, which is all but the description, is not shown. No choice, right or wrong,
-    shares a word with what is (common words aside, and words being equal that begin with the same
-    five letters), so that copying is of no use.
+    The first sentence, which nearly states the description, is not shown. No choice, right or
+    wrong, shares a word with the text shown (common words aside; words count as equal that begin
+    with the same five letters), so that copying is of no use.
     """
     rng, items = random.Random(seed), []
     articles = [a for a in _articles() if a["description"]]
     rng.shuffle(articles)
     described = [(a["topic"], a["description"], _words(a["description"])) for a in articles]
-    for article, (topic, right, meant) in zip(articles, described, strict=True):
+    for article, (topic, right, words) in zip(articles, described, strict=True):
         rest = _sentences(article["extract"])[1:]
         query = f"{_beginning(' '.join(rest))}\n\nShort description of {article['title']}:"
         shown = _words(query)
-        if not rest or shown & meant:
+        if not rest or shown & words:
             continue
-        wrong = {d for t, d, w in described if t == topic and w != meant and not shown & w}
+        wrong = {d for t, d, w in described if t == topic and w != words and not shown & w}
         items.append(_item(query, right, rng.sample(sorted(wrong), CHOICES - 1), rng))
         if len(items) == ITEMS:
             break
@@ -116,8 +119,7 @@ def descriptions(seed: int = SEED) -> list[Item]:
 def topics(seed: int = SEED) -> list[Item]:
     """Choose the word for an article's topic from how its introduction begins.
 
-    Every topic is right equally often, and wrong equally often, so that a model gains nothing by
-    preferring the name of one.
+    Every topic is right equally often, and wrong equally often: preferring one name gains nothing.
     """
     rng, items = random.Random(seed), []
     articles = _articles()

@@ -1,18 +1,18 @@
 """Zero-shot accuracy through lm-evaluation-harness itself, on a model in memory.
 
 Tasks are the harness' own by name, among them the paper's nine (`PAPER_TASKS`); local files of
-multiple-choice questions; and two made of the embedded corpus (`EMBEDDED`), which need no hub. A
-table of operators × tasks is an experiment, see `ghostlib.experiments`.
+multiple-choice questions; and two made of the embedded corpus (`EMBEDDED`), which need no hub.
 """
 
 import contextlib
 import copy
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.common import Registry, quiet
 from ghostlib.evaluation.items import Item, descriptions, read_items, topics
+from ghostlib.evaluation.perplexity import NOT_FINITE, evaluating
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,14 @@ class Score:
     """What a model scored on one task.
 
     Attributes:
-        acc, acc_se: share of items whose right choice has the highest log-likelihood, and its
-            standard error (None for a single item), both as the harness computes them.
-        acc_norm, acc_norm_se: the same with log-likelihoods divided by the choices' lengths in
-            characters; None for tasks that the harness scores without it.
-        correct, correct_norm: 1 or 0 for each item, in the task's order.
+        task: its name.
+        acc: share of items whose right choice has the highest log-likelihood (0 to 1).
+        acc_se: its standard error, as the harness computes it; None for a single item.
+        acc_norm: as ``acc``, with log-likelihoods divided by the choices' lengths in characters;
+            None for tasks that the harness scores without it.
+        acc_norm_se: its standard error.
+        correct: 1 or 0 for each item, in the task's order.
+        correct_norm: the same for ``acc_norm``.
         items: a digest of the items, equal for scores of the same ones.
     """
 
@@ -53,9 +57,12 @@ class Difference:
 
     Attributes:
         difference: accuracy of the first less that of the second; between -1 and 1.
-        low, high: its confidence interval.
+        low: lower end of its confidence interval.
+        high: upper end.
         p_value: of McNemar's exact test that neither is better.
-        first_only, second_only: items that only the one got right. n: all items.
+        first_only: items that only the first got right.
+        second_only: items that only the second got right.
+        n: all items.
     """
 
     difference: float
@@ -78,13 +85,20 @@ def paired(
     keeps its coverage for few items and for models that never disagree.
 
     Args:
-        first, second: what `ghostlib.evaluation.tasks.zero_shot` gave, with the same ``limit``.
+        first: what `zero_shot` gave for one model.
+        second: for another, on the same task with the same ``limit``.
         normed: compare ``acc_norm`` instead of ``acc``.
         confidence: of the interval.
 
     Raises:
         ValueError: scores of different items, a task without ``acc_norm``, or a confidence that is
             not between 0 and 1.
+
+    >>> answers = [1, 1, 1, 0], [1, 0, 0, 0]
+    >>> dense, pruned = (Score("quiz", sum(a) / 4, None, None, None, a, None, "") for a in answers)
+    >>> found = paired(dense, pruned)
+    >>> found.difference, found.first_only, found.p_value
+    (0.5, 2, 0.5)
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
@@ -145,7 +159,8 @@ def zero_shot(
     drops the beginning of a query that is longer than the model's context.
 
     Args:
-        model: any causal LM, dense or recovered; it is left as it is.
+        model: any causal LM, dense or recovered; one in training mode is scored in evaluation
+            mode and given back as it was.
         tokenizer: its tokenizer.
         tasks: names of `EMBEDDED` tasks, of the harness' own, or paths of ``.jsonl`` files (see
             `read_items`), which are called by the name of the file.
@@ -158,43 +173,44 @@ def zero_shot(
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
         ValueError: an unknown task, a file that cannot be used (the message names the line), a
-            task without accuracy, two of one name, or a bad ``limit``.
+            task without accuracy, two of one name, no task, a ``limit`` or ``batch_size`` below 1,
+            or a log-likelihood that is infinite or not a number.
         FileNotFoundError: no such file.
         ConnectionError: a task's data cannot be had from the hub.
         ghostlib.text.assets.AssetError: an embedded task whose corpus is not to be had.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be a positive number of items, not {limit}")
-    lm_eval, huggingface = _harness()
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     wanted = [tasks] if isinstance(tasks, str | Path) else list(tasks)
-    trained = model.training
-    with _silence():
+    if not wanted:
+        raise ValueError(f"no task to score: {_INSTEAD}")
+    lm_eval, huggingface = _harness()
+    with _silence(), evaluating(model):
         loaded = [part for task in wanted for part in _load(task)]
         names = [part.task_name for part in loaded]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(
                 f"two tasks are called {min(twice)!r}: name each once, by its own name"
             )
-        try:
-            lm = huggingface.HFLM(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
-                backend="causal",  # a recovered model's type is none that the harness knows
-                batch_size=batch_size,
-            )
-            found = lm_eval.simple_evaluate(
-                lm,
-                tasks=loaded,
-                task_manager=_manager(False),
-                limit=limit,
-                # nothing is drawn: the caller's random state is none of the harness' business
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-            )
-        finally:
-            model.train(trained)
-    return {task: _score(task, found) for task in found["samples"]}
+        lm = huggingface.HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
+            backend="causal",  # a recovered model's type is none that the harness knows
+            batch_size=batch_size,
+        )
+        results = lm_eval.simple_evaluate(
+            lm,
+            tasks=loaded,
+            task_manager=_manager(False),
+            limit=limit,
+            # nothing is drawn: the caller's random state is not the harness' to set
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    return {task: _score(task, results) for task in results["samples"]}
 
 
 def check_tasks(tasks: Sequence[str | Path]) -> None:
@@ -245,9 +261,9 @@ def _load(task: str | Path) -> list[Any]:
     """The harness' task objects behind a name or a path."""
     name = str(task)
     if name in EMBEDDED:
-        return [_task_of(name, EMBEDDED[name])]
+        return [_task_of(name, EMBEDDED[name]())]
     if isinstance(task, Path) or name.endswith(".jsonl"):
-        return [_task_of(Path(name).stem, partial(read_items, name))]
+        return [_task_of(Path(name).stem, read_items(name))]
     _check_known(name)
     # datasets raises a dozen kinds of error for "not reachable", "not there" and "not readable".
     try:
@@ -263,17 +279,16 @@ def _load(task: str | Path) -> list[Any]:
 def _check_known(name: str) -> None:
     known = _manager(True).all_tasks
     if name not in known:
-        names = dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known])
+        names = list(dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known]))
         close = get_close_matches(name, names, n=3) or [*EMBEDDED, *PAPER_TASKS]
         raise ValueError(f"unknown task {name!r}; near are {', '.join(close)}; or {_INSTEAD}")
 
 
-def _task_of(name: str, read: Callable[[], list[Item]]) -> Any:
+def _task_of(name: str, items: list[Item]) -> Any:
     """A task of the harness made of items."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    items = read()
     return ConfigurableTask(
         config={
             "task": name,
@@ -291,26 +306,32 @@ def _task_of(name: str, read: Callable[[], list[Item]]) -> Any:
     )
 
 
-def _score(task: str, found: Any) -> Score:
-    totals = found["results"][task]
+def _score(task: str, results: Any) -> Score:
+    """One task's `Score` from what the harness returned."""
+    totals = results["results"][task]
     if "acc,none" not in totals:
         raise ValueError(f"task {task!r} has no accuracy: zero_shot is for multiple-choice tasks")
-    items = sorted(found["samples"][task], key=lambda item: item["doc_id"])
-    normed = "acc_norm,none" in totals
+    items = sorted(results["samples"][task], key=lambda item: item["doc_id"])
+    for item in items:
+        # one (log-likelihood, is it the most likely continuation) for each choice
+        if not all(math.isfinite(likelihood) for likelihood, _ in item["filtered_resps"]):
+            where = f"task {task!r}, item {item['doc_id']}"
+            raise ValueError(f"{where}: a log-likelihood is not finite; {NOT_FINITE}")
 
     def total(name: str) -> float | None:
         value = totals.get(f"{name},none")
         return float(value) if isinstance(value, float) else None  # "N/A": one item's error
 
+    normed = "acc_norm,none" in totals
     return Score(
-        task,
-        float(totals["acc,none"]),
-        total("acc_stderr"),
-        total("acc_norm"),
-        total("acc_norm_stderr"),
-        [int(item["acc"]) for item in items],
-        [int(item["acc_norm"]) for item in items] if normed else None,
-        hashlib.sha256("".join(item["doc_hash"] for item in items).encode()).hexdigest(),
+        task=task,
+        acc=float(totals["acc,none"]),
+        acc_se=total("acc_stderr"),
+        acc_norm=total("acc_norm"),
+        acc_norm_se=total("acc_norm_stderr"),
+        correct=[int(item["acc"]) for item in items],
+        correct_norm=[int(item["acc_norm"]) for item in items] if normed else None,
+        items=hashlib.sha256("".join(item["doc_hash"] for item in items).encode()).hexdigest(),
     )
 
 

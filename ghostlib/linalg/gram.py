@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypedDict
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 RCOND = 1e-6
 # A ridge below this multiple of the mean eigenvalue regularises nothing that can be measured.
 _RIDGE_THAT_COUNTS = 1e-6
-# Squared pivots of a Cholesky factor above this share of the largest eigenvalue prove full rank.
-_CLEAR_PIVOT = 1e-10
 
 
 class Regularisation(TypedDict, total=False):
@@ -92,11 +90,11 @@ class Gram:
     @cached_property
     def unit(self) -> Tensor:
         """(p,) root mean eigenvalue of each feature's Gram matrix; 1 for one that is zero."""
-        parts = [
-            (mean if (mean := part.mean()) > 0 else torch.ones_like(mean)).sqrt().expand(len(part))
-            for part in self.G.diagonal().split(self.blocks)
-        ]
-        return torch.cat(parts)
+        means = torch.stack(
+            [part.mean() for part in torch.split(self.G.diagonal(), list(self.blocks))]
+        )
+        sizes = torch.tensor(self.blocks, device=means.device)
+        return torch.where(means > 0, means, 1.0).sqrt().repeat_interleave(sizes)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -133,18 +131,19 @@ class Gram:
             # With one feature the unit is one number: the spectrum of every ridge is the same.
             scaling = self.unit if len(self.blocks) == 1 else torch.ones_like(self.unit)
             return Regularised(self, scaling, check_ridge(ridge) / float(scaling[0]) ** 2)
-        if isinstance(relative_ridge, Sequence) and len(set(relative_ridge)) > 1:
-            if len(relative_ridge) != len(self.blocks):
+        if isinstance(relative_ridge, Sequence):
+            if len(relative_ridge) not in (1, len(self.blocks)):
                 raise ValueError(
                     f"relative_ridge has {len(relative_ridge)} values for {len(self.blocks)} "
                     "features: give one, or one for each"
                 )
-            roots = [math.sqrt(check_ridge(r)) for r in relative_ridge]
-            parts = zip(roots, self.unit.split(self.blocks), strict=True)
-            return Regularised(self, torch.cat([root * part for root, part in parts]), 1.0)
+            if len(set(relative_ridge)) > 1:
+                roots = [math.sqrt(check_ridge(ridge)) for ridge in relative_ridge]
+                parts = zip(roots, torch.split(self.unit, list(self.blocks)), strict=True)
+                return Regularised(self, torch.cat([root * part for root, part in parts]), 1.0)
+            relative_ridge = relative_ridge[0]
         if relative_ridge is not None:
-            one = relative_ridge[0] if isinstance(relative_ridge, Sequence) else relative_ridge
-            return Regularised(self, self.unit, check_ridge(one))
+            return Regularised(self, self.unit, check_ridge(relative_ridge))
         rcond = RCOND if rcond is None else rcond
         if not 0 < rcond < 1:
             raise ValueError(f"rcond must lie between 0 and 1, got {rcond}")
@@ -204,16 +203,26 @@ class Regularised:
     @cached_property
     def _factor(self) -> Tensor | None:
         """Lower Cholesky factor of ``G + shift d d'``; None where it is not to be trusted."""
-        if not self.shift or "spectrum" in vars(self.gram):
+        spectrum_known = self.scaling is self.gram.unit and "spectrum" in vars(self.gram)
+        if not self.shift or spectrum_known:
             return None
         A = self.gram.G.clone()
         A.diagonal().add_(self.shift * self.scaling.square())
-        size = (A.diagonal() / self.scaling.square()).max()
-        factor, info = torch.linalg.cholesky_ex(A, out=(A, torch.empty(0, dtype=torch.int32)))
-        if int(info):
-            return None
-        pivots = (factor.diagonal() / self.scaling).square()
-        return factor if self.counts or pivots.min() > _CLEAR_PIVOT * size else None
+        factor, info = torch.linalg.cholesky_ex(A, out=(A, A.new_empty(0, dtype=torch.int32)))
+        trusted = not int(info) and (self.counts or self._full_rank(factor))
+        return factor if trusted else None
+
+    def _full_rank(self, factor: Tensor) -> bool:
+        """Whether the factor of ``G + shift d d'`` proves that ``G`` itself has full rank.
+
+        In the features' units the smallest eigenvalue is at least ``1 / tr(inverse)``, of which the
+        shift may be a part, and the largest at most the trace, p.
+        """
+        p, unit2 = len(factor), self.gram.unit.square()
+        smallest = 1 / float(torch.cholesky_inverse(factor).diagonal() @ unit2)
+        added = self.shift * float((self.scaling.square() / unit2).max())
+        seen = max(RCOND**2, max(p, 64) * torch.finfo(factor.dtype).eps)
+        return smallest - added > seen * p
 
     def solve(self, C: Tensor) -> Tensor:
         """Apply the inverse to ``C`` (p, q): the smallest fit ``M`` with ``G M = C``."""
@@ -241,20 +250,21 @@ class Regularised:
         )
 
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_known: WeakValueDictionary[tuple[int, tuple[int, ...]], Gram] = WeakValueDictionary()
 
 
 def gram(G: Tensor, blocks: Sequence[int] = ()) -> Gram:
-    """The `Gram` of ``G`` (p, p), whose spectrum is computed once for as long as that tensor lives.
+    """The one `Gram` of ``G`` (p, p), whose spectrum is computed once for all who hold it.
 
     `Moments` rebind their sums and never change them in place, and boundaries that start at the
-    same layer share one ``G``: keyed by the tensor, they share its decomposition as well.
+    same layer share one ``G``: known by the tensor, they share its decomposition as well, for as
+    long as one of them lives.
     """
-    known = _known.get(G)
-    if known is None or known.blocks != (tuple(blocks) or (len(G),)):
-        known = _known[G] = Gram(G, blocks)
-    found: Gram = known
-    return found
+    key = id(G), tuple(blocks) or (len(G),)  # an id belongs to G while a Gram keeps it alive
+    known = _known.get(key)
+    if known is None:
+        known = _known[key] = Gram(G, blocks)
+    return known
 
 
 def check_ridge(ridge: float) -> float:

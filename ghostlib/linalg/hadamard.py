@@ -8,25 +8,29 @@ use; Paley's construction over prime powers would add just one multiple of 64 be
 
 import operator
 from functools import cache, lru_cache, reduce
+from math import isqrt, prod, sqrt
 
 import torch
 from torch import Tensor
-
-# Widest dense factor `rotate` multiplies by: fewer, wider passes beat many narrow ones until here.
-_BLOCK = 64
 
 
 def has_hadamard(n: int) -> bool:
     """Whether `hadamard` can build order ``n``; cached, and no matrix is built.
 
     Raises:
-        ValueError: ``n`` is not positive. TypeError: ``n`` is not an integer.
+        ValueError: ``n`` is not positive.
+        TypeError: ``n`` is not an integer.
+
+    >>> has_hadamard(576), has_hadamard(577)
+    (True, False)
     """
-    return _factors(_check_order(n)) is not None
+    return _factors(_order(n)) is not None
 
 
 def hadamard(n: int) -> Tensor:
     """The normalised Hadamard matrix ``H`` of order ``n``: entries ``±1/sqrt(n)``, ``H'H = I``.
+
+    For a power of two the same as ``scipy.linalg.hadamard(n) / sqrt(n)``.
 
     Args:
         n: order; 1, 2, or a multiple of 4 that factorises into Sylvester and Paley orders.
@@ -36,19 +40,19 @@ def hadamard(n: int) -> Tensor:
 
     Raises:
         ValueError: no construction known here reaches ``n``; the message names the nearest widths.
+        TypeError: ``n`` is not an integer.
 
     >>> hadamard(576).shape
     torch.Size([576, 576])
     """
-    signs = [_primitive(order) for order in _require_factors(n)]
-    return reduce(torch.kron, signs, torch.ones(1, 1, dtype=torch.float64)) / n**0.5
+    return _kronecker(_require_factors(n)) / sqrt(n)
 
 
 def rotate(X: Tensor, *, inverse: bool = False) -> Tensor:
-    """``X @ H``, or ``X @ H'`` with ``inverse``, one Kronecker factor at a time.
+    """``X @ H``, or ``X @ H'`` with ``inverse``, by the two Kronecker factors of ``H = A ⊗ B``.
 
-    For ``H = H_1 ⊗ H_2 ⊗ …`` a row of ``X`` is an array with one axis per factor, and each factor
-    multiplies its own axis: O(n * sum of the factors) per row in place of O(n^2).
+    A row of ``X`` is an array (a, b), ``A`` multiplies its first axis and ``B`` its second:
+    O(n (a + b)) operations a row instead of O(n^2).
 
     Args:
         X: (..., n) activations of any floating dtype, on any device.
@@ -72,14 +76,14 @@ def rotate(X: Tensor, *, inverse: bool = False) -> Tensor:
     n = X.shape[-1]
     work = X.dtype if X.dtype in (torch.float32, torch.float64) else torch.float32
     Z = X.to(work)
-    for orders in _blocks(n):
+    for orders in _halves(n):
         H = _signs(orders, work, X.device)
-        # The first axis is multiplied and becomes the last: after all factors, order is restored.
+        # The first axis is multiplied and becomes the last: after both factors, order is restored.
         Z = Z.reshape(-1, len(H), n // len(H)).transpose(1, 2) @ (H.T if inverse else H)
-    return (Z.reshape(X.shape) / n**0.5).to(X.dtype)
+    return (Z.reshape(X.shape) / sqrt(n)).to(X.dtype)
 
 
-def _check_order(n: int) -> int:
+def _order(n: int) -> int:
     n = operator.index(n)
     if n < 1:
         raise ValueError(f"the order of a Hadamard matrix must be positive, got {n}")
@@ -87,8 +91,7 @@ def _check_order(n: int) -> int:
 
 
 def _require_factors(n: int) -> tuple[int, ...]:
-    n = _check_order(n)
-    factors = _factors(n)
+    factors = _factors(_order(n))
     if factors is None:
         below = next(m for m in range(n - 1, 0, -1) if has_hadamard(m))
         above = next(m for m in range(n + 1, 2 * n + 4) if has_hadamard(m))
@@ -102,38 +105,38 @@ def _require_factors(n: int) -> tuple[int, ...]:
 
 @cache
 def _factors(n: int) -> tuple[int, ...] | None:
-    """Primitive orders with product ``n`` and the smallest sum (the cost of `rotate`), or None."""
+    """Sorted primitive orders of product ``n`` and smallest sum; None where there are none."""
     if n == 1:
         return ()
     if n > 2 and n % 4:
         return None
-    found = [
-        (*rest, order)
-        for order in range(2, n + 1)
-        if n % order == 0 and _is_primitive(order) and (rest := _factors(n // order)) is not None
-    ]
-    return tuple(sorted(min(found, key=sum))) if found else None
+    products = []
+    for order in range(2, n + 1):
+        if n % order == 0 and _is_primitive(order):
+            rest = _factors(n // order)
+            if rest is not None:
+                products.append((*rest, order))
+    return tuple(sorted(min(products, key=sum))) if products else None
 
 
 @cache
-def _blocks(n: int) -> tuple[tuple[int, ...], ...]:
-    """The factors of ``n`` grouped into dense blocks no wider than `_BLOCK` where possible."""
-    blocks: list[tuple[int, ...]] = []
-    width = 0
-    for order in _require_factors(n):
-        if blocks and width * order <= _BLOCK:
-            blocks[-1] += (order,)
-            width *= order
-        else:
-            blocks.append((order,))
-            width = order
-    return tuple(blocks)
+def _halves(n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The factors of ``n`` parted in two, whose products are as near to each other as can be."""
+    factors = _require_factors(n)
+    parted = [(factors[:i], factors[i:]) for i in range(len(factors) + 1)]
+    return min(parted, key=lambda halves: prod(halves[0]) + prod(halves[1]))
 
 
 @lru_cache(maxsize=64)
 def _signs(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kronecker product of the primitive matrices of ``orders``; entries ±1."""
-    return reduce(torch.kron, map(_primitive, orders)).to(device, dtype)
+    """`_kronecker`, kept for the next call of `rotate`."""
+    return _kronecker(orders).to(device, dtype)
+
+
+def _kronecker(orders: tuple[int, ...]) -> Tensor:
+    """Kronecker product of the primitive matrices of ``orders``; float64 entries ±1."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return reduce(torch.kron, [_primitive(order) for order in orders], one)
 
 
 def _is_primitive(n: int) -> bool:
@@ -147,25 +150,25 @@ def _paley_one(n: int) -> bool:
 
 def _paley_two(n: int) -> bool:
     """Order ``2 (q + 1)`` for a prime ``q = 1 mod 4``."""
-    return n % 4 == 0 and (n // 2) % 4 == 2 and _is_prime(n // 2 - 1)
+    return n % 8 == 4 and _is_prime(n // 2 - 1)
 
 
 def _is_prime(n: int) -> bool:
-    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
+    return n > 1 and all(n % d for d in range(2, isqrt(n) + 1))
 
 
 def _primitive(n: int) -> Tensor:
     """The (n, n) float64 matrix of ±1 that Sylvester or Paley give for a primitive order."""
+    sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     if n == 2:
-        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        return sylvester
     if _paley_one(n):
         # The core S is skew-symmetric with S S' = (n - 1) I, so I + S has orthogonal rows.
         return torch.eye(n, dtype=torch.float64) + _bordered(n - 1, sign=-1.0)
     # The core S is symmetric; each of its entries ±1 and its zeros become blocks of order 2.
+    zero = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
     S = _bordered(n // 2 - 1, sign=1.0)
-    off = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    on = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(S, off) + torch.kron(torch.eye(n // 2, dtype=torch.float64), on)
+    return torch.kron(S, sylvester) + torch.kron(torch.eye(n // 2, dtype=torch.float64), zero)
 
 
 def _bordered(q: int, sign: float) -> Tensor:

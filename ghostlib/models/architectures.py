@@ -148,6 +148,11 @@ def intermediate_size(model: PreTrainedModel, index: int) -> int:
     return int(module.weight.shape[1 if isinstance(module, nn.Linear) else 0])
 
 
+def has_bias(model: PreTrainedModel, index: int) -> bool:
+    """Whether the down-projection of layer ``index`` has a bias; errors as `mlp_output`."""
+    return mlp_output(model, index).bias is not None
+
+
 def embeddings(model: PreTrainedModel) -> list[nn.Module]:
     """The modules whose outputs make up the stream that enters the first layer.
 

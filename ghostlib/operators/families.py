@@ -17,16 +17,17 @@ returns, among equally good fits, the one with the smallest ``M``.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from ghostlib.common import Registry
-from ghostlib.linalg.gram import Gram, Regularisation, Regularised
+from ghostlib.common import Registry, warn
+from ghostlib.linalg.gram import Gram, Regularisation, Regularised, SingularGramWarning
 from ghostlib.linalg.hadamard import rotate
+from ghostlib.models.boundaries import Boundary
 from ghostlib.statistics.features import FEATURES, STREAM, Regressor
 from ghostlib.statistics.moments import Moments
 
@@ -77,6 +78,7 @@ class Family:
         color: in every figure.
         least_squares: whether it minimises a squared error, which few tokens may own.
         options: what `solve` accepts beside the moments.
+        default: options where no regularisation is given.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Family:
     color: str = "#808080"
     least_squares: bool = True
     options: tuple[str, ...] = ()
+    default: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -97,18 +100,39 @@ class Family:
         """Whether it adds no parameter and no operation: the checkpoint stays a stock one."""
         return self.install in ("down-projection", "earlier-writes", "nothing")
 
+    def check_place(self, gaps: Iterable[Boundary]) -> None:
+        """Refuse a gap that has no layer before it, where the repair needs one.
+
+        Raises:
+            ValueError: such a gap, and what works instead.
+        """
+        for gap in gaps:
+            if gap.start == 0 and self.regressor.reads_mlp:
+                raise ValueError(
+                    f"{self} repairs the MLP before the gap, and boundary {gap} has no layer "
+                    "before it: keep layer 0, or use a repair of the stream such as ghost"
+                )
+
     @classmethod
     def of(cls, spelling: "str | Family") -> "Family":
         """The family of a name, or least squares on a regressor spelt ``"x, n(x); 1/|y|"``.
 
         Raises:
-            ValueError: neither a family nor a regressor; the message names the nearest family.
+            ValueError: neither a family nor a regressor (the message names the nearest family), or
+                a regressor that reads the MLP, which no matrix at the gap can.
         """
         if isinstance(spelling, Family):
             return spelling
-        if spelling not in FAMILIES and spelling.split(";")[0].split(",")[0] in FEATURES:
-            return replace(FAMILIES["branches"], regressor=Regressor.parse(spelling))
-        return FAMILIES[spelling]
+        text = str(spelling)
+        if text in FAMILIES or not (text in FEATURES or "," in text or ";" in text):
+            return FAMILIES[text]
+        regressor = Regressor.parse(text)
+        if regressor.reads_mlp:
+            raise ValueError(
+                f"no module at the gap can read {regressor}: use a family that is folded into the "
+                "MLP before it, such as replaceme"
+            )
+        return replace(FAMILIES["branches"], regressor=regressor)
 
 
 # ---------------------------------------------------------------- sets of diagonal matrices
@@ -239,7 +263,7 @@ def least_squares(
     moments: Moments,
     *,
     rank: int | None = None,
-    bias: bool = False,
+    bias: bool | None = None,
     **options: Unpack[Regularisation],
 ) -> Fit:
     """The best ``M = [M_1; M_2; …]`` of ``X + f_1 M_1 + f_2 M_2 …``, or of that plus a bias.
@@ -251,7 +275,8 @@ def least_squares(
 
     Args:
         rank: of ``M`` at most, between 1 and C.
-        bias: fit a bias as well, which nothing shrinks: centred moments.
+        bias: fit a bias as well, which nothing shrinks: centred moments. By default where the
+            weights that will take the repair have one.
         options: as in `ghost`; a relative ridge is in each feature's own unit, one for all features
             or one for each.
 
@@ -262,6 +287,7 @@ def least_squares(
     if rank is not None and not 1 <= operator.index(rank) <= C:
         raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
     gram, cross = moments.gram, moments.cross
+    bias = moments.bias if bias is None else bias
     means = moments.f1 / moments.weight, moments.d1 / moments.weight
     if bias:
         # Centring cancels: what is left of a large constant channel is rounding at the size of G.
@@ -271,6 +297,32 @@ def least_squares(
     inverse = gram.regularise(**options)
     M = inverse.solve(cross) if rank is None else _reduced(inverse, cross, rank)
     return Fit(M, means[1] - means[0] @ M if bias else None, inverse)
+
+
+def joint_least_squares(
+    moments: Moments, *, bias: bool | None = None, **options: Unpack[Regularisation]
+) -> Fit:
+    """Least squares on the stream and what the last MLP reads, ``X + X M + h E``.
+
+    ``M`` becomes a module at the boundary and ``E`` goes into the down-projection before it, which
+    the module multiplies by ``I + M``: ``E (I + M)^-1`` is what is folded. Where ``I + M`` is so
+    close to singular that float32 would not hold the fold, the ridge is raised tenfold, with a
+    warning, until it does.
+    """
+    while True:
+        fit = least_squares(moments, bias=bias, **options)
+        C = moments.width
+        condition = float(torch.linalg.cond(fit.M[:C] + _eye(moments)))
+        if condition < _FOLDABLE:
+            return fit
+        ridges = options.get("relative_ridge") or _SMALLEST_RIDGE
+        raised = [10 * r for r in (ridges if isinstance(ridges, Sequence) else [ridges])]
+        warn(
+            f"I + M has condition number {condition:.1e}, too close to singular to fold what the "
+            f"MLP takes in float32: solved with relative_ridge={raised} instead",
+            SingularGramWarning,
+        )
+        options = {"relative_ridge": raised}
 
 
 def affine(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
@@ -342,6 +394,9 @@ def _procrustes(B: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- the table
 
 _RIDGES = ("rcond", "ridge", "relative_ridge")
+# Condition number of I + M up to which float32 holds a fold: 1e6 x 1.2e-7 is a tenth.
+_FOLDABLE = 1e6
+_SMALLEST_RIDGE = 1e-6
 
 
 def _whole(s: Shape) -> int:
@@ -353,6 +408,12 @@ def _on(features: str, **more: Any) -> dict[str, Any]:
     fields = {"solve": least_squares, "dof": _whole, "options": (*_RIDGES, "rank", "bias")}
     return fields | {"regressor": Regressor.parse(features)} | more
 
+
+_JOINT: dict[str, Any] = {
+    "solve": joint_least_squares,
+    "options": (*_RIDGES, "bias"),
+    "default": (("relative_ridge", (1e-3, 0.1)),),
+}
 
 FAMILIES: Registry[Family] = Registry("operator")
 """Every family of repairs, by name."""
@@ -383,6 +444,15 @@ for _family in (
            color="#004d40", options=_RIDGES),
     Family("replaceme", "every matrix on the output of the last MLP before the gap",
            color="#a65628", install="down-projection", **_on("f", options=_RIDGES)),
+    Family("refit", "the whole down-projection before the gap", color="#f781bf",
+           install="down-projection",
+           **_on("h", default=(("relative_ridge", 0.1),))),
+    Family("ghost-refit", "a matrix on the stream and the down-projection before the gap, jointly",
+           color="#1b7837", install="module and down-projection",
+           **_on("x, h", **_JOINT)),
+    Family("ghost-refit-relative", "the same, tokens weighted by 1/|y|",
+           color="#00441b", install="module and down-projection",
+           **_on("x, h; 1/|y|", **_JOINT)),
     Family("ghost-relative", "every matrix, tokens weighted by 1/|y|", color="#4daf4a",
            **_on("x; 1/|y|")),
     Family("two-branch", "matrices on the stream and its normalised copy", color="#984ea3",

@@ -10,6 +10,8 @@ eigenvalue. Likewise the operators of reduced-rank regression are nested: ``M_r`
 first ``r`` of the products ``p_i q_i'``, and the error of every rank a running sum.
 """
 
+import itertools
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ghostlib.linalg.gram import Regularisation, check_ridge
-from ghostlib.operators.families import whitened
+from ghostlib.operators.families import least_squares, whitened
 from ghostlib.statistics.moments import Moments, check_alike, check_moments
 
 RIDGES: tuple[float, ...] = tuple(10 ** (k / 5) for k in range(-40, 11))
+COARSE_RIDGES: tuple[float, ...] = tuple(10 ** (k / 2) for k in range(-12, 3))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +165,58 @@ def choose_ridge(
                 "tokens: try larger ones, or judge on held_out moments"
             )
     return ridges[int(score.argmin())]
+
+
+def choose_ridges(
+    train: Moments,
+    held_out: Moments,
+    ridges: Iterable[float] = COARSE_RIDGES,
+    *,
+    start: float = 1e-2,
+) -> tuple[float, ...]:
+    """A relative ridge for each feature, with the lowest error on held-out tokens.
+
+    Features of the stream and of the MLP want ridges that differ a hundredfold. No single
+    decomposition serves ridges of different ratios, so this walks from ``start`` along one feature
+    after the other for as long as the held-out error falls, a Cholesky factorisation a step.
+
+    Args:
+        train: moments to fit.
+        held_out: moments of other tokens.
+        ridges: candidates, for every feature.
+        start: where the walk begins, for every feature.
+
+    Raises:
+        ValueError: no ridge, one that is not positive and finite, no tokens, or different widths
+            or regressors.
+    """
+    grid = sorted(check_ridge(ridge) for ridge in ridges)
+    if not grid:
+        raise ValueError("no ridge to try: name at least one")
+    for moments in (train, held_out):
+        check_moments(moments)
+    check_alike(train, held_out)
+    known: dict[tuple[int, ...], float] = {}
+
+    def error(place: tuple[int, ...]) -> float:
+        if place not in known:
+            chosen = [grid[index] for index in place]
+            fit = least_squares(train, relative_ridge=chosen)
+            known[place] = held_out.error_of(fit.M, fit.bias)
+        return known[place]
+
+    first = min(range(len(grid)), key=lambda index: abs(math.log(grid[index] / start)))
+    best = (first,) * len(train.blocks)
+    moved = True
+    while moved:
+        moved = False
+        for block, step in itertools.product(range(len(best)), (1, -1)):
+            while 0 <= best[block] + step < len(grid):
+                tried = (*best[:block], best[block] + step, *best[block + 1 :])
+                if error(tried) >= error(best):
+                    break
+                best, moved = tried, True
+    return tuple(grid[index] for index in best)
 
 
 @dataclass(frozen=True, eq=False)

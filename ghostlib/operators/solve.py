@@ -51,11 +51,13 @@ class Operator:
         """An operator around a matrix ``W`` (C, C) that was not solved here, such as a tuned one.
 
         Raises:
-            ValueError: ``W`` is not square.
+            ValueError: ``W`` is not square or not real, or the family has no single matrix.
         """
-        if W.ndim != 2 or W.shape[0] != W.shape[1]:
-            raise ValueError(f"W must be a square matrix, got {tuple(W.shape)}")
+        if W.ndim != 2 or W.shape[0] != W.shape[1] or W.is_complex():
+            raise ValueError(f"W must be a square real matrix, got {tuple(W.shape)} {W.dtype}")
         record = Family.of(family)
+        if not record.regressor.has_identity:
+            raise ValueError(f"{record} reads {record.regressor}: it has M, and no single W")
         M = W.double() - torch.eye(len(W)).to(W.double())
         dof = record.dof(Shape(len(W), len(W)))
         return cls(M, record, record.regressor, dof=dof, residual=residual)
@@ -113,12 +115,20 @@ class Operator:
             output: (…, C) what it returns, likewise.
 
         Raises:
-            ValueError: ``X`` has another width, or a source is missing.
+            ValueError: ``X`` has another width or no floating-point numbers, a source is missing or
+                does not fit, or a mask of another shape.
         """
-        C = self.M.shape[1]
-        if X.ndim == 0 or X.shape[-1] != C:
-            raise ValueError(f"{self.name} acts on activations (..., {C}), got {tuple(X.shape)}")
+        p, C = self.M.shape
+        if X.ndim == 0 or X.shape[-1] != C or not X.is_floating_point():
+            raise ValueError(
+                f"{self.name} acts on activations (..., {C}), got {tuple(X.shape)} {X.dtype}"
+            )
         F = self.regressor.design(Sources(X, hidden, output), real)
+        if F.shape[-1] != p:
+            raise ValueError(
+                f"{self.name} has a matrix of {p} rows, {self.regressor} has {F.shape[-1]} columns "
+                "here: hidden must be (…, MLP width), output (…, width)"
+            )
         Y = X + F @ self.M.to(X)
         return Y if self.bias is None else Y + self.bias.to(X)
 
@@ -155,7 +165,8 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
             f"calibrate(…, regressors=['{family.regressor}']).of('{family.regressor}')"
         )
     check_options(family, options)
-    fit = family.solve(moments, **options)
+    regularised = {"rcond", "ridge", "relative_ridge"} & set(options)
+    fit = family.solve(moments, **({} if regularised else dict(family.default)) | options)
     if fit.inverse is not None:
         # The channels of a standardised token sum to zero.
         blind = sum(feature.norm == "layer" for feature in moments.regressor.features)
@@ -163,7 +174,7 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
             warn(f"{family}: {trouble}", SingularGramWarning)
     rank = options.get("rank") or 0
     shape = Shape(moments.width, sum(moments.blocks), rank, fit.bias is not None)
-    residual = moments.error(_Pair(fit.M, fit.bias))
+    residual = moments.error_of(fit.M, fit.bias)
     return Operator(
         fit.M,
         family,
@@ -174,14 +185,6 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
         fit.inverse,
         fit.seen,
     )
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A matrix and a bias, for `Moments.error`."""
-
-    M: Tensor
-    bias: Tensor | None
 
 
 def check_options(family: Family, options: Mapping[str, Any]) -> None:

@@ -17,22 +17,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import AUTO, PRUNED, track
-from ghostlib.models.architectures import num_layers, stream_norm
+from ghostlib.common import AUTO, PRUNED, Registry, track
+from ghostlib.models.architectures import mlp_output, num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
-from ghostlib.operators.paths import choose_ridge
+from ghostlib.operators.paths import choose_ridge, choose_ridges
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.selection.criteria import needed, select_layers
 from ghostlib.selection.evidence import Layers
 from ghostlib.selection.trials import Trials
-from ghostlib.statistics.calibration import Calibration, calibrate
+from ghostlib.statistics.calibration import Calibration, calibrate, suited
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install
 
-CANDIDATES = ("ghost", "two-branch", "two-branch-relative")
-"""Repairs without a state, of at most 2 C^2 numbers a boundary."""
+Ridge = float | tuple[float, ...]
+
+BUDGETS: Registry[tuple[str, ...]] = Registry("budget")
+"""What each budget lets the recipe choose from: ``"none"``, repairs of the stock checkpoint, which
+add no parameter and no operation; ``"matrix"``, at most what ghost costs; ``"any"``, up to two
+matrices a boundary. All are repairs without a state."""
+BUDGETS["none"] = ("replaceme", "refit")
+BUDGETS["matrix"] = ("refit", "ghost", "ghost-relative", "ghost-refit", "ghost-refit-relative")
+BUDGETS["any"] = (*BUDGETS["matrix"], "two-branch", "two-branch-relative")
+
+_SAFE = (PRUNED, "ghost")
+_MARGIN = 0.01
+"""Nats by which a repair may be worse than the better of the safe ones on a held-out window."""
 
 SHORTLIST = ("residual", "cosine", "block-influence")
 """Criteria that choose layers from one pass; the loss then decides between their choices."""
@@ -60,7 +71,7 @@ class Choice:
     layers: Layers
     repair: str
     operators: dict[Boundary, Operator]
-    ridges: dict[Boundary, float]
+    ridges: dict[Boundary, Ridge]
     losses: dict[tuple[Layers, str], float]
     tokens: int
 
@@ -85,7 +96,7 @@ class Choice:
     def __str__(self) -> str:
         """The choice explained in one line."""
         spelt = ", ".join(
-            f"{spell(gap.removed)} (ridge {ridge:.0e})" for gap, ridge in self.ridges.items()
+            f"{spell(gap.removed)} (ridge {_spelt(ridge)})" for gap, ridge in self.ridges.items()
         )
         sets = len({layers for layers, _ in self.losses})
         return (
@@ -105,7 +116,9 @@ class Recipe:
         model: the dense model; it is not changed.
         windows: (windows, length) token ids without padding, at least two; of these, evenly spread,
             as many as make `HELD_OUT` tokens are kept out of the fits, but never more than half.
-        candidates: families that take a relative ridge.
+        budget: what the repair may cost, a name in `BUDGETS`; of its families those are tried that
+            this architecture has a place for.
+        candidates: families that take a relative ridge, instead of those of the budget.
         batch_size: windows per forward pass.
 
     Raises:
@@ -118,22 +131,27 @@ class Recipe:
         model: PreTrainedModel,
         windows: Tensor,
         *,
-        candidates: Sequence[str] = CANDIDATES,
+        budget: str = "any",
+        candidates: Sequence[str] | None = None,
         batch_size: int = 1,
     ) -> None:
         check_windows(model, windows)
         if len(windows) < 2:
             raise ValueError(TOO_FEW)
-        if not candidates:
-            raise ValueError(f"no candidate to choose from: name one, such as {CANDIDATES[-1]!r}")
-        self.families = {name: Family.of(name) for name in candidates}
+        within = BUDGETS[budget]
+        if candidates is not None and not candidates:
+            raise ValueError(f"no candidate to choose from: name one, such as {within[-1]!r}")
+        names = (
+            [name for name in within if _fits(model, name)] if candidates is None else candidates
+        )
+        self.families = {name: Family.of(name) for name in names}
         for name, family in self.families.items():
             if "relative_ridge" not in family.options or family.name == "low-rank":
                 raise ValueError(
                     f"the recipe cannot choose {name}, which takes no ridge alone: its candidates "
-                    f"are such as {', '.join(CANDIDATES)}"
+                    f"are such as {', '.join(within)}"
                 )
-        _check_ground(model, self.families.values())
+            check_ground(model, family)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
         kept_out = torch.zeros(len(windows), dtype=torch.bool)
@@ -170,17 +188,19 @@ class Recipe:
         """
         asked = self.shortlist(layers) if isinstance(layers, int) else [tuple(sorted(layers))]
         self.collect(asked)
-        losses: dict[tuple[Layers, str], float] = {}
-        ridges: dict[tuple[Layers, str], dict[Boundary, float]] = {}
-        todo = [(layers, repair) for layers in asked for repair in (PRUNED, *self.families)]
+        by_window: dict[tuple[Layers, str], Tensor] = {}
+        ridges: dict[tuple[Layers, str], dict[Boundary, Ridge]] = {}
+        todo = [(layers, repair) for layers in asked for repair in self._repairs_of(layers)]
         for key in track(todo, "choosing", unit="repair"):
             layers, repair = key
             parts = self._moments(layers, repair)
             fits = {gap: fit for gap, (fit, _) in parts.items()}
-            ridges[key] = {gap: choose_ridge(fits[gap], held_out=parts[gap][1]) for gap in parts}
-            loss = self._trials.loss(layers, self._solve(fits, repair, ridges[key]))
-            losses[key] = math.inf if math.isnan(loss) else loss
-        best = min(losses, key=lambda key: losses[key])  # ties: the fewest numbers, named first
+            ridges[key] = {gap: _choose(*parts[gap]) for gap in parts}
+            loss = self._trials.losses(layers, self._solve(fits, repair, ridges[key]))
+            by_window[key] = loss.nan_to_num(math.inf)
+        losses = {key: float(loss.mean()) for key, loss in by_window.items()}
+        admitted = [key for key in losses if _admissible(key, by_window)]
+        best = min(admitted, key=lambda key: losses[key])  # ties: the fewest numbers, named first
         if math.isinf(losses[best]):
             raise ValueError(
                 "the pruned model and every repair of the recipe give NaN or an infinite loss: "
@@ -190,6 +210,13 @@ class Recipe:
         whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
         final = self._solve(whole, repair, ridges[best])
         return Choice(layers, repair, final, ridges[best], losses, self.judges.numel())
+
+    def _repairs_of(self, layers: Layers) -> list[str]:
+        """Those that there is a place for: some need a layer before the gap."""
+        placed = [
+            name for name, f in self.families.items() if not (f.regressor.reads_mlp and 0 in layers)
+        ]
+        return [PRUNED, *placed]
 
     def _moments(self, layers: Layers, repair: str) -> dict[Boundary, tuple[Moments, Moments]]:
         """Those that ``repair`` is solved from, of the fitted and of the held-out windows."""
@@ -203,7 +230,7 @@ class Recipe:
         return parts
 
     def _solve(
-        self, moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, float]
+        self, moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, Ridge]
     ) -> dict[Boundary, Operator]:
         return {
             gap: solve(m, self.families[repair], relative_ridge=ridges[gap])
@@ -211,10 +238,45 @@ class Recipe:
         }
 
 
-def _check_ground(model: PreTrainedModel, families: Iterable[Family]) -> None:
-    """Refuse normalised features, before any pass, where layers read the stream without a norm."""
-    if any(family.regressor.normalised for family in families):
-        try:
-            stream_norm(model)
-        except ValueError as error:
-            raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None
+def _choose(fit: Moments, held_out: Moments) -> Ridge:
+    """A ridge for all features; for those of the stream and of the MLP, one for each."""
+    if len(fit.regressor.sources) > 1:
+        return choose_ridges(fit, held_out)
+    return choose_ridge(fit, held_out=held_out)
+
+
+def _admissible(key: tuple[Layers, str], by_window: Mapping[tuple[Layers, str], Tensor]) -> bool:
+    """Whether a repair harms no held-out window, compared with the better of the safe ones.
+
+    The mean over windows alone would let a gain on one kind of text pay for a loss on another.
+    """
+    layers, repair = key
+    safe = [loss for (ls, name), loss in by_window.items() if ls == layers and name in _SAFE]
+    return repair in _SAFE or bool((by_window[key] <= torch.stack(safe).amin(0) + _MARGIN).all())
+
+
+def _spelt(ridge: Ridge) -> str:
+    return "/".join(f"{r:.0e}" for r in (ridge if isinstance(ridge, tuple) else (ridge,)))
+
+
+def check_ground(model: PreTrainedModel, family: Family) -> None:
+    """Refuse, before any pass, a family that this architecture has no ground or place for.
+
+    Raises:
+        ValueError: normalised features where layers read the stream without a norm, or a repair of
+            the MLP where its output is normalised; the message says what works instead.
+    """
+    try:
+        suited(model, family.regressor)
+        if family.regressor.reads_mlp:
+            mlp_output(model, 0)
+    except ValueError as error:
+        raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None
+
+
+def _fits(model: PreTrainedModel, name: str) -> bool:
+    try:
+        check_ground(model, Family.of(name))
+    except ValueError:
+        return False
+    return True

@@ -97,6 +97,7 @@ def recover(
     family = Family.of(operator)  # an unknown name is refused before the long pass, not after it
     check_options(family, options)
     gaps = runs(layers, num_layers(model))
+    family.check_place(gaps)
     if not isinstance(calibration, Tensor):
         if passes or fit == "sequential":
             raise ValueError(
@@ -111,20 +112,15 @@ def recover(
     collected: Mapping[Boundary, Moments] = calibration
     if isinstance(calibration, Calibration):
         collected = calibration.of(family.regressor)
-    moments = {gap: _moments_of(model, collected, gap, family) for gap in gaps}
+    moments = {gap: _moments_of(model, collected, gap) for gap in gaps}
     warn_of_massive_activations(moments, family)
     return install(model, {gap: solve(moments[gap], family, **options) for gap in gaps})
 
 
 def _moments_of(
-    model: PreTrainedModel, collected: Mapping[Boundary, Moments], gap: Boundary, family: Family
+    model: PreTrainedModel, collected: Mapping[Boundary, Moments], gap: Boundary
 ) -> Moments:
     """The moments of a gap, unless they are of another model, boundary or width."""
-    if gap.start == 0 and family.regressor.reads_mlp:
-        raise ValueError(
-            f"{family} repairs the MLP before the gap, and boundary {gap} has no layer before it: "
-            "keep layer 0, or use a repair of the stream such as ghost"
-        )
     if gap not in collected:
         raise ValueError(
             f"no moments for boundary {gap}, only for {', '.join(map(str, collected)) or 'none'}: "

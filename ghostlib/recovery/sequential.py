@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
+from ghostlib.models.architectures import fingerprint, has_bias, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import check_windows, excerpt, feed, listen, record
@@ -103,11 +103,7 @@ def fit_sequential(
     family = Family.of(operator)
     gaps = check_order(boundaries, num_layers(model))
     regressor = suited(model, family.regressor)
-    if regressor.reads_mlp and gaps[0].start == 0:
-        raise ValueError(
-            f"{family} repairs the MLP before the gap, and boundary {gaps[0]} has no layer before "
-            "it: keep layer 0, or use a repair of the stream such as ghost"
-        )
+    family.check_place(gaps)
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
     if streams is None:
         wanted = [gaps[0].start, *(gap.stop for gap in gaps)]
@@ -125,6 +121,7 @@ def fit_sequential(
             hidden_size(model),
             regressor=regressor,
             hidden=None if before.hidden is None else before.hidden.shape[-1],
+            bias="hidden" in regressor.sources and has_bias(model, gap.start - 1),
             boundary=gap,
             model=fingerprint(model),
         )

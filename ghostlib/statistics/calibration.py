@@ -5,7 +5,7 @@ boundaries that are open in the current window need it, stops after the last bou
 computes the language-model head.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ghostlib.common import track
 from ghostlib.models.architectures import (
     fingerprint,
+    has_bias,
     hidden_size,
     intermediate_size,
     num_layers,
@@ -29,7 +30,7 @@ from ghostlib.statistics.features import STREAM, Regressor, Sources, widest
 from ghostlib.statistics.moments import Moments, Stream
 
 _DOUBLE, _SINGLE = 8, 4  # bytes of a float64 and of a float32
-_VECTORS = 7  # of the stream's width, beside G and the cross moments, in `Moments`
+_VECTORS = 6  # of the stream's width, beside what has the features', in `Moments`
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -121,8 +122,9 @@ def calibrate(
 
     Raises:
         ValueError: windows, mask or boundaries that do not fit the model, NaN or infinite
-            activations (the message names the layer and the window), or regressors that are
-            unknown or that this architecture has no ground for.
+            activations (the message names the layer and the window), a mask and ``skip_leading``
+            that leave no token, or regressors that are unknown or that this architecture has no
+            ground for.
         MemoryError: less memory is available than this needs (see `calibration_bytes`).
     """
     check_windows(model, windows, attention_mask)
@@ -140,6 +142,8 @@ def calibrate(
         attention_mask = torch.ones_like(windows)
     real = attention_mask.bool()
     used = real & (attention_mask.cumsum(1) > skip_leading)
+    if not used.any():
+        raise ValueError("the attention mask and skip_leading leave no token to calibrate with")
     sizes = {"length": windows.shape[1], "batch_size": batch_size}
     require_memory(calibration_bytes(model, asked, moments=moments, regressors=extra, **sizes))
 
@@ -176,7 +180,7 @@ class _Collector:
     """Turns streams, as they pass, into moments and similarities."""
 
     def __init__(
-        self, model: PreTrainedModel, boundaries: list[Boundary], regressors: Iterable[Regressor]
+        self, model: PreTrainedModel, boundaries: list[Boundary], regressors: Collection[Regressor]
     ) -> None:
         self.boundaries = boundaries
         self.indices = {index for boundary in boundaries for index in boundary}
@@ -187,18 +191,23 @@ class _Collector:
         if self.place.type == "mps":  # which has no float64
             self.place = torch.device("cpu")
         # Known by the name it was asked for under, whatever this model's norm is.
-        self.regressors = {asked: suited(model, asked) for asked in widest(regressors)}
-        reading = [regressor for regressor in self.regressors if regressor.reads_mlp]
-        self.mlps = {start for start, _ in boundaries if start > 0 and reading}
+        self.regressors = {
+            start: {asked: suited(model, asked) for asked in widest_at(start, regressors)}
+            for start in self.last_stop
+        }
+        self.mlps = {
+            start
+            for start, known in self.regressors.items()
+            if any(regressor.reads_mlp for regressor in known)
+        }
         for boundary in boundaries:
-            for asked, regressor in self.regressors.items():
-                if regressor.reads_mlp and boundary.start == 0:
-                    continue
+            for asked, regressor in self.regressors[boundary.start].items():
                 hidden = "hidden" in regressor.sources
                 collected = Moments(
                     hidden_size(model),
                     regressor=regressor,
                     hidden=intermediate_size(model, boundary.start - 1) if hidden else None,
+                    bias=hidden and has_bias(model, boundary.start - 1),
                     boundary=boundary,
                     model=self.calibration.model,
                     device=self.place,
@@ -247,16 +256,17 @@ class _Collector:
 
     def _arrive(self, index: int, stream: Tensor) -> _Open:
         rows = list(zip(stream, self.used, strict=True))
-        sequences = [Stream.of(x[u]) for x, u in rows if u.any()] if self.regressors else []
+        wanted = bool(self.calibration.collected)
+        sequences = [Stream.of(x[u]) for x, u in rows if u.any()] if wanted else []
         directions = nn.functional.normalize(stream[self.used].float(), dim=-1)
         designs: dict[Regressor, list[Tensor]] = {}
-        mlp = self.mlp.pop(index, None)
-        for asked, regressor in self.regressors.items() if index in self.last_stop else ():
+        mlp = self.mlp.pop(index, ())
+        for asked, regressor in self.regressors.get(index, {}).items():
             if regressor.features == STREAM.features:
                 designs[asked] = [sequence.values for sequence in sequences]
-            elif mlp is not None or not regressor.reads_mlp:
-                designs[asked] = self._designs(regressor, Sources(stream, *(mlp or ())))
-            if regressor.weight.name == "1" and designs.get(asked):
+            else:
+                designs[asked] = self._designs(regressor, Sources(stream, *mlp))
+            if regressor.weight.name == "1" and designs[asked]:
                 gram = torch.stack([F.T @ F for F in designs[asked]]).sum(0)
                 key = asked, index
                 self.grams[key] = self.grams[key] + gram if key in self.grams else gram
@@ -275,10 +285,8 @@ class _Collector:
         cosine = torch.linalg.vecdot(before.directions, after.directions).clamp(-1, 1)
         self.cosines[boundary] += float(cosine.double().sum())
         self.angles[boundary] += float(cosine.double().arccos().sum() / torch.pi)
-        for asked, regressor in self.regressors.items():
-            moments = self.calibration.collected.get((asked, boundary))
-            if moments is None:
-                continue
+        for asked, regressor in self.regressors[boundary.start].items():
+            moments = self.calibration.collected[asked, boundary]
             alone = regressor.weight.name != "1"
             rows = zip(before.designs[asked], before.sequences, after.sequences, strict=True)
             for F, x, y in rows:
@@ -287,8 +295,6 @@ class _Collector:
     def result(self) -> Calibration:
         """The finished `Calibration`, its moments on the CPU."""
         calibration = self.calibration
-        if calibration.tokens == 0:
-            raise ValueError("the attention mask and skip_leading leave no token to calibrate with")
         shared = {key: gram.cpu() for key, gram in self.grams.items()}
         for (asked, boundary), moments in calibration.collected.items():
             moved = moments.to("cpu")
@@ -311,6 +317,11 @@ def _last_stops(boundaries: Iterable[Boundary]) -> dict[int, int]:
     for start, stop in boundaries:
         last[start] = max(stop, last.get(start, stop))
     return last
+
+
+def widest_at(start: int, regressors: Iterable[Regressor]) -> list[Regressor]:
+    """What to collect for a gap that starts here; nothing of an MLP where none is before it."""
+    return widest(r for r in regressors if start > 0 or not r.reads_mlp)
 
 
 def suited(model: PreTrainedModel, regressor: Regressor) -> Regressor:
@@ -386,21 +397,26 @@ def calibration_bytes(
     stream = batch_size * length * width
     if not moments:
         return CalibrationBytes(0, waiting * stream * _SINGLE, 2 * stream * _SINGLE)
-    kept, designs, widths = 0, 0, []
-    for regressor in widest({STREAM, *(Regressor.parse(r).generic for r in regressors)}):
-        if hidden is None and "hidden" in regressor.sources and not isinstance(model, int):
-            hidden = intermediate_size(model, 0)
-        p = sum(regressor.widths(width, hidden))
-        grams = len(last_stop) if regressor.weight.name == "1" else len(asked)
-        kept += (grams * p * p + len(asked) * (p * width + p + _VECTORS * width)) * _DOUBLE
-        if regressor.features != STREAM.features:
-            designs += batch_size * length * p * _DOUBLE
-        widths.append(p)
+    known = {STREAM, *(Regressor.parse(regressor).generic for regressor in regressors)}
+    reads_hidden = any("hidden" in regressor.sources for regressor in known)
+    kept, designs, widest_design = 0, 0, 0
+    for start in last_stop:
+        if reads_hidden and start > 0 and not isinstance(model, int):
+            hidden = intermediate_size(model, start - 1)
+        gaps = sum(boundary.start == start for boundary in asked)
+        built = 0
+        for regressor in widest_at(start, known):
+            p = sum(regressor.widths(width, hidden))
+            grams = 1 if regressor.weight.name == "1" else gaps
+            kept += (grams * p * p + gaps * (p * width + p + _VECTORS * width)) * _DOUBLE
+            built += 0 if regressor.features == STREAM.features else p
+            widest_design = max(widest_design, p)
+        designs = max(designs, batch_size * length * built * _DOUBLE)
     return CalibrationBytes(
-        moments=kept - len(asked) * width * _DOUBLE,
+        moments=kept,
         streams=waiting * (stream * (_DOUBLE + _SINGLE) + designs),
-        working=max(2 * batch_size, 2) * max(widths) ** 2 * _DOUBLE
-        + 2 * length * (width + 2 * max(widths)) * _DOUBLE,
+        working=max(2 * batch_size, 2) * widest_design**2 * _DOUBLE
+        + 2 * length * (width + 2 * widest_design) * _DOUBLE,
     )
 
 

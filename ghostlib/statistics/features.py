@@ -160,10 +160,19 @@ class Regressor:
     Attributes:
         features: side by side, in this order.
         weight: of each token.
+
+    Raises:
+        ValueError: no feature, or one that is named twice.
     """
 
     features: tuple[Feature, ...]
     weight: Weight = UNIFORM
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise ValueError("a regressor needs at least one feature, such as x")
+        if len(set(self.features)) < len(self.features):
+            raise ValueError(f"regressor '{self}' names a feature twice: name each once")
 
     def __str__(self) -> str:
         listed = ", ".join(map(str, self.features))
@@ -181,10 +190,8 @@ class Regressor:
         """
         if isinstance(spelling, Regressor):
             return spelling
-        listed, _, weight = spelling.partition("; ")
+        listed, _, weight = str(spelling).partition("; ")
         features = tuple(FEATURES[name] for name in listed.split(", "))
-        if len(set(features)) < len(features):
-            raise ValueError(f"regressor {spelling!r} names a feature twice: name each once")
         return cls(features, WEIGHTS[weight or "1"])
 
     def resolve(self, norm: str) -> "Regressor":
@@ -239,7 +246,22 @@ class Regressor:
         Args:
             sources: whole sequences where a feature is of the token before.
             real: (…, tokens), false at padding, which is nobody's token before.
+
+        Raises:
+            ValueError: a source that is missing or of other tokens, a mask of another shape, or no
+                axis of tokens where a feature is of the token before.
         """
+        leading = tuple(sources.stream.shape[:-1])
+        if self.reads_previous and not leading:
+            raise ValueError(f"{self} reads the token before: pass sequences (…, tokens, width)")
+        if real is not None and real.shape != leading:
+            raise ValueError(f"the mask must have shape {leading}, got {tuple(real.shape)}")
+        for name, source in zip(sources._fields, sources, strict=True):
+            if source is not None and source.shape[:-1] != leading:
+                raise ValueError(
+                    f"{name} must be of the same tokens as the stream, {leading}, "
+                    f"got {tuple(source.shape[:-1])}"
+                )
         before = sources.map(lambda part: _shifted(part, real)) if self.reads_previous else sources
         parts = []
         for feature in self.features:

@@ -12,6 +12,7 @@ itself for ``F``, and ``W = I + M``, the same number is the familiar ``||X_pre W
 
 import copy
 import json
+import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,8 @@ class Moments:
         width: of the stream, C.
         regressor: the features, or their spelling; by default the stream ``X_pre`` itself.
         hidden: width of the MLP, where a feature needs it.
+        bias: whether least squares fits a bias as well, because the weights that will take the
+            repair have one.
         boundary: which gap they belong to.
         model: fingerprint of the model they come from.
         device: where the sums are kept.
@@ -103,7 +106,8 @@ class Moments:
         fourth: sum over tokens of ``(w |Delta|^2)^2``, for `effective_tokens`.
 
     Raises:
-        ValueError: a width below 1, or features of the MLP without its width.
+        ValueError: a width below 1, or features of the MLP without its width. TypeError: a width
+            that is not an integer.
 
     >>> X_pre, X_post = torch.randn(2, 100, 8)
     >>> moments = Moments(8).update(X_pre, X_post)
@@ -127,12 +131,13 @@ class Moments:
         *,
         regressor: Regressor | str = STREAM,
         hidden: int | None = None,
+        bias: bool = False,
         boundary: Boundary | tuple[int, int] | None = None,
         model: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        C = int(width)
-        if C < 1 or (hidden is not None and hidden < 1):
+        C = operator.index(width)
+        if C < 1 or (hidden is not None and operator.index(hidden) < 1):
             raise ValueError(f"widths must be at least 1, got {width} and {hidden}")
         self.regressor = Regressor.parse(regressor)
         self.blocks = self.regressor.widths(C, hidden)
@@ -145,6 +150,8 @@ class Moments:
         self.weight, self.fourth = 0.0, 0.0
         self.boundary = None if boundary is None else Boundary(*boundary)
         self.model = model
+        self.bias = bias
+        self._gram: Gram | None = None
 
     @property
     def width(self) -> int:
@@ -169,7 +176,8 @@ class Moments:
         """Add the tokens of one sequence; returns self.
 
         LinearPatch averages over sequences: for its statistic it matters which tokens come in one
-        call; for everything else it does not.
+        call, and so it does for a feature of the token before. For everything else it does not. A
+        sequence in which no token counts adds nothing.
 
         Args:
             X_pre: (tokens, C) stream before the gap.
@@ -186,10 +194,15 @@ class Moments:
                 in that case.
         """
         sources = Sources(X_pre, hidden, output)
-        self._check(sources, X_post, weight)
+        self._check(sources, X_post, {"weight": weight, "real": real, "used": used})
         used = real if used is None else used
         rows = torch.ones(len(X_pre), dtype=torch.bool) if used is None else used.bool().cpu()
         F = self.regressor.design(sources.map(lambda part: part.double().to(self.G.device)), real)
+        if F.shape[1] != len(self.G):
+            raise ValueError(
+                f"{self.regressor} has {F.shape[1]} columns here and {len(self.G)} in these "
+                "moments: hidden must be (tokens, MLP width), output (tokens, width)"
+            )
         pick = rows.to(F.device)
         part = None if weight is None else weight[rows.to(weight.device)]
         x, y = (Stream.of(S.to(self.G.device)[pick], part) for S in (X_pre, X_post))
@@ -202,6 +215,8 @@ class Moments:
         """
         delta = y.values - x.values
         w = x.weight
+        if not bool((w > 0).any()):
+            return self
         if self.regressor.weight.name != "1":
             norm = torch.linalg.vector_norm(y.values, dim=-1)
             if not (norm > 0).all():
@@ -228,7 +243,9 @@ class Moments:
         self.sequences += 1
         return self
 
-    def _check(self, sources: Sources, X_post: Tensor, weight: Tensor | None) -> None:
+    def _check(
+        self, sources: Sources, X_post: Tensor, by_token: Mapping[str, Tensor | None]
+    ) -> None:
         X_pre = sources.stream
         if X_pre.ndim != 2 or X_post.ndim != 2 or len(X_pre) != len(X_post):
             raise ValueError(
@@ -253,20 +270,25 @@ class Moments:
                 raise ValueError(
                     f"{name} has NaN or infinite activations: they would spoil every moment"
                 )
-        if weight is not None:
-            if weight.shape != (len(X_pre),):
+        for name, values in by_token.items():
+            if values is not None and values.shape != (len(X_pre),):
                 raise ValueError(
-                    f"weight must have shape ({len(X_pre)},), got {tuple(weight.shape)}"
+                    f"{name} must have shape ({len(X_pre)},), got {tuple(values.shape)}"
                 )
-            if not torch.isfinite(weight).all() or (weight < 0).any():
-                raise ValueError("weights must be finite and non-negative")
+        weight = by_token["weight"]
+        if weight is not None and not (
+            weight.isreal().all() and weight.isfinite().all() and (weight >= 0).all()
+        ):
+            raise ValueError("weights must be finite and non-negative")
 
     # ------------------------------------------------------------------ what they tell
 
     @property
     def gram(self) -> Gram:
         """``G`` with its factorisations, which boundaries with the same start share."""
-        return gram(self.G, self.blocks)
+        if self._gram is None or self._gram.G is not self.G:
+            self._gram = gram(self.G, self.blocks)
+        return self._gram
 
     @property
     def B(self) -> Tensor:
@@ -310,15 +332,25 @@ class Moments:
                 error is ``||X_pre W - X_post||_F^2``; or its ``M`` (p, C) for other features.
 
         Raises:
-            ValueError: a matrix of another shape.
+            ValueError: a matrix of another shape, or an operator that reads other features.
         """
         bias = None
+        regressor = getattr(repair, "regressor", self.regressor)
+        if regressor.features != self.regressor.features:
+            raise ValueError(
+                f"the operator reads {regressor}, these moments are of {self.regressor}: take "
+                f"calibration.of({str(regressor)!r})"
+            )
         if isinstance(repair, Tensor):
             M = repair.to(self.G)
             if self.regressor.has_identity and M.shape == self.cross.shape:
                 M = M - torch.eye(len(M)).to(M)
         else:
             M, bias = repair.M.to(self.G), repair.bias
+        return self.error_of(M, bias)
+
+    def error_of(self, M: Tensor, bias: Tensor | None = None) -> float:
+        """`error` of a matrix ``M`` (p, C) on the features, and a bias (C,)."""
         if M.shape != self.cross.shape:
             raise ValueError(
                 f"operator must have shape {tuple(self.cross.shape)}, got {tuple(M.shape)}"
@@ -360,8 +392,9 @@ class Moments:
         narrow = Regressor.parse(regressor)
         if not self.regressor.contains(narrow):
             raise ValueError(f"moments of {self.regressor} do not hold those of {narrow}")
-        chosen = copy.copy(self)
+        chosen = self.replaced({}, {})
         chosen.regressor = narrow
+        chosen.bias = self.bias and narrow.reads_mlp
         widths = dict(zip(self.regressor.features, self.blocks, strict=True))
         chosen.blocks = tuple(widths[feature] for feature in narrow.features)
         columns: Any = places(self.regressor.features, narrow.features, self.blocks)
@@ -390,7 +423,7 @@ class Moments:
         """
         if not isinstance(other, Moments):
             return NotImplemented
-        for what in ("width", "blocks", "boundary", "model", "regressor"):
+        for what in ("width", "blocks", "boundary", "model", "regressor", "bias"):
             this, that = getattr(self, what), getattr(other, what)
             if this != that:
                 raise ValueError(f"moments of different {what} cannot be added: {this} and {that}")
@@ -416,6 +449,7 @@ class Moments:
     def replaced(self, tensors: Mapping[str, Tensor], counts: Mapping[str, float]) -> Self:
         """A copy with other sums."""
         changed = copy.copy(self)
+        changed._gram = None
         for name, value in (*tensors.items(), *counts.items()):
             setattr(changed, name, value)
         return changed
@@ -427,6 +461,7 @@ class Moments:
             "format": _FORMAT,
             "regressor": str(self.regressor),
             "blocks": self.blocks,
+            "bias": self.bias,
             "boundary": self.boundary,
             "model": self.model,
         }
@@ -459,6 +494,7 @@ class Moments:
                 sums["cross"].shape[1],
                 regressor=regressor,
                 hidden=hidden.pop() if hidden else None,
+                bias=facts["bias"],
                 boundary=facts["boundary"],
                 model=facts["model"],
             )
@@ -482,8 +518,8 @@ def check_moments(moments: Moments) -> None:
     """Refuse moments that no operator can be solved from.
 
     Raises:
-        ValueError: no tokens, another dtype than float64, or a Gram matrix that is not symmetric
-            or not finite.
+        ValueError: no tokens, another dtype than float64, a Gram matrix that is not symmetric, or
+            sums that are not finite.
     """
     if moments.tokens < 1 or moments.weight <= 0:
         raise ValueError("these moments hold no tokens: call update(X_pre, X_post) first")
@@ -493,11 +529,14 @@ def check_moments(moments: Moments) -> None:
             f"moments must be float64, got G in {G.dtype} and cross moments in {cross.dtype}: "
             "forming X'X squares the condition number, which float32 cannot hold"
         )
+    for name, values in moments.tensors().items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"moments must be finite, and {name} is not: was it edited by hand?")
     asymmetry = float((G - G.T).abs_().max())
-    if not asymmetry <= 1e-9 * float(G.diagonal().abs().max()) or not torch.isfinite(cross).all():
+    if asymmetry > 1e-9 * float(G.diagonal().abs().max()):
         raise ValueError(
-            "moments must be finite with a symmetric Gram matrix, "
-            f"got max|G - G'| = {asymmetry:.2g}: were the sums edited by hand?"
+            f"moments must have a symmetric Gram matrix, got max|G - G'| = {asymmetry:.2g}: "
+            "was it edited by hand?"
         )
 
 

@@ -115,9 +115,11 @@ def _install_modules(
     cls = ghosted_class(recovered.config.model_type)
     become(recovered, cls)
     recovered.config.__class__ = cls.config_class  # type: ignore[assignment]
+    names = {module: name for name, module in recovered.named_modules()}
     recovered.config.ghost = [
         {
-            "receiver": place,
+            "module": names[receiver(recovered, place)],
+            "width": operator.M.shape[1],
             "removed": list(places[place].removed),
             "operator": operator.name,
             "bias": operator.bias is not None,
@@ -128,7 +130,7 @@ def _install_modules(
     ]
     install_boundaries(recovered)
     for (place, operator), entry in zip(modules.items(), recovered.config.ghost, strict=True):
-        module = receiver(recovered, entry["receiver"])
+        module = recovered.get_submodule(entry["module"])
         device, dtype = compute_device(module), next(module.parameters()).dtype
         values = {"M": operator.M}
         if place in factors:

@@ -22,16 +22,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ghostlib.models.architectures import ARCHITECTURES, GHOSTED, hidden_size, receiver
-from ghostlib.statistics.features import FEATURES, STREAM
+from ghostlib.models.architectures import ARCHITECTURES, GHOSTED
+from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import remembering, token_before
 
 VARIANT = "ghosted"
 """Recovered weights are saved as ``model.ghosted.safetensors``: the stock class finds no file there
 instead of loading every weight but the operators."""
-
-
-_STREAM = STREAM.features
 
 
 class BoundaryModule(nn.Module):
@@ -43,11 +40,12 @@ class BoundaryModule(nn.Module):
     def __init__(self, features: Sequence[str] = ("x",)) -> None:
         super().__init__()
         self.features = tuple(FEATURES[name] for name in features)
+        self.plain = list(features) == ["x"]
         self.looks_back = any(feature.previous for feature in self.features)
 
     def read(self, x: Tensor) -> Tensor:
         """The features of ``x`` (…, width), one token a row."""
-        if self.features == _STREAM:
+        if self.plain:
             return x.reshape(-1, x.shape[-1])
         before = token_before(self, x) if self.looks_back else x
         parts = [feature.of(before if feature.previous else x) for feature in self.features]
@@ -104,14 +102,14 @@ def _receiving(cls: Any) -> Any:
 
 
 def install_boundaries(model: PreTrainedModel) -> None:
-    """Give every receiver named in ``config.ghost`` its (still empty) operator."""
+    """Give every module named in ``config.ghost`` its (still empty) operator."""
     for entry in model.config.ghost:
-        module: Any = receiver(model, entry["receiver"])
+        module: Any = model.get_submodule(entry["module"])
         plain: Any = type(module)
         become(module, _receiving(plain))
-        width, rank = hidden_size(model), entry["rank"]
+        rank = entry["rank"]
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
-        module.boundary = kind(width, bias=entry["bias"], features=entry["features"])
+        module.boundary = kind(entry["width"], bias=entry["bias"], features=entry["features"])
     boundaries = (m for m in model.modules() if isinstance(m, BoundaryModule))
     # Found once: a forward pass should not search all modules for what is rarely there.
     model.looking_back = [m for m in boundaries if m.looks_back]  # type: ignore[assignment]

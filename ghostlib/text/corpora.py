@@ -1,13 +1,14 @@
-"""Named corpora and local files → documents → token windows.
+"""Named corpora, hub datasets and local files → documents → windows of tokens.
 
-A corpus is where documents come from (`CORPORA`, a hub name, a path); `text.documents` decides
-which of them are for training and in which order they come; here they become windows of tokens.
+Which documents are for training and in which order they come is said in `text.documents`, and how
+their text becomes tokens in `text.tokens`.
 """
 
 import json
+import os
+import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -16,46 +17,19 @@ from typing import TYPE_CHECKING, Any
 from ghostlib.common import Registry
 from ghostlib.text.assets import asset
 from ghostlib.text.documents import (
-    NAMED,
+    Corpus,
     Document,
-    HubCorpus,
-    is_hub_name,
     is_text_path,
-    kept,
-    one_text,
-    ordered,
+    local_corpus,
+    one_line,
     paragraphs,
     read_hub,
-    read_local,
-    spec_of,
     squeeze,
 )
-from ghostlib.text.tokens import at_once, beginning
+from ghostlib.text.tokens import bos_token, token_ids
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Where a corpus comes from, what may be done with it, and how to read it.
-
-    Attributes:
-        about: what it is, for a reader.
-        licence: its licence, or where to find it.
-        read: ``(split, text_column)`` → documents (key, text).
-        splits: names of its splits; None for whatever the hub has.
-        by_key: ``read`` yields the documents of all splits, and their keys say which is in which.
-    """
-
-    about: str
-    licence: str
-    read: Callable[[str, str], Iterable[Document]]
-    splits: tuple[str, ...] | None = ("train", "test", "all")
-    by_key: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.about}; licence: {self.licence}"
 
 
 def _wiki(split: str, column: str) -> Iterator[Document]:
@@ -79,16 +53,76 @@ def _pydoc(split: str, column: str) -> Iterator[Document]:
             yield title, text.strip()
 
 
-def _of_hub(spec: HubCorpus) -> Corpus:
-    read = partial(read_hub, spec)
-    return Corpus(spec.about, spec.licence, read, splits=None, by_key=False)
-
-
 CORPORA: Registry[Corpus] = Registry("corpus")
 CORPORA["wiki"] = Corpus("10,033 introductions of Wikipedia articles", "CC BY-SA 4.0", _wiki)
 CORPORA["pydoc"] = Corpus("help topics of this Python's language reference", "PSF-2.0", _pydoc)
-for _name, _spec in NAMED.items():
-    CORPORA[_name] = _of_hub(_spec)
+CORPORA["wikitext2"] = Corpus(
+    "WikiText-2 raw: good and featured Wikipedia articles",
+    "CC BY-SA 3.0",
+    partial(
+        read_hub,
+        "Salesforce/wikitext",
+        config="wikitext-2-raw-v1",
+        opens=lambda lines, line: re.fullmatch(r" = [^=].* = \s*", line),
+    ),
+    splits=("train", "validation", "test"),
+    by_key=False,
+)
+CORPORA["c4"] = Corpus(
+    "C4: English web pages, first shard of each split",
+    "ODC-BY 1.0",
+    partial(
+        read_hub,
+        "allenai/c4",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        streaming=True,
+    ),
+    splits=("train", "validation", "test"),
+    by_key=False,
+)
+CORPORA["ptb"] = Corpus(
+    "Penn Treebank: newspaper sentences, rare words replaced",
+    "LDC user agreement",
+    partial(
+        read_hub,
+        "ptb-text-only/ptb_text_only",
+        # The repository's own loader is a script; this branch has the same rows as parquet files.
+        revision="refs/convert/parquet",
+        column="sentence",
+        opens=lambda lines, line: lines >= 64,
+    ),
+    splits=("train", "validation", "test"),
+    by_key=False,
+)
+
+
+def find(corpus: str | Path) -> Corpus:
+    """The `Corpus` behind a name or a path.
+
+    Raises:
+        ValueError: neither a known name, nor a hub name, nor the path of something that is read.
+        FileNotFoundError: a path, but nothing is there.
+    """
+    if isinstance(corpus, str) and corpus in CORPORA:
+        return CORPORA[corpus]
+    if isinstance(corpus, Path) or (isinstance(corpus, str) and is_text_path(corpus)):
+        path = Path(os.path.expanduser(corpus))
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no such corpus file: {one_line(path)}")
+        return local_corpus(path)
+    name = one_line(corpus)
+    dataset = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?", name)
+    if dataset:
+        read = partial(read_hub, dataset[1], config=dataset[2], streaming=True)
+        return Corpus(f"hub dataset {name}", "see its dataset card", read, None, by_key=False)
+    try:
+        return CORPORA[name]
+    except ValueError as error:
+        raise ValueError(f"{error}; or a hub dataset 'org/name', or the path of a file") from None
 
 
 def documents(
@@ -115,15 +149,18 @@ def documents(
         FileNotFoundError: no such file.
         ConnectionError: a hub corpus that cannot be reached.
         ghostlib.text.assets.AssetError: ``"wiki"`` is not in the cache and not to be had from here.
+
+    >>> train, test = (set(documents("pydoc", split=split)) for split in ("train", "test"))
+    >>> len(train) > len(test), len(train & test)
+    (True, 0)
     """
     source = find(corpus)
     if source.splits is not None and split not in source.splits:
-        raise ValueError(
-            f"unknown split {split!r} of corpus {corpus}: use one of {', '.join(source.splits)}"
-        )
+        name, known = one_line(corpus), ", ".join(source.splits)
+        raise ValueError(f"unknown split {split!r} of corpus {name}: use one of {known}")
     if not _whole(seed):
         raise ValueError(f"seed must be an integer, not {seed!r}")
-    return _texts(source, split, seed, text_column)
+    return source.texts(split, seed, text_column)
 
 
 def token_windows(
@@ -135,29 +172,50 @@ def token_windows(
     count: int | None = 32,
     seed: int = 0,
     text_column: str = "text",
+    bos: bool | None = None,
 ) -> "torch.Tensor":
     """Consecutive windows of the tokenised documents, which are joined by a blank line.
 
-    The windows are those of one tokenisation of the joined text, without special tokens and without
-    overlap; of the text only as much is tokenised as they need. The same arguments give the same
-    windows, and fewer windows are the first of more.
+    The windows are those of one tokenisation of the joined text, without overlap; of the text only
+    as much is tokenised as they need. Special tokens in a document are text. The same arguments
+    give the same windows, and fewer windows are the first of more.
 
     Args:
-        corpus, split, seed, text_column: see `documents`.
+        corpus: see `documents`.
         tokenizer: a Hugging Face tokenizer.
-        length: tokens per window.
+        split: see `documents`.
+        length: tokens per window, BOS included.
         count: number of windows; None for all that the split has.
+        seed: see `documents`.
+        text_column: see `documents`.
+        bos: whether every window begins with the tokenizer's BOS token, which a model trained with
+            one needs for its attention sink. By default as the tokenizer does it; `bos_token` says
+            what that is. False cuts the windows from one long stream without special tokens.
 
     Returns:
         LongTensor (count, length).
 
     Raises:
-        ValueError: too little text (the message says how much there is), or a bad ``length`` or
-            ``count``. Otherwise as `documents`.
+        ValueError: too little text (the message says how much there is), a bad ``length`` or
+            ``count``, or ``bos=True`` and no BOS token. Otherwise as `documents`.
+
+    >>> tokenizer = lambda text, **options: {"input_ids": list(text.encode())}  # or AutoTokenizer
+    >>> token_windows("pydoc", tokenizer, length=512, count=4).shape
+    torch.Size([4, 512])
+    >>> token_windows("pydoc", tokenizer, split="test", length=512, count=None).shape[1]
+    512
     """
-    texts = _drawn(corpus, split, length, count, seed, text_column)
-    ids = beginning(texts, tokenizer, _ends(length, count))
-    return _cut(ids, f"split {split!r} of corpus {corpus}", length, count)
+    windows, _ = tokenised(
+        corpus,
+        tokenizer,
+        split=split,
+        length=length,
+        count=count,
+        seed=seed,
+        text_column=text_column,
+        bos=bos,
+    )
+    return windows
 
 
 def tokenised(
@@ -169,42 +227,30 @@ def tokenised(
     count: int | None,
     seed: int = 0,
     text_column: str = "text",
+    bos: bool | None = None,
     special_tokens: bool = False,
 ) -> tuple["torch.Tensor", str]:
-    """`token_windows` and the text they begin, all in memory at once.
+    """`token_windows`, and a text that begins with what they cover.
 
     Args:
-        special_tokens: let the tokenizer add its own, once, to the joined text.
-
-    Returns:
-        Windows (count, length), and a text that begins with what they cover.
+        special_tokens: what the tokenizer adds to a text stands once, at the beginning of the first
+            window, as published protocols have it (with ``bos=False``).
     """
-    texts = _drawn(corpus, split, length, count, seed, text_column)
-    ids, text = at_once(texts, tokenizer, _ends(length, count), special_tokens)
-    where = f"split {split!r} of corpus {corpus}"
-    return _cut(array("q", ids if text else []), where, length, count), text
-
-
-def _drawn(
-    corpus: str | Path, split: str, length: int, count: int | None, seed: int, column: str
-) -> Iterator[str]:
+    texts = documents(corpus, split=split, seed=seed, text_column=text_column)
     for name, value in (("length", length), ("count", count)):
         if value is not None and (not _whole(value) or value < 1):
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
-    return documents(corpus, split=split, seed=seed, text_column=column)
-
-
-def _ends(length: int, count: int | None) -> int | None:
-    """How many tokens are wanted; None for all."""
-    return None if count is None else count * length
-
-
-def _cut(ids: "array[int]", where: str, length: int, count: int | None) -> "torch.Tensor":
-    import torch
-
+    token = bos_token(tokenizer, bos)
+    body = length if token is None else length - 1
+    if not body:
+        raise ValueError(f"length = 1 has room for {token} alone: use at least 2, or bos=False")
+    ids, text = token_ids(texts, tokenizer, None if count is None else count * body)
+    where = f"split {split!r} of corpus {one_line(corpus)}"
     if not ids:
         raise ValueError(f"{where} is empty: it has no document with text")
-    have = len(ids) // length
+    if special_tokens:
+        ids = array("q", tokenizer("")["input_ids"]) + ids
+    have = len(ids) // body
     if not have:
         raise ValueError(f"{where} has {len(ids)} tokens, fewer than one window of {length}")
     if count is not None and have < count:
@@ -212,46 +258,13 @@ def _cut(ids: "array[int]", where: str, length: int, count: int | None) -> "torc
             f"{where} has {have} windows of {length} tokens, fewer than count = {count}: "
             f"choose count <= {have}, or None for all"
         )
+    import torch
+
     used = have if count is None else count
-    return torch.frombuffer(ids, dtype=torch.long)[: used * length].clone().view(used, length)
-
-
-def find(corpus: str | Path) -> Corpus:
-    """The `Corpus` behind a name or a path.
-
-    Raises:
-        ValueError: neither a known name, nor a hub name, nor a path.
-        FileNotFoundError: a path, but nothing is there.
-    """
-    if isinstance(corpus, str) and corpus in CORPORA:
-        return CORPORA[corpus]
-    if isinstance(corpus, Path) or is_text_path(corpus):
-        path = Path(corpus).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"no such corpus file: {path}")
-        read = partial(read_local, path)
-        return Corpus(f"local file {path.name}", "its owner's", read, by_key=not one_text(path))
-    if is_hub_name(corpus):
-        return _of_hub(spec_of(corpus))
-    try:
-        return CORPORA[corpus]
-    except ValueError as error:
-        raise ValueError(f"{error}; or a hub dataset 'org/name', or the path of a file") from None
-
-
-def describe(corpus: str | Path) -> str:
-    """One line on where the text comes from and under which licence it stands."""
-    source = find(corpus)
-    # Not the path of a local file: notebooks print this line, and keep it.
-    return f"{source}" if source.about.startswith("local") else f"{corpus}: {source}"
-
-
-def _texts(source: Corpus, split: str, seed: int, column: str) -> Iterator[str]:
-    found = source.read(split, column)
-    if split == "all" or (source.splits is None and split != "train"):
-        yield from (text for _, text in found)
-    else:
-        yield from ordered(kept(found, split) if source.by_key else found, seed)
+    windows = torch.frombuffer(ids, dtype=torch.long)[: used * body].clone().view(used, body)
+    if token is not None:
+        windows = torch.nn.functional.pad(windows, (1, 0), value=tokenizer.bos_token_id)
+    return windows, text
 
 
 def _whole(value: object) -> bool:

@@ -1,34 +1,67 @@
-"""Which documents are for training, which for testing, and in which order they come.
+"""Where documents come from (local files, the hub), and which are for training or for testing.
 
-A stable hash of a document's key (its title, or else its text) decides both, so neither depends on
-the machine, on the Python version or on the order in which documents happen to be read.
+A stable hash of a document's key (its title, or else its text) decides its split and its place in
+the order, so neither depends on the machine, on the Python version or on the order of reading.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 # (key, text)
 Document = tuple[str, str]
+# (where it stands, for errors; its fields)
+Row = tuple[str, Any]
 
 TEST_SHARE = 0.2
 # Documents of a stream that are ordered together: enough to mix, few enough to wait for.
 BUFFER = 10_000
 
 
-def kept(found: Iterable[Document], split: str) -> Iterator[Document]:
+@dataclass(frozen=True)
+class Corpus:
+    """Where a corpus comes from, what may be done with it, and how to read it.
+
+    Attributes:
+        description: what it is, for a reader.
+        licence: its licence, or where to find it.
+        read: ``(split, text_column)`` → documents (key, text).
+        splits: names of its splits; None for whatever the hub has.
+        by_key: ``read`` yields the documents of all splits, and their keys say which is in which.
+    """
+
+    description: str
+    licence: str
+    read: Callable[[str, str], Iterable[Document]]
+    splits: tuple[str, ...] | None = ("train", "test", "all")
+    by_key: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.description}; licence: {self.licence}"
+
+    def texts(self, split: str, seed: int, text_column: str) -> Iterator[str]:
+        """The texts of one split, in the order that belongs to ``seed``."""
+        every = self.read(split, text_column)
+        if split == "all" or (split != "train" and not self.by_key):
+            return (text for _, text in every)
+        return ordered(kept(every, split) if self.by_key else every, seed)
+
+
+def kept(every: Iterable[Document], split: str) -> Iterator[Document]:
     """The documents of one split, ``"train"`` or ``"test"``, without repeated keys or texts.
 
     Two documents with the same text and different titles could land in different splits; only the
     first of them is in any.
     """
     seen: set[bytes] = set()
-    for key, text in found:
+    for key, text in every:
         marks = {_digest("key:" + key), _digest("text:" + squeeze(text))}
         if not seen.isdisjoint(marks):
             continue
@@ -37,9 +70,9 @@ def kept(found: Iterable[Document], split: str) -> Iterator[Document]:
             yield key, text
 
 
-def ordered(found: Iterable[Document], seed: int) -> Iterator[str]:
+def ordered(every: Iterable[Document], seed: int) -> Iterator[str]:
     """The texts in the order that belongs to ``seed``; another seed gives another order."""
-    stream = iter(found)
+    stream = iter(every)
     while block := list(islice(stream, BUFFER)):
         block.sort(key=lambda document: fraction(f"{seed}:{document[0]}"))
         yield from (text for _, text in block)
@@ -76,48 +109,69 @@ def fraction(key: str) -> float:
 
 
 def _digest(text: str) -> bytes:
-    # A lone surrogate, which JSON can smuggle in, must not stop the hash.
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(text.encode()).digest()
 
 
-def read_local(path: Path, split: str, column: str) -> Iterator[Document]:
-    """Documents of a local file or folder, those of other splits included where keys decide.
+def one_line(name: object) -> str:
+    """A name as an error message shows it: without control characters, and not too long."""
+    text = str(name)
+    if not text.isprintable():
+        text = repr(text)
+    return text if len(text) <= 300 else f"{text[:300]}… ({len(text):,} characters)"
+
+
+def local_corpus(path: Path) -> Corpus:
+    """The corpus in a local file or folder.
 
     A single ``.txt`` or ``.raw`` file is running text, so its split is made here: ``"train"`` is
     what comes before the paragraph end nearest to 80 % of it, ``"test"`` what comes after, without
     the paragraphs that ``"train"`` has too. In a folder every such file is one document; every line
     of a ``.jsonl`` and every row of a ``.parquet`` is one.
 
-    Args:
-        path: the file or folder.
-        split: ``"train"``, ``"test"`` or ``"all"``; matters to a single running text only.
-        column: the field or column that holds the text.
-
     Raises:
-        ValueError: a suffix that is not read, a file that is not text, or one without the column.
+        ValueError: no file that can be read. Reading raises it for a file that is not what its
+            suffix says, and for one without the text column.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
-        if not files:
-            raise ValueError(f"the folder {path} holds no {_KNOWN} file")
-        for file in files:
-            yield from _READERS[file.suffix.lower()](file, column)
-        return
-    suffix = path.suffix.lower()
-    if suffix not in _READERS:
-        raise ValueError(f"{path} has the unsupported suffix {suffix!r}: use a {_KNOWN} file")
-    if split == "all" or not one_text(path):
-        yield from _READERS[suffix](path, column)
-        return
-    head, tail = halves(decode(path))
-    part = head if split == "train" else tail
+    found = path.rglob("*") if path.is_dir() else [path]
+    files = sorted(file for file in found if file.suffix.lower() in _READERS and file.is_file())
+    if not files:
+        raise ValueError(f"{one_line(path)} is no {_KNOWN} file, nor a folder that holds one")
+    one_text = files == [path] and _READERS[path.suffix.lower()] is _running_text
+    read = partial(_part, path) if one_text else partial(_documents, files)
+    return Corpus(f"local file {path.name}", "its owner's", read, by_key=not one_text)
+
+
+def _documents(files: list[Path], split: str, column: str) -> Iterator[Document]:
+    for file in files:
+        for text in _texts(_READERS[file.suffix.lower()](file, column), column):
+            if text.strip():
+                yield text, text
+
+
+def _part(path: Path, split: str, column: str) -> Iterator[Document]:
+    """The one document that a split of a running text is; none where it is blank."""
+    text = decode(path)
+    part = text if split == "all" else halves(text)[split == "test"]
     if part.strip():
         yield part, part
 
 
-def one_text(path: Path) -> bool:
-    """Whether ``path`` is a single running text, which `read_local` splits itself."""
-    return path.is_file() and _READERS.get(path.suffix.lower()) is _running_text
+def _texts(rows: Iterable[Row], column: str) -> Iterator[str]:
+    """What the rows hold in ``column``, empty where that is nothing."""
+    for where, row in rows:
+        if not isinstance(row, dict) or column not in row:
+            fields = one_line(", ".join(row) if isinstance(row, dict) else type(row).__name__)
+            raise ValueError(
+                f"{where}: no field {column!r} (it has: {fields}); name yours by text_column"
+            )
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise ValueError(f"{where}: {column!r} holds {type(text).__name__}, not text")
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair
+            raise ValueError(f"{where}: {column!r} is not Unicode text ({error})") from error
+        yield text or ""
 
 
 def decode(path: Path) -> str:
@@ -133,63 +187,46 @@ def decode(path: Path) -> str:
             return data.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             where = error.start
-    raise ValueError(f"{path} is not UTF-8 text (byte offset {where}): convert it, or name another")
+    raise ValueError(
+        f"{one_line(path)} is not UTF-8 text (byte offset {where}): convert it, or name another"
+    )
 
 
-def _running_text(path: Path, column: str) -> Iterator[Document]:
-    text = decode(path)
-    if text.strip():
-        yield text, text
+def _running_text(path: Path, column: str) -> Iterator[Row]:
+    yield one_line(path), {column: decode(path)}
 
 
-def _jsonl(path: Path, column: str) -> Iterator[Document]:
-    # Not splitlines(): JSON strings may hold other line separators, such as U+2028, unescaped.
-    for number, line in enumerate(decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(record, dict) or column not in record:
-            fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(
-                f"{path}, line {number}: no field {column!r} (it has: {fields}); "
-                "name the right one by text_column"
-            )
-        yield from _row(record[column], column, f"{path}, line {number}")
+def _jsonl(path: Path, column: str) -> Iterator[Row]:
+    # Bytes, whose lines end at b"\n" only: JSON strings may hold U+2028 and the like unescaped.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{one_line(path)}, line {number}"
+                try:
+                    yield where, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{where}: not JSON ({error})") from error
 
 
-def _parquet(path: Path, column: str) -> Iterator[Document]:
+def _parquet(path: Path, column: str) -> Iterator[Row]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    where = one_line(path)
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a parquet file ({error})") from error
-    with table:
-        if column not in table.schema_arrow.names:
-            raise ValueError(
-                f"{path}: no column {column!r} (it has: {', '.join(table.schema_arrow.names)}); "
-                "name the right one by text_column"
-            )
-        number = 0
-        for batch in table.iter_batches(columns=[column]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield from _row(value, column, f"{path}, row {number}")
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if column not in columns:
+                yield where, dict.fromkeys(columns)
+            batches = file.iter_batches(columns=[column])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield f"{where}, row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is not a parquet file ({one_line(error)})") from error
 
 
-def _row(value: Any, column: str, where: str) -> Iterator[Document]:
-    """One document, or none for a missing or blank text."""
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: {column!r} holds {type(value).__name__}, not text")
-    if value and value.strip():
-        yield value, value
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".txt": _running_text,
     ".raw": _running_text,
     ".jsonl": _jsonl,
@@ -200,102 +237,49 @@ _KNOWN = ", ".join(_READERS)
 
 def is_text_path(name: str) -> bool:
     """Whether ``name`` is meant as a local path: it exists, or is spelled like a file."""
-    return (
-        Path(name).suffix.lower() in _READERS
-        or name.startswith((".", "/", "~", "\\"))
-        or (name != "" and Path(name).exists())
-    )
+    like_a_file = Path(name).suffix.lower() in _READERS or name.startswith((".", "/", "~", "\\"))
+    return like_a_file or (name != "" and os.path.exists(name))
 
 
-@dataclass(frozen=True)
-class HubCorpus:
-    """How to call ``datasets.load_dataset`` for a corpus.
+def read_hub(
+    path: str,
+    split: str,
+    text_column: str,
+    *,
+    config: str | None = None,
+    column: str | None = None,
+    files: dict[str, str] | None = None,
+    opens: Callable[[int, str], object] | None = None,
+    **options: Any,
+) -> Iterator[Document]:
+    """Documents of one split of a hub dataset, in their published order.
 
-    Attributes:
-        column: the text column, where it is not the one the caller names.
-        stream: read only as much as is used, and keep nothing; otherwise the dataset is kept in
-            the cache of ``datasets``.
+    Args:
+        path: the dataset, ``"org/name"``.
+        split: one of its splits.
+        text_column: the field that holds the text.
+        config: which of several datasets under that path.
+        column: the field that holds the text, whatever the caller says.
         files: split → data file, where one file of many is enough.
-        heading: a row that opens a document; rows are joined into documents. None: a row is one.
-        rows: number of rows joined into a document where no heading says it.
-    """
-
-    path: str
-    about: str
-    licence: str = "see its dataset card"
-    config: str | None = None
-    revision: str | None = None
-    column: str | None = None
-    stream: bool = True
-    files: dict[str, str] = field(default_factory=dict)
-    heading: str | None = None
-    rows: int | None = None
-
-
-NAMED = {
-    "wikitext2": HubCorpus(
-        "Salesforce/wikitext",
-        "WikiText-2 raw: good and featured Wikipedia articles",
-        "CC BY-SA 3.0",
-        config="wikitext-2-raw-v1",
-        stream=False,
-        heading=r" = [^=].* = \s*",
-    ),
-    "c4": HubCorpus(
-        "allenai/c4",
-        "C4: English web pages, first shard of each split",
-        "ODC-BY 1.0",
-        files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "test": "en/c4-validation.00000-of-00008.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-    ),
-    "ptb": HubCorpus(
-        "ptb-text-only/ptb_text_only",
-        "Penn Treebank: newspaper sentences, rare words replaced",
-        "LDC user agreement",
-        # The repository's own loader is a script; this branch has the same rows as parquet files.
-        revision="refs/convert/parquet",
-        column="sentence",
-        stream=False,
-        rows=64,
-    ),
-}
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether ``name`` has the form ``org/name`` or ``org/name:config``."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) is not None
-
-
-def spec_of(name: str) -> HubCorpus:
-    """How to read the dataset ``org/name`` or ``org/name:config``."""
-    path, _, config = name.partition(":")
-    return HubCorpus(path, f"hub dataset {name}", config=config or None)
-
-
-def read_hub(spec: HubCorpus, split: str, text_column: str) -> Iterator[Document]:
-    """Documents of one split, in their published order.
-
-    Joined by blank lines, the documents of a corpus that consists of lines (WikiText-2, Penn
-    Treebank) are the text of the published protocols, blank rows included.
+        opens: for a corpus whose rows are lines: ``(lines so far, next line)`` → whether that line
+            opens a document. Joined by blank lines, the documents are then the text of the
+            published protocols, blank rows included. None: a row is a document.
+        options: for ``datasets.load_dataset``.
 
     Raises:
         ConnectionError: the hub cannot be reached, or has no such dataset, config or split.
-        ValueError: no such column, or no such split of a corpus read from single files.
+        ValueError: no such column.
     """
-    column = spec.column or text_column
-    if spec.files and split not in spec.files:
-        raise ValueError(f"unknown split {split!r} of {spec.path}: use {' or '.join(spec.files)}")
-    rows = _rows(spec, split, column)
-    if spec.heading is None and spec.rows is None:
+    options = {"split": split, "streaming": False} | options
+    if files is not None:
+        options["data_files"] = {split: files[split]}
+    rows = _texts(_hub_rows(path, config, options), column or text_column)
+    if opens is None:
         yield from ((row, row) for row in rows if row.strip())
         return
     block: list[str] = []
     for row in rows:
-        opens = len(block) == spec.rows or (spec.heading and re.fullmatch(spec.heading, row))
-        if opens and any(map(str.strip, block)):
+        if opens(len(block), row) and any(map(str.strip, block)):
             yield _document(block)
             block = []
         block.append(row)
@@ -308,44 +292,17 @@ def _document(rows: list[str]) -> Document:
     return text, text
 
 
-def _rows(spec: HubCorpus, split: str, column: str) -> Iterator[str]:
-    stream = iter(_load(spec, split))
-    while True:
-        try:
-            row = next(stream)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise _unreachable(spec, split, error) from error
-        if not isinstance(row.get(column), str | None) or column not in row:
-            raise ValueError(
-                f"{spec.path} has no text in column {column!r} (it has: {', '.join(row)}); "
-                "name the right one by text_column"
-            )
-        yield row[column] or ""
-
-
-def _load(spec: HubCorpus, split: str) -> Iterable[dict[str, Any]]:
-    import datasets
-
-    options: dict[str, Any] = {"split": split, "streaming": spec.stream}
-    if spec.files:
-        options["data_files"] = {split: spec.files[split]}
-    if spec.revision:
-        options["revision"] = spec.revision
+def _hub_rows(path: str, config: str | None, options: dict[str, Any]) -> Iterator[Row]:
     # datasets raises a dozen kinds of error for "not reachable", "not there" and "not readable".
     try:
-        loaded: Iterable[dict[str, Any]] = datasets.load_dataset(spec.path, spec.config, **options)
+        import datasets
+
+        for row in datasets.load_dataset(path, config, **options):
+            yield path, row
     except Exception as error:
-        raise _unreachable(spec, split, error) from error
-    return loaded
-
-
-def _unreachable(spec: HubCorpus, split: str, error: Exception) -> ConnectionError:
-    first = (str(error).splitlines() or [""])[0]
-    mistaken = "" if spec in NAMED.values() else f"; no local file is called {spec.path}"
-    return ConnectionError(
-        f"split {split!r} of {spec.path} could not be read from the Hugging Face hub "
-        f"({type(error).__name__}: {first}): without network use the embedded 'wiki' or 'pydoc', "
-        f"or the path of a local .txt, .jsonl or .parquet file{mistaken}"
-    )
+        first = one_line((str(error).splitlines() or [""])[0])
+        raise ConnectionError(
+            f"split {options['split']!r} of {path} could not be read from the Hugging Face hub "
+            f"({type(error).__name__}: {first}), and no local file has that name: without network "
+            f"use the embedded 'wiki' or 'pydoc', or the path of a {_KNOWN} file"
+        ) from error

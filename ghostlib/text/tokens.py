@@ -1,15 +1,15 @@
 """Texts → token ids, exactly as if they were joined and tokenised in one call.
 
-A tokenizer keeps about a hundred bytes for every token of a call, beside the ids that are wanted.
+A tokenizer keeps some hundred bytes for every token of a call, beside the ids that are wanted.
 So the joined text is tokenised in overlapping pieces, and neighbouring pieces are cut where both
 made the same tokens of a whole stretch of text. Where they did not, or where a tokenizer does not
 say at which character its tokens start, everything is tokenised in one call after all.
 """
 
+import sys
 from array import array
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from itertools import chain, pairwise
+from itertools import tee
 from typing import Any
 
 SEPARATOR = "\n\n"
@@ -18,62 +18,79 @@ MARGIN = 64
 # Characters tokenised in one call, and how many of them the next call sees again.
 PIECE, OVERLAP = 50_000, 2_000
 
-# (where a token starts, its id)
-Token = tuple[int, int]
+
+def bos_token(tokenizer: Any, bos: bool | None = None) -> str | None:
+    """The token that `token_windows` puts first in every window, for records; None for none.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        bos: None for what the tokenizer does by default: those of Llama 3, Gemma and Mistral put
+            BOS before every text, those of GPT-2, Qwen and SmolLM2 do not. True or False to put
+            it there, or not, whatever the default.
+
+    Raises:
+        ValueError: ``bos=True`` and the tokenizer has no BOS token, or no such ``bos``.
+    """
+    token: str | None = getattr(tokenizer, "bos_token", None)
+    if not isinstance(bos, bool | None):
+        raise ValueError(f"bos must be True, False or None (the tokenizer's default), not {bos!r}")
+    if bos and token is None:
+        raise ValueError(
+            "bos=True, but this tokenizer has no BOS token: use bos=False or set its bos_token"
+        )
+    if bos is None and token is not None:
+        bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return token if bos else None
 
 
-def beginning(texts: Iterable[str], tokenizer: Any, wanted: int | None) -> "array[int]":
-    """Token ids of the texts joined by a blank line, of all or at least the first ``wanted``."""
-    stream, read = iter(texts), []
-    if getattr(tokenizer, "is_fast", False):
+def encode(tokenizer: Any, text: str, **options: bool) -> Any:
+    """``tokenizer(text, **options)`` without special tokens; those in ``text`` are text.
 
-        def recorded() -> Iterator[str]:
-            for text in stream:
-                read.append(text)
-                yield text
-
-        ids = _piecewise(recorded(), tokenizer, wanted)
-        if ids is not None:
-            return ids
-    return array("q", at_once(chain(read, stream), tokenizer, wanted)[0])
+    A ``"<|im_start|>"`` in a document does not become the special token.
+    """
+    # mistral-common reads all text as text, and refuses to be asked for it.
+    if not type(tokenizer).__name__.startswith("MistralCommon"):
+        options["split_special_tokens"] = True
+    # verbose: or else transformers warns that a whole corpus is longer than the model's context
+    return tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
 
-def _piecewise(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> "array[int] | None":
-    """`beginning`, piece by piece; None where two pieces disagree on the text around their cut."""
-    ids: array[int] = array("q")
-    text, begin = "", 0
-    seam: list[Token] | None = None  # the last piece's tokens around the cut
+def token_ids(texts: Iterable[str], tokenizer: Any, wanted: int | None) -> tuple["array[int]", str]:
+    """Token ids of the texts joined by a blank line, of all or at least the first ``wanted``.
+
+    Returns:
+        The ids, and a text that begins with what they cover.
+    """
+    texts, again = tee(texts)
+    whole = _piecewise(texts, tokenizer, wanted) if getattr(tokenizer, "is_fast", False) else None
+    return whole or _at_once(again, tokenizer, wanted)
+
+
+def _piecewise(
+    texts: Iterator[str], tokenizer: Any, wanted: int | None
+) -> tuple["array[int]", str] | None:
+    """`token_ids`, piece by piece; None where two pieces disagree on the text around their cut."""
+    ids, text = array("q"), ""
+    begin = cut = 0  # where this piece begins, and from where on its tokens are taken
+    seam: list[tuple[int, int]] = []  # the last piece's tokens around the cut
     for piece in _slices(texts, PIECE):
         text += piece
-        made = tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        starts = (start for start, _ in made["offset_mapping"])
-        tokens: list[Token] = list(zip(starts, made["input_ids"], strict=True))
-        if any(later < start for (start, _), (later, _) in pairwise(tokens)):
-            return None
-        if seam is not None and _around_cut(tokens, 0) != seam:
+        encoded = encode(tokenizer, text[begin:], return_offsets_mapping=True)
+        starts = [begin + start for start, _ in encoded["offset_mapping"]]
+        tokens = list(zip(starts, encoded["input_ids"], strict=True))
+        if starts != sorted(starts) or (begin and _around(cut, tokens) != seam):
             return None
         last = len(piece) < PIECE
-        end = len(text) if last else len(text) - OVERLAP // 2
-        stop = len(tokens) if last else bisect_left(tokens, (end,))
-        ids.extend(token for _, token in tokens[bisect_left(tokens, (begin,)) : stop])
+        end = len(text) + 1 if last else len(text) - OVERLAP // 2
+        ids.extend(token for start, token in tokens if cut <= start < end)
         if wanted is not None and len(ids) >= wanted:
             break
-        seam = _around_cut(tokens, len(text) - OVERLAP)
-        text, begin = text[-OVERLAP:], OVERLAP // 2
-    return ids
+        begin, cut, seam = len(text) - OVERLAP, end, _around(end, tokens)
+    return ids, text
 
 
-def _around_cut(tokens: list[Token], overlap: int) -> list[Token]:
-    """Tokens starting in the middle half of the overlap, which starts at character ``overlap``."""
-    first, last = (overlap + OVERLAP * quarter // 4 for quarter in (1, 3))
-    found = tokens[bisect_left(tokens, (first,)) : bisect_left(tokens, (last,))]
-    return [(start - overlap, token) for start, token in found]
+def _around(cut: int, tokens: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(start, token) for start, token in tokens if abs(start - cut) <= OVERLAP // 4]
 
 
 def _slices(texts: Iterator[str], size: int) -> Iterator[str]:
@@ -88,33 +105,12 @@ def _slices(texts: Iterator[str], size: int) -> Iterator[str]:
     yield held
 
 
-def at_once(
-    texts: Iterator[str], tokenizer: Any, wanted: int | None, special: bool = False
-) -> tuple[list[int], str]:
-    """`beginning` in one call, repeated with more text until there are enough tokens.
-
-    Args:
-        special: let the tokenizer add its own special tokens.
-
-    Returns:
-        The ids, and the text they are of.
-    """
-    joined: list[str] = []
-    characters, exhausted = 0, False
-    target = None if wanted is None else 5 * (wanted + MARGIN)
-    while True:
-        while not exhausted and (target is None or characters < target):
-            text = next(texts, None)
-            if text is None:
-                exhausted = True
-            else:
-                joined.append(text)
-                characters += len(text) + len(SEPARATOR)
-        whole = SEPARATOR.join(joined)[:target]
-        # verbose: or else transformers warns that a whole corpus is longer than the model's context
-        ids: list[int] = tokenizer(whole, add_special_tokens=special, verbose=False)["input_ids"]
-        if wanted is None or target is None or len(ids) >= wanted + MARGIN:
-            return ids, whole
-        if exhausted and target >= characters:
-            return ids, whole
-        target = 1 + int(1.1 * target * (wanted + MARGIN) / max(len(ids), 1))
+def _at_once(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> tuple["array[int]", str]:
+    """`token_ids` in one call, repeated with more text until there are enough tokens."""
+    ids, text = array("q"), ""
+    for piece in _slices(texts, sys.maxsize if wanted is None else 5 * (wanted + MARGIN)):
+        text += piece
+        ids = array("q", encode(tokenizer, text)["input_ids"])
+        if wanted is not None and len(ids) >= wanted + MARGIN:
+            break
+    return ids, text

@@ -29,7 +29,8 @@ class MlpActivations(NamedTuple):
     """The tokens around a gap, each (tokens, hidden) in float32 on the CPU.
 
     Attributes:
-        F: output of the last MLP before the gap. R: the rest of the stream there, ``X_pre - F``.
+        F: output of the last MLP before the gap.
+        R: the rest of the stream there, ``X_pre - F``.
         Y: ``X_post``.
     """
 
@@ -57,7 +58,7 @@ def mlp_activations(
         tap(model, gap, seen.__setitem__) as run,
         listen(model, [gap.start], lambda start, read, output: outputs.append(output)),
     ):
-        for ids in track(windows.split(1), "collecting"):
+        for ids in track(torch.split(windows, 1), "collecting"):
             run(input_ids=ids.to(input_device(model)))
             F, x, y = (
                 t.float().cpu().flatten(0, -2)
@@ -78,13 +79,16 @@ def fit_cosine(
 ) -> Operator:
     """``T`` that minimises the mean of ``1 - cos(R + F T, Y)`` over tokens (arXiv 2505.02819).
 
-    By Adam on random batches, the rate falling to zero along a cosine. Every
-    token counts alike whatever its norm, which least squares does not grant.
+    By Adam on random batches, with a learning rate that falls to zero along a cosine. All tokens
+    weigh the same whatever their norm, unlike in least squares.
 
     Args:
         activations: from `mlp_activations`.
-        steps, batch, learning_rate, seed: of the optimiser; a batch is drawn with replacement.
-        start: (hidden, hidden) where it starts, such as `replaceme`'s ``W``; the identity by
+        steps: of the optimiser.
+        batch: tokens in a step, drawn with replacement.
+        learning_rate: at the first step.
+        seed: of the batches.
+        start: initial ``T`` (hidden, hidden), such as that of `replaceme`; the identity by
             default, from which it needs many more steps.
 
     Returns:
@@ -101,13 +105,13 @@ def fit_cosine(
     T = (torch.eye(F.shape[1]) if start is None else start.float().clone()).requires_grad_()
     optimiser = torch.optim.Adam([T], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in track(range(steps), "turning", unit="step"):
+    for _ in track(range(steps), "fitting", unit="step"):
         rows = torch.randint(len(F), (min(batch, len(F)),), generator=generator)
         loss = 1 - nn.functional.cosine_similarity(R[rows] + F[rows] @ T, Y[rows]).mean()
         if not math.isfinite(loss.item()):
             raise ValueError(f"the cosine objective became {loss.item()}: lower learning_rate")
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
     W = T.detach().double()

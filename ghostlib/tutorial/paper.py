@@ -1,6 +1,6 @@
-"""The numbers the paper reports, with where each was read, to stand beside what is measured here.
+"""The numbers the paper reports, and where each was read, to compare with what is measured here.
 
-They are kept as they were found, in ``data/paper_results.csv``; some are second hand, and say so.
+They stand in ``data/paper_results.csv`` as published; those read second hand are marked as such.
 """
 
 from importlib.resources import files

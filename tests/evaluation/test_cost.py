@@ -1,7 +1,9 @@
-"""Counts against an independent counter and real tensors; the stopwatch against a fake clock."""
+"""Counts against a real pass, real tensors and closed forms; times against known delays."""
 
 import inspect
-from types import SimpleNamespace
+import math
+import time
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -11,10 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 import ghostlib as gl
-from ghostlib.evaluation import cost
-from ghostlib.evaluation.cost import Flops, Latency, Spread
+from ghostlib.evaluation.cost import Flops
 
 TOKENS, BATCH = 16, 2  # longer than the tiny models' sliding window of 8
+# what the names of a part's parameters hold
+PARTS = {
+    "boundary": [".boundary."],
+    "attention": ["self_attn.", ".attention.", ".attn."],
+    "embeddings": ["embed", "wte", "wpe", "lm_head"],
+}
 
 
 def forward_counted(
@@ -60,6 +67,31 @@ def test_a_boundary_costs_its_matrix_and_both_operators_cost_the_same(any_tiny):
         assert kept * LAYERS == whole * (LAYERS - 3)
 
 
+@pytest.mark.parametrize("context", [0, 20])
+def test_every_part_is_what_the_sizes_of_its_matrices_say(any_tiny, context):
+    """Each number of a matrix multiplies each token once, each query meets each key in reach."""
+    for model in variants(any_tiny).values():
+        size: dict[str, int] = defaultdict(int)
+        for name, parameter in model.named_parameters():
+            kind = next((k for k, v in PARTS.items() if any(w in name for w in v)), "mlp")
+            size[kind] += parameter.numel() if parameter.ndim == 2 else 0
+        config, pairs = model.config, 0
+        for index in range(config.num_hidden_layers):
+            kinds = getattr(config, "layer_types", None)
+            window = getattr(config, "sliding_window", None)
+            if window is None or (kinds and kinds[index] != "sliding_attention"):
+                window = math.inf
+            pairs += 2 * WIDTH * TOKENS * (min(context, window - 1) + TOKENS)
+        counted = gl.flops(model, TOKENS, context=context, batch_size=BATCH, logits=3)
+        head = model.get_output_embeddings().weight.numel()
+        assert counted == Flops(
+            attention=2 * BATCH * (TOKENS * size["attention"] + pairs),
+            mlp=2 * BATCH * TOKENS * size["mlp"],
+            boundary=2 * BATCH * TOKENS * size["boundary"],
+            head=2 * BATCH * 3 * head,
+        )
+
+
 def test_flops_by_hand():
     model = tiny_model("llama")  # 4 heads of 4, 2 of them with keys; width 16, 24 inside, 97 words
     projections, pairs = 2 * 16 * 16 + 2 * 16 * 8, 2 * 4 * 4 * TOKENS
@@ -102,6 +134,20 @@ def test_weights_are_as_large_as_the_file(any_tiny, dtype, tmp_path):
     assert full == gl.cache_bytes(any_tiny, TOKENS, batch_size=3) / 3 > 0
 
 
+def test_the_last_token_that_a_boundary_reads_is_in_the_cache():
+    dense = tiny_model("llama")
+    pruned = gl.prune(dense, [1, 2, 4])
+    back = gl.recover(
+        dense, tiny_windows(), [1, 2, 4], operator="three-branch-relative", relative_ridge=1e-3
+    )
+    for tokens in (1, TOKENS):
+        more = gl.cache_bytes(back, tokens, batch_size=3) - gl.cache_bytes(
+            pruned, tokens, batch_size=3
+        )
+        assert more == 2 * 3 * WIDTH * 4  # two gaps, three sequences, four bytes
+    assert gl.cache_bytes(back, 0) == 0
+
+
 def test_a_sliding_window_bounds_the_cache():
     sliding = tiny_model("mistral")
     assert gl.cache_bytes(sliding, 7) == gl.cache_bytes(sliding, 100) > gl.cache_bytes(sliding, 6)
@@ -114,6 +160,7 @@ def test_a_sliding_window_bounds_the_cache():
         (lambda m: gl.flops(m, 0), "tokens must be at least 1, got 0"),
         (lambda m: gl.flops(m, 1, context=-1), "context must be at least 0, got -1"),
         (lambda m: gl.flops(m, 1, logits=-1), "logits must be at least 0, got -1"),
+        (lambda m: gl.flops(m, 2, logits=3), "logits must be at most tokens = 2, got 3"),
         (lambda m: gl.flops(m, 1, batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda m: gl.cache_bytes(m, -1), "tokens must be at least 0, got -1"),
         (lambda m: gl.cache_bytes(m, 1, batch_size=0), "batch_size must be at least 1, got 0"),
@@ -143,63 +190,62 @@ def test_latency_of_every_architecture(any_tiny):
     assert all(torch.equal(before[name], value) for name, value in any_tiny.state_dict().items())
 
 
-def test_models_take_turns_and_warm_up_rounds_are_left_out(monkeypatch):
-    rounds = iter(range(100))
-    calls: list[object] = []
+@pytest.fixture
+def delayed():
+    """A tiny model and a list: its n-th forward pass takes as long as the list's n-th entry."""
+    model, delays, passes = tiny_model("llama"), [], []
 
-    def measure(model: object, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float, int]:
-        calls.append(model)
-        assert prompt.shape == (2, 7) and new_tokens == 3
-        number = next(rounds)
-        return float(number), number / 10, number
+    def wait(module, args, kwargs):
+        time.sleep(delays.pop(0) if delays else 0.0)
+        passes.append(kwargs.get("input_ids", args[0] if args else None).shape)
 
-    monkeypatch.setattr(cost, "_measure", measure)
-    a, b = tiny_model("llama"), tiny_model("gpt2")
-    found = gl.latency({"a": a, "b": b}, 7, 3, batch_size=2, warmup=2, repeats=3)
-    assert calls == [a, b] * 5
-    assert found["a"] == Latency(Spread(6.0, 4.0, 8.0), Spread(0.6, 0.4, 0.8), 8)
-    assert found["b"].prefill == Spread(7.0, 5.0, 9.0)
+    model.register_forward_pre_hook(wait, with_kwargs=True)
+    return model, delays, passes
 
 
-def test_the_clock_is_read_when_the_device_has_finished(monkeypatch):
-    """On a device that works behind the program's back, with a clock that counts its own ticks."""
-    log: list[str] = []
-    times = iter((10.0, 12.0, 18.0))
-    device = torch.device("cuda", 0)
+def test_prefill_and_decoding_take_what_their_passes_take(delayed):
+    model, delays, passes = delayed
+    delays += [0.2, 0.1, 0.1]
+    found = gl.latency({"a": model}, 7, 2, batch_size=3, warmup=0, repeats=1)["a"]
+    assert 0.2 < found.prefill.median < 0.29
+    assert 0.1 < found.decode.median < 0.19
+    assert passes == [(3, 7), (3, 1), (3, 1)]
 
-    class Model:
-        config, device = SimpleNamespace(), torch.device("cpu")
 
-        def parameters(self):
-            return [SimpleNamespace(device=d) for d in (torch.device("cpu"), device, device)]
+def test_rounds_that_warm_up_are_left_out(delayed):
+    model, delays, _ = delayed
+    delays += [0.3, 0.3]
+    assert gl.latency({"a": model}, 4, 1, warmup=1, repeats=2)["a"].prefill.most < 0.2
+    delays += [0.3, 0.3]
+    first = gl.latency({"a": model}, 4, 1, warmup=0, repeats=3)["a"]
+    assert first.prefill.least < first.prefill.median < 0.2 < first.prefill.most
 
-        def forward(self, ids, past_key_values, use_cache, logits_to_keep):
-            assert use_cache and logits_to_keep == 1 and past_key_values == "kept"
-            log.append(f"{ids.shape[1]} tokens")
-            return SimpleNamespace(logits=torch.zeros(1, 1, 5))
 
-        __call__ = forward
+def test_a_machine_that_slows_down_slows_all_models_alike(delayed):
+    model, delays, _ = delayed
+    delays += [0.01 * (step + 1) for step in range(20)]
+    found = gl.latency({"a": model, "b": model}, 4, 1, warmup=0, repeats=5)
+    assert found["b"].prefill.median / found["a"].prefill.median < 1.5  # one after the other: 3
 
-    def clock() -> float:
-        log.append("clock")
-        return next(times)
 
-    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=clock))
-    monkeypatch.setattr(cost, "DynamicCache", lambda config: "kept")
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda d: log.append(f"wait {d}"))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda d: 1000)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: 1700)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda d: log.append("reset"))
-    taken = cost._measure(Model(), torch.zeros(1, 9, dtype=torch.long), 3)  # type: ignore[arg-type]
-    assert taken == (2.0, 2.0, 700)
-    wait = "wait cuda:0"
-    one = ["1 tokens"] * 3
-    assert log == [wait, "reset", "clock", "9 tokens", wait, "clock", *one, wait, "clock"]
+def test_models_in_training_mode_are_timed_without_dropout_and_given_back():
+    model = tiny_model("gpt2").train()
+    model.transformer.h[0].eval()
+    modes = []
+    model.transformer.h[1].register_forward_pre_hook(lambda m, args: modes.append(m.training))
+    gl.latency({"a": model}, 4, 1, warmup=0, repeats=1)
+    assert modes and not any(modes)
+    assert model.training and not model.transformer.h[0].training
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_peak_memory_on_a_gpu():
+def test_on_a_gpu_clocks_wait_and_memory_is_counted():
+    """A pass that is only enqueued when `forward` returns is timed as long as it runs."""
     model = tiny_model("llama").to("cuda")
-    peak = gl.latency({"a": model}, 64, 4, warmup=1, repeats=1)["a"].peak_bytes
-    assert peak is not None and peak >= gl.cache_bytes(model, 64)
+    gl.latency({"a": model}, 64, 4, warmup=1, repeats=1)
+    idle = gl.latency({"a": model}, 64, 4, warmup=1, repeats=1)["a"]
+    assert idle.peak_bytes is not None and idle.peak_bytes >= gl.cache_bytes(model, 64)
+    model.register_forward_hook(lambda *_: torch.cuda._sleep(200_000_000))
+    busy = gl.latency({"a": model}, 64, 4, warmup=1, repeats=1)["a"]
+    assert busy.prefill.median > 0.05 and busy.decode.median > 0.05

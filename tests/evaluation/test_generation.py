@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
 import ghostlib as gl
-from ghostlib.evaluation.perplexity import Message
+from ghostlib.evaluation.generation import Message
 
 QUESTIONS = ["What is the capital of France?", "Name a fruit."]
 TEMPLATE = (
@@ -72,6 +72,22 @@ def test_bad_prompts_are_named() -> None:
         gl.generate(model, tokenizer, [])
     with pytest.raises(ValueError, match="no chat template: use chat=False, or set"):
         gl.generate(model, tokenizer, "w50", chat=True)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        gl.generate(model, tokenizer, "w50", max_new_tokens=0)
+    with pytest.raises(ValueError, match="a prompt has no token"):
+        gl.generate(model, tokenizer, ["w50", ""])
+
+
+def test_a_model_in_training_mode_generates_without_dropout(prompts: list[str]) -> None:
+    model, tokenizer = (
+        tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5),
+        words_tokenizer(pad_token="<pad>"),
+    )
+    expected = gl.generate(model.eval(), tokenizer, prompts)
+    model.train()
+    model.transformer.h[0].eval()  # a part that is frozen stays so
+    assert [gl.generate(model, tokenizer, prompts) for _ in range(2)] == [expected] * 2
+    assert model.training and not model.transformer.h[0].training
 
 
 def test_prompts_go_into_the_chat_template() -> None:
@@ -100,6 +116,25 @@ def recovered(embedded, wiki) -> PreTrainedModel:
 def spoken(embedded) -> PreTrainedTokenizerFast:
     """A copy of the embedded tokenizer: pipelines set its padding side."""
     return copy.deepcopy(embedded[1])
+
+
+@pytest.mark.embedded
+def test_generation_of_prompts_with_different_lengths(embedded) -> None:
+    model, tokenizer = embedded
+    prompts = ["Water boils at", "The capital of France is the city of"]
+    together = gl.generate(model, tokenizer, prompts, max_new_tokens=6)
+    alone = [gl.generate(model, tokenizer, p, max_new_tokens=6)[0] for p in prompts]
+    assert together == alone
+    assert "Paris" in together[1]
+
+
+@pytest.mark.embedded
+def test_a_tokenizer_without_padding_gets_its_end_token(embedded) -> None:
+    model, tokenizer = embedded
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    assert len(gl.generate(model, bare, ["One", "Two and three"], max_new_tokens=2)) == 2
+    assert bare.pad_token is None  # the caller's tokenizer is left as it was
 
 
 @pytest.mark.embedded

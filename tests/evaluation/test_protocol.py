@@ -54,6 +54,7 @@ def test_is_the_perplexity_of_the_same_windows(book: Path) -> None:
 @pytest.mark.parametrize("bos", [False, True])
 def test_bits_per_byte_of_a_uniform_model(book: Path, bos: bool) -> None:
     """Each token costs log2(300) bits; without merges it is one byte, except an added one."""
+    book.write_text("The theory of the thing.\n\n" * 9)
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer(0, bos)
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -67,36 +68,30 @@ def test_bits_per_byte_of_a_uniform_model(book: Path, bos: bool) -> None:
 
 
 def test_bytes_are_those_the_scored_tokens_cover(book: Path) -> None:
-    """Against decoding: all of a window but its first token, counted in bytes."""
+    """Against decoding all of a window but its first token; a window may cut through a letter."""
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer(bos=True)
     found = corpus_perplexity(model, tokenizer, book, split="all", length=64)
-    ids = tokenizer(TEXT.strip(), add_special_tokens=True)["input_ids"]
-    letters = {letter: byte for byte, letter in byte_letters().items()}
-    whole = [bytes(letters[c] for c in tokenizer.convert_ids_to_tokens(i)) for i in ids[1:]]
-    assert b"".join(whole).decode() == TEXT.strip()  # the reference itself is right
-    sizes = [0, *map(len, whole)]
-    scored = [n for i, n in enumerate(sizes[: found.windows * 64]) if i % 64]
-    assert found.bytes == sum(scored) and found.windows == len(ids) // 64
+    ids = torch.tensor(tokenizer(TEXT.strip())["input_ids"][: found.windows * 64]).view(-1, 64)
+    decoded = sum(len(tokenizer.decode(row[1:]).encode(errors="replace")) for row in ids)
+    assert found.bytes is not None
+    assert found.bytes == pytest.approx(decoded, abs=3 * found.windows)
     assert found.bits_per_byte == pytest.approx(
-        found.nll / math.log(2) * len(scored) / sum(scored), rel=1e-12
+        found.nll / math.log(2) * found.tokens / found.bytes, rel=1e-12
     )
-
-
-def byte_letters() -> dict[int, str]:
-    """GPT-2's letter for every byte, by its published rule."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {b: chr(b) for b in shown} | {b: chr(256 + n) for n, b in enumerate(hidden)}
 
 
 @given(st.text(max_size=40), st.booleans())
 def test_byte_level_tokens_cover_the_text(text: str, bos: bool) -> None:
+    """Up to a token's end the bytes agree, but for those of a character that is not over yet."""
     tokenizer = TOKENIZERS[bos]
     sizes = token_bytes(tokenizer, text, special_tokens=True)
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
-    assert sizes is not None
-    assert sizes.tolist() == [0 if p == "<bos>" else len(p) for p in pieces]
-    assert sizes.sum() == len(text.encode())
+    exact = [0 if p == "<bos>" else len(p) for p in pieces]
+    assert sizes is not None and sizes.sum() == len(text.encode())
+    unfinished = np.cumsum(exact) - np.cumsum(sizes)
+    assert ((unfinished >= 0) & (unfinished <= 3)).all()
+    if text.isascii():
+        assert sizes.tolist() == exact
 
 
 TOKENIZERS = {bos: tiny_tokenizer(bos=bos) for bos in (False, True)}
@@ -108,10 +103,13 @@ def test_tokens_that_fall_back_to_bytes(text: str) -> None:
     sizes = token_bytes(FALLING_BACK, text)
     pieces = FALLING_BACK.convert_ids_to_tokens(FALLING_BACK(text)["input_ids"])
     assert sizes is not None and sizes.sum() == len(text.encode())
-    expected = [1 if p.startswith("<0x") else len(p.replace("▁", " ").encode()) for p in pieces]
+    whole = [not p.startswith("<0x") for p in pieces]
+    expected = [len(p.replace("▁", " ").encode()) for p in pieces]
     if expected:
         expected[0] -= 1  # the space that is put in front
-    assert sizes.tolist() == expected
+    assert [n for n, w in zip(sizes, whole, strict=True) if w] == [
+        n for n, w in zip(expected, whole, strict=True) if w
+    ]
 
 
 def test_text_that_is_dropped_or_not_followed() -> None:

@@ -17,7 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import ghostlib as gl
 from ghostlib.evaluation import tasks as module
-from ghostlib.evaluation.tasks import EMBEDDED, PAPER_TASKS, Item, read_items, zero_shot
+from ghostlib.evaluation.items import Item, read_items
+from ghostlib.evaluation.tasks import (
+    EMBEDDED,
+    PAPER_TASKS,
+    check_names,
+    check_tasks,
+    zero_shot,
+)
+from ghostlib.text.assets import AssetError
 from ghostlib.text.documents import squeeze
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -112,6 +120,24 @@ def test_the_model_and_all_around_it_are_left_alone(
     assert logging.getLogger("lm_eval").level == level
 
 
+def test_dropout_is_off_while_a_model_in_training_mode_is_scored(tmp_path: Path) -> None:
+    model = tiny_model("gpt2", vocab_size=300, resid_pdrop=0.5, embd_pdrop=0.5)
+    path = write(tmp_path / "quiz.jsonl", questions(12))
+    expected = zero_shot(model.eval(), TOKENIZER, path)
+    model.train()
+    model.transformer.h[0].eval()  # a part that is frozen stays so
+    assert zero_shot(model, TOKENIZER, path) == expected
+    assert model.training and not model.transformer.h[0].training
+
+
+def test_a_likelihood_that_is_no_number_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    path = write(tmp_path / "quiz.jsonl", questions(2))
+    with pytest.raises(ValueError, match=r"'quiz', item 0: a log-likelihood is not .* in float32"):
+        zero_shot(model, TOKENIZER, path)
+
+
 def test_limit_and_several_tasks(model: PreTrainedModel, tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{name}.jsonl", questions(9, i)) for i, name in enumerate("ab")]
     every, few = zero_shot(model, TOKENIZER, paths), zero_shot(model, TOKENIZER, paths, limit=4)
@@ -128,6 +154,10 @@ def test_limit_and_several_tasks(model: PreTrainedModel, tmp_path: Path) -> None
         zero_shot(model, TOKENIZER, [*paths, paths[0]])
     with pytest.raises(ValueError, match="limit must be a positive number of items, not 0"):
         zero_shot(model, TOKENIZER, paths, limit=0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        zero_shot(model, TOKENIZER, paths, batch_size=0)
+    with pytest.raises(ValueError, match="no task to score: use wiki-description or wiki-topic"):
+        zero_shot(model, TOKENIZER, [])
 
 
 def test_the_harness_own_tasks_by_name(
@@ -193,12 +223,46 @@ def test_errors_in_one_line_that_say_what_to_do(model: PreTrainedModel, tmp_path
         module._score("gsm8k", {"results": {"gsm8k": {"exact_match,none": 0.5}}})
 
 
+@pytest.mark.usefixtures("index")
+def test_names_are_checked_without_reading_any_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_names(["wiki-topic", "arc_easy", write(tmp_path / "quiz.jsonl", questions(2))])
+    with pytest.raises(ValueError, match="unknown task 'arc_esy'"):
+        check_names(["arc_esy"])
+    with pytest.raises(ValueError, match="line 1: a list, not an object"):
+        check_names([write(tmp_path / "bad.jsonl", [[1]])])
+    with pytest.raises(FileNotFoundError, match="no such task file"):
+        check_names([tmp_path / "gone.jsonl"])
+    with pytest.raises(ConnectionError, match="no route"):
+        check_tasks(["arc_easy"])
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    check_names(["wiki-topic"])
+    for check in (check_names, check_tasks):
+        with pytest.raises(ModuleNotFoundError, match="pip install"):
+            check(["arc_easy"])
+
+
 def test_a_task_without_acc_norm() -> None:
-    samples = [{"doc_id": i, "acc": float(i == 1), "doc_hash": str(i)} for i in (1, 0)]
+    samples = [
+        {"doc_id": i, "acc": float(i == 1), "doc_hash": str(i), "filtered_resps": [(-1.0, True)]}
+        for i in (1, 0)
+    ]
     results = {"boolq": {"acc,none": 0.5, "acc_stderr,none": 0.5}}
     score = module._score("boolq", {"results": results, "samples": {"boolq": samples}})
     assert score.correct == [0, 1]  # in the task's order
     assert (score.acc_norm, score.acc_norm_se, score.correct_norm) == (None, None, None)
+
+
+def test_an_embedded_task_without_its_corpus(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(name: str) -> Path:
+        raise AssetError(f"{name} is not to be had")
+
+    monkeypatch.setattr("ghostlib.evaluation.items.asset", gone)
+    with pytest.raises(AssetError, match="wiki is not to be had"):
+        zero_shot(model, TOKENIZER, "wiki-topic")
 
 
 def test_without_the_harness(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,14 @@
 
 import time
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghostlib.linalg.hadamard import _blocks, hadamard, has_hadamard, rotate
+from ghostlib.linalg.hadamard import _halves, hadamard, has_hadamard, rotate
 
 POPULAR = [
     *(576, 640, 768, 896, 960, 1024, 1152, 1280, 1536, 1600, 2048, 2304, 2560, 2880, 3072, 3200),
@@ -25,9 +27,16 @@ def test_entries_and_orthogonality(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", POPULAR)
-def test_popular_widths_have_one_made_of_small_blocks(n: int) -> None:
+def test_popular_widths_have_one_of_two_small_factors(n: int) -> None:
     assert has_hadamard(n)
-    assert len(_blocks(n)) > 1, "a dense n x n product would be used"
+    first, second = (np.prod(orders) for orders in _halves(n))
+    assert first * second == n
+    assert first + second < n / 4, "close to a dense n x n product"
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 512])
+def test_a_power_of_two_gives_scipys(n: int) -> None:
+    np.testing.assert_array_equal(hadamard(n), scipy.linalg.hadamard(n) / n**0.5)
 
 
 def test_every_multiple_of_64_up_to_2688() -> None:
@@ -57,8 +66,9 @@ def test_order_must_be_positive(n: int) -> None:
     for function in (hadamard, has_hadamard):
         with pytest.raises(ValueError, match="positive"):
             function(n)
-    with pytest.raises(TypeError):
-        hadamard(4.0)  # type: ignore[arg-type]
+    for function in (hadamard, has_hadamard):
+        with pytest.raises(TypeError):
+            function(4.0)  # type: ignore[arg-type]
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ghostlib.linalg.hadamard import hadamard
-from ghostlib.operators.families import FAMILIES as OPERATORS, REGRESSORS, Operator, antisymmetric_share, solve
+from ghostlib.operators.families import (
+    FAMILIES as OPERATORS,
+)
+from ghostlib.operators.families import (
+    REGRESSORS,
+    Operator,
+    antisymmetric_share,
+    solve,
+)
 from ghostlib.statistics.moments import Moments
 
 WIDTH = 8

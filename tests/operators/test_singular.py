@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ghostlib.linalg.gram import SingularGramWarning
-from ghostlib.operators.families import FAMILIES as OPERATORS, REGRESSORS, Operator, solve
+from ghostlib.operators.families import FAMILIES as OPERATORS
+from ghostlib.operators.families import REGRESSORS, Operator, solve
 from ghostlib.statistics.moments import Moments
 
 WIDTH = 8

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 import ghostlib as gl
 from ghostlib.models.architectures import decoder_layers
 from ghostlib.models.boundaries import spell
+from ghostlib.operators.families import FAMILIES
 from ghostlib.operators.paths import RIDGES, choose_ridge
-from ghostlib.operators.solve import REGRESSORS, Operator, solve
-from ghostlib.recovery.recipe import CANDIDATES, NONE, SHORTLIST, Choice, Recipe
+from ghostlib.operators.solve import Operator, solve
+from ghostlib.recovery.recipe import CANDIDATES, PRUNED, SHORTLIST, Choice, Recipe
 from ghostlib.selection.trials import Trials
 
 LENGTH = 40
@@ -39,7 +40,7 @@ def parts() -> tuple[Tensor, Tensor]:
 
 
 def moments(model: PreTrainedModel, ids: Tensor, repair: str) -> dict[gl.Boundary, gl.Moments]:
-    regressor = REGRESSORS.get(repair, "stream")
+    regressor = FAMILIES[repair].regressor
     return gl.calibrate(model, ids, GAPS, regressors=[regressor]).of(regressor)
 
 
@@ -47,7 +48,7 @@ def losing(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], other: flo
     """Trials find these losses, by the operator's name."""
 
     def loss(self, layers, operators) -> float:
-        names = {op.name for op in operators.values()} or {NONE}
+        names = {op.name for op in operators.values()} or {PRUNED}
         return losses.get(names.pop(), other)
 
     monkeypatch.setattr(Trials, "loss", loss)
@@ -83,7 +84,7 @@ def test_windows_kept_out_are_spread_and_whole(model, count, length, kept_out) -
 def test_every_loss_is_that_of_a_model_recovered_from_the_fitted_windows(model) -> None:
     fitted, judges = parts()
     choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
-    expected = {NONE: math.log(gl.perplexity(gl.prune(model, LAYERS_REMOVED), judges))}
+    expected = {PRUNED: math.log(gl.perplexity(gl.prune(model, LAYERS_REMOVED), judges))}
     for repair in CANDIDATES:
         train, held_out = (moments(model, ids, repair) for ids in (fitted, judges))
         operators = {}
@@ -96,11 +97,11 @@ def test_every_loss_is_that_of_a_model_recovered_from_the_fitted_windows(model) 
             assert held_out[gap].error(operators[gap]) == pytest.approx(best, rel=1e-9)
             if repair == choice.repair:
                 assert choice.ridges[gap] == ridge
-        repaired = gl.recover(model, {}, LAYERS_REMOVED, operators)
+        repaired = gl.install(model, operators)
         expected[repair] = math.log(gl.perplexity(repaired, judges))
     assert choice.rivals == pytest.approx(expected, rel=1e-5)
-    assert list(choice.rivals) == [NONE, *CANDIDATES]
-    assert choice.repair == min(expected, key=lambda repair: expected[repair]) != NONE
+    assert list(choice.rivals) == [PRUNED, *CANDIDATES]
+    assert choice.repair == min(expected, key=lambda repair: expected[repair]) != PRUNED
     assert choice.layers == LAYERS_REMOVED and choice.tokens == judges.numel() == 120
 
 
@@ -114,10 +115,10 @@ def test_what_was_chosen_is_solved_again_from_all_windows(model, repair, capsys)
     whole = moments(model, windows(), repair)
     for gap in GAPS:
         op = solve(whole[gap], repair, relative_ridge=choice.ridges[gap])
-        torch.testing.assert_close(choice.operators[gap].W, op.W, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(choice.operators[gap].M, op.M, rtol=1e-6, atol=1e-8)
         assert choice.operators[gap].residual == pytest.approx(op.residual, rel=1e-6)
     with torch.no_grad():
-        expected = gl.recover(model, {}, LAYERS_REMOVED, choice.operators)(windows()).logits
+        expected = gl.install(model, choice.operators)(windows()).logits
         torch.testing.assert_close(recovered(windows()).logits, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(choice.apply(model)(windows()).logits, expected)
     assert capsys.readouterr().out.startswith(f"auto: {repair} for layers 1–2 (ridge ")
@@ -129,15 +130,15 @@ def test_ties_go_to_no_repair_and_then_to_the_first_named(model, monkeypatch) ->
     for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
         nn.init.zeros_(module.weight)
     choice = gl.Recipe(idle, windows()).choose([3])  # which did nothing to the stream
-    assert len(set(choice.rivals.values())) == 1 and choice.repair == NONE
-    losing(monkeypatch, {NONE: 3.0})
+    assert len(set(choice.rivals.values())) == 1 and choice.repair == PRUNED
+    losing(monkeypatch, {PRUNED: 3.0})
     assert gl.Recipe(model, windows()).choose([3]).repair == "ghost"
     backwards = gl.Recipe(model, windows(), candidates=CANDIDATES[::-1])
     assert backwards.choose([3]).repair == CANDIDATES[-1]
 
 
 def test_no_repair_can_win(model, monkeypatch, capsys) -> None:
-    losing(monkeypatch, {NONE: 1.0})
+    losing(monkeypatch, {PRUNED: 1.0})
     recovered = gl.recover(model, windows(), LAYERS_REMOVED, "auto")
     assert type(recovered) is type(model) and not hasattr(recovered.config, "ghost")
     with torch.no_grad():
@@ -146,19 +147,21 @@ def test_no_repair_can_win(model, monkeypatch, capsys) -> None:
     choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
     assert not choice.operators and not choice.ridges
     assert capsys.readouterr().out == str(choice) + "\n"
-    assert str(choice).startswith("auto: none for layers 1–2, 4; loss on 120 held-out ")
+    assert str(choice).startswith("auto: pruned for layers 1–2, 4; loss on 120 held-out ")
 
 
 def test_nan_never_wins(model, monkeypatch) -> None:
-    losing(monkeypatch, {NONE: math.nan, "ghost": 3.0, "two-branch": math.nan})
+    losing(monkeypatch, {PRUNED: math.nan, "ghost": 3.0, "two-branch": math.nan})
     recipe = gl.Recipe(model, windows(), candidates=("two-branch", "ghost"))
     choice = recipe.choose([2])
     assert choice.repair == "ghost"
-    assert choice.rivals == {NONE: math.inf, "two-branch": math.inf, "ghost": 3.0}
-    assert choice.summary["losses"] == {NONE: None, "two-branch": None, "ghost": 3.0}
-    assert str(choice).endswith("ghost 3.000, none inf, two-branch inf")
+    assert choice.rivals == {PRUNED: math.inf, "two-branch": math.inf, "ghost": 3.0}
+    assert choice.summary["losses"] == {PRUNED: None, "two-branch": None, "ghost": 3.0}
+    assert str(choice).endswith("ghost 3.000, pruned inf, two-branch inf")
     losing(monkeypatch, {}, other=math.nan)
-    with pytest.raises(ValueError, match=r"every candidate of the recipe.* try a wider dtype"):
+    with pytest.raises(
+        ValueError, match=r"every repair of the recipe give NaN .* try a wider dtype"
+    ):
         recipe.choose([2])
 
 
@@ -288,8 +291,12 @@ def test_every_architecture_is_served_or_told_what_serves_it(any_tiny, tmp_path,
         (tiny_windows(1), CANDIDATES, "give at least 2"),
         (tiny_windows(), (), "no candidate to choose from: name one, such as 'two-branch-rel"),
         (tiny_windows(), ("two-branchs",), "unknown operator 'two-branchs'; did you mean 'two-br"),
-        (tiny_windows(), ("linearpatch-d",), "cannot choose linearpatch-d: its candidates are"),
-        (tiny_windows(), ("ghost", "replaceme"), "cannot choose replaceme"),
+        (
+            tiny_windows(),
+            ("linearpatch-d",),
+            "cannot choose linearpatch-d, which takes no ridge alone: its candidates are",
+        ),
+        (tiny_windows(), ("ghost", "replaceme"), "NOTYET"),
         (tiny_windows() + VOCABULARY, CANDIDATES, "do not fit a vocabulary"),
     ],
 )
@@ -301,9 +308,9 @@ def test_recipes_that_cannot_be(model, ids, candidates, message) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_mask": torch.ones(6, LENGTH)}, "leave out attention_mask, skip_leading and"),
-        ({"skip_leading": 1}, "leave out attention_mask, skip_leading and fit"),
-        ({"fit": "sequential"}, "leave out attention_mask, skip_leading and fit"),
+        ({"attention_mask": torch.ones(6, LENGTH)}, "dense model's text: leave out attention_mask"),
+        ({"skip_leading": 1}, "dense model's text: leave out skip_leading"),
+        ({"fit": "sequential"}, "dense model's text: leave out fit"),
         ({"calibration": {}}, "give token windows, not statistics"),
         ({"operator": "ghost", "layers": 2}, r"got the number 2: .* or use operator='auto'"),
         ({"layers": [LAYERS]}, "out of range"),
@@ -319,10 +326,10 @@ def test_choices_are_spelt_without_the_model() -> None:
     op = Operator(torch.eye(2), "ghost", 4, 2, 1.0, 0.0)
     gap = gl.Boundary(3, 6)
     losses: dict[tuple[tuple[int, ...], str], float]
-    losses = {((3, 4, 5), NONE): 4.0, ((3, 4, 5), "ghost"): 2.5, ((1, 2, 3), "ghost"): 3.0}
+    losses = {((3, 4, 5), PRUNED): 4.0, ((3, 4, 5), "ghost"): 2.5, ((1, 2, 3), "ghost"): 3.0}
     choice = Choice((3, 4, 5), "ghost", {gap: op}, {gap: 0.01}, losses, 4096)
     assert spell(choice.layers) == "3–5"
     assert str(choice) == (
         "auto: ghost for layers 3–5 (ridge 1e-02), best of 2 choices of layers; loss on 4,096 "
-        "held-out calibration tokens: ghost 2.500, none 4.000"
+        "held-out calibration tokens: ghost 2.500, pruned 4.000"
     )

@@ -24,7 +24,7 @@ def by_hand(model, ids) -> dict[Boundary, torch.Tensor]:
         else:
             ops = {g: found[g] for g in GAPS[:k]}
             # everything before this gap pruned and repaired, and the gap's own layer still there
-            so_far = gl.recover(model, {}, LAYERS_OF[:k], ops)
+            so_far = gl.install(model, ops)
             streams: dict[int, torch.Tensor] = {}
             with tap(so_far, [gap.start - k], streams.__setitem__) as run:
                 run(input_ids=ids)
@@ -54,7 +54,7 @@ def test_recover_installs_the_sequential_operators():
     model, ids = tiny_model("llama"), tiny_windows()
     fitted = gl.fit_sequential(model, ids, GAPS, relative_ridge=1e-3)
     recovered = gl.recover(model, ids, LAYERS_OF, fit="sequential", relative_ridge=1e-3)
-    by_operator = gl.recover(model, {}, LAYERS_OF, fitted)
+    by_operator = gl.install(model, fitted)
     with torch.no_grad():
         assert torch.equal(recovered(ids).logits, by_operator(ids).logits)
     one = gl.recover(model, ids, [2, 3], fit="sequential")

@@ -18,7 +18,7 @@ SETS = st.sets(st.integers(0, LAYERS - 1), max_size=LAYERS - 1).map(lambda s: tu
 def whole(model, ids, layers, operators=None) -> torch.Tensor:
     if not layers:
         return gl.window_losses(model, ids)
-    variant = gl.recover(model, {}, layers, operators) if operators else gl.prune(model, layers)
+    variant = gl.install(model, operators) if operators else gl.prune(model, layers)
     return gl.window_losses(variant, ids)
 
 
@@ -43,13 +43,13 @@ def test_any_base_serves_any_trial(base, layers, repaired):
 @pytest.mark.parametrize("layers", [(2, 3), (1, 3, 5)])
 def test_every_kind_of_repair(any_tiny, name, layers):
     if any_tiny.config.model_type in UNFOLDABLE.get(name, ()):
-        pytest.skip("refused for this architecture: see test_folding.py")
+        pytest.skip("refused for this architecture: see test_installers.py")
     ids = tiny_windows(2, 12)
     options = {"rank": 5} if name == "low-rank" else {}
     gaps = gl.runs(layers, LAYERS)
-    stats = gl.calibrate(any_tiny, tiny_windows(), gaps, mlp=name == "replaceme")
-    source = stats.mlp if name == "replaceme" else stats
-    operators = {gap: gl.solve(source[gap], name, **options) for gap in gaps}
+    regressor = gl.OPERATORS[name].regressor
+    stats = gl.calibrate(any_tiny, tiny_windows(), gaps, regressors=[regressor])
+    operators = {gap: gl.solve(m, name, **options) for gap, m in stats.of(regressor).items()}
     trials = Trials(any_tiny, ids)
     expected = gl.window_losses(gl.recover(any_tiny, stats, layers, name, **options), ids)
     # Folding rescales what every norm reads, which its epsilon notices.
@@ -60,7 +60,7 @@ def test_every_kind_of_repair(any_tiny, name, layers):
 def test_a_turned_mlp_counts_like_replaceme():
     model, ids, gap = tiny_model("llama"), tiny_windows(2, 12), gl.Boundary(2, 4)
     op = fit_cosine(mlp_activations(model, tiny_windows(), gap), steps=5, learning_rate=0.1)
-    expected = gl.window_losses(gl.recover(model, {}, gap.removed, {gap: op}), ids)
+    expected = gl.window_losses(gl.install(model, {gap: op}), ids)
     found = Trials(model, ids).losses(tuple(gap.removed), {gap: op})
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert not torch.allclose(found, gl.window_losses(gl.prune(model, gap.removed), ids), rtol=1e-3)

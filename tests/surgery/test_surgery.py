@@ -98,7 +98,7 @@ def test_the_operator_is_applied_where_the_dense_model_has_x_post(any_tiny):
         op = gl.solve(
             gl.calibrate(any_tiny, ids, [boundary])[boundary], "ghost", relative_ridge=1e-3
         )
-        recovered = gl.recover(any_tiny, {}, boundary.removed, {boundary: op})
+        recovered = gl.install(any_tiny, {boundary: op})
         dense_streams: dict[int, torch.Tensor] = {}
         with tap(any_tiny, [start], dense_streams.__setitem__) as run:
             run(input_ids=ids)
@@ -317,12 +317,10 @@ def test_moments_of_something_else_are_refused():
 def test_operators_of_the_wrong_shape_or_name_are_refused():
     model, ids, gap = tiny_model("llama"), tiny_windows(), Boundary(2, 4)
     moments = gl.Moments(7).update(torch.randn(30, 7), torch.randn(30, 7))
-    with pytest.raises(ValueError, match=r"must have shape \(16, 16\), got \(7, 7\)"):
-        gl.recover(model, ids, gap.removed, {gap: gl.solve(moments, "ghost")})
+    with pytest.raises(ValueError, match=r"boundary \(2, 4\) must have width 16, got 7"):
+        gl.install(model, {gap: gl.solve(moments, "ghost")})
     with pytest.raises(ValueError, match=r"unknown operator 'gost'; did you mean 'ghost'"):
         gl.recover(model, ids, gap.removed, "gost")
-    with pytest.raises(ValueError, match="no operator for boundary"):
-        gl.recover(model, ids, gap.removed, {})
 
 
 def test_a_recovered_model_is_not_operated_on_twice():

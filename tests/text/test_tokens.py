@@ -1,21 +1,23 @@
-"""Tokenising piece by piece gives the tokens of one call, whatever the tokenizer."""
+"""Tokenising piece by piece gives the tokens of one call, whatever the tokenizer; BOS; specials."""
 
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import pytest
+from conftest import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from ghostlib.text import tokens
-from ghostlib.text.tokens import beginning
+from ghostlib.text.tokens import bos_token, encode, token_ids
 
 TRAINING = ["the cat sat on the mat\n\nand 12345 dogs ran to the naïve 東京 sea"] * 4
 
 
-def letters(text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+def letters(text: str, **options: bool) -> dict[str, list[int]]:
     """A tokenizer that says nothing of where its tokens start: one per character."""
     return {"input_ids": [ord(letter) for letter in text]}
 
@@ -78,8 +80,12 @@ def test_pieces_give_the_tokens_of_one_call(
 ) -> None:
     whole = fast("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     with patch.multiple(tokens, PIECE=120, OVERLAP=80):
-        ids = list(beginning(texts, fast, wanted))
-    assert ids == whole[: len(ids)]
+        found, text = token_ids(texts, fast, wanted)
+    ids = list(found)
+    assert ids == whole[: len(ids)] and "\n\n".join(texts).startswith(text)
+    covered = fast(text, add_special_tokens=False, verbose=False)["input_ids"]
+    sure = max(0, len(ids) - 40)  # the end of a text may become other tokens than its middle
+    assert covered[:sure] == ids[:sure]
     assert len(ids) >= (len(whole) if wanted is None else min(wanted, len(whole)))
 
 
@@ -92,7 +98,7 @@ def test_tokenizers_without_offsets_are_called_with_all_the_text(
     texts: list[str], wanted: int
 ) -> None:
     whole = [ord(letter) for letter in "\n\n".join(texts)]
-    ids = list(beginning(texts, letters, wanted))
+    ids = list(token_ids(texts, letters, wanted)[0])
     assert ids == whole[: len(ids)] and len(ids) >= min(wanted, len(whole))
 
 
@@ -108,8 +114,11 @@ def calls(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
             return tokenizer(text, **options)
 
     with patch.multiple(tokens, PIECE=120, OVERLAP=80):
-        ids = beginning([text], Counted(), None)
-    assert list(ids) == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids, whole = token_ids([text], Counted(), None)
+    assert (
+        whole == text
+        and list(ids) == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    )
     return lengths
 
 
@@ -136,4 +145,87 @@ def test_tokens_out_of_order_are_given_up() -> None:
                 "offset_mapping": [(i, i + 1) for i in range(len(text))][::-1],
             }
 
-    assert list(beginning(["abc", "de"], Backwards(), None)) == [ord(c) for c in "ed\n\ncba"]
+    ids, _ = token_ids(["abc", "de"], Backwards(), None)
+    assert list(ids) == [ord(c) for c in "ed\n\ncba"]
+
+
+# ---- special tokens ----
+
+
+class Slow(PreTrainedTokenizer):
+    """A tokenizer in Python, one token per character, with a BOS put first."""
+
+    def __init__(self) -> None:
+        self.letters = ["<s>", *map(chr, range(32, 127))]
+        super().__init__(bos_token="<s>")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.letters)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {letter: place for place, letter in enumerate(self.letters)}
+
+    def _tokenize(self, text: str) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.letters.index(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.letters[index]
+
+    def build_inputs_with_special_tokens(self, ids: list[int], pair: object = None) -> list[int]:
+        return [0, *ids]
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(bos=True), Slow()], ids=["fast", "slow"])
+def test_special_tokens_in_a_document_are_text(tokenizer: PreTrainedTokenizer) -> None:
+    bos = tokenizer.bos_token
+    text = f"a {bos} and {bos}{bos} b"
+    assert tokenizer.bos_token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encode(tokenizer, text)["input_ids"]
+    assert tokenizer.bos_token_id not in ids and list(token_ids([text], tokenizer, None)[0]) == ids
+    if tokenizer.is_fast:
+        assert tokenizer.decode(ids) == text
+    # and the tokenizer is as it was
+    assert tokenizer.bos_token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_mistral_common_is_not_asked_for_what_it_does_anyway() -> None:
+    class MistralCommonBackend:
+        def __call__(self, text: str, **options: bool) -> dict[str, bool]:
+            return options
+
+    assert encode(MistralCommonBackend(), "a") == {"add_special_tokens": False, "verbose": False}
+
+
+def test_bos_is_what_the_tokenizer_does_unless_told_otherwise() -> None:
+    adds, knows, never = tiny_tokenizer(bos=True), tiny_tokenizer(), byte_bpe(True)
+    assert [bos_token(t) for t in (adds, knows, never, letters, Slow())] == [
+        "<bos>",
+        *[None] * 3,
+        "<s>",
+    ]
+    assert bos_token(knows, True) == "<bos>" and bos_token(adds, False) is None
+    assert bos_token(never, False) is None
+
+
+def test_a_token_added_at_the_end_is_no_bos() -> None:
+    ends = tiny_tokenizer()
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A <bos>", None, [("<bos>", 1)]
+    )
+    assert ends("a")["input_ids"][-1] == ends.bos_token_id and bos_token(ends) is None
+
+
+@pytest.mark.parametrize("bos", [1, 0, "yes"])
+def test_bos_is_true_false_or_none(bos: Any) -> None:
+    with pytest.raises(ValueError, match=f"bos must be True, False or None .*, not {bos!r}"):
+        bos_token(tiny_tokenizer(), bos)
+
+
+def test_bos_of_a_tokenizer_without_one_is_refused() -> None:
+    for tokenizer in (byte_bpe(True), letters):
+        with pytest.raises(ValueError, match="bos=True, but this tokenizer has no BOS token"):
+            bos_token(tokenizer, True)

@@ -1,41 +1,160 @@
-"""The ledger's entries: what the reader sees and what the README's table is built from."""
+"""The ledger: what the reader sees, what the page is made of, and how a verdict is reached."""
+
+from typing import Any
 
 import pytest
 
 from ghostlib.tutorial import claims
+from ghostlib.tutorial.claims import CLAIMS, MIME, Measurement, ledger, record, verdict
 
 
-def shown(monkeypatch, *args, **kwargs):
-    seen = []
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`record`, which then returns what the cell's output holds."""
+    seen: list[Any] = []
     monkeypatch.setattr(claims, "display", seen.append)
-    claims.record(*args, **kwargs)
-    return seen[0]._repr_mimebundle_()
+
+    def recorded(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        record(*args, **kwargs)
+        bundle: dict[str, Any] = seen.pop()._repr_mimebundle_()
+        return bundle
+
+    return recorded
+
+
+@pytest.mark.parametrize(("holds", "word"), [(True, "holds"), (False, "does not hold")])
+def test_an_exact_check_shows_the_claim_and_carries_its_facts(shown, holds, word):
+    figure = "ghost 0.45, symmetric 0.60"
+    bundle = shown(5, figure, holds=holds, condition="on held-out text")
+    assert bundle[MIME] == {
+        "claim": 5,
+        "figure": figure,
+        "verdict": word,
+        "rule": "exact check",
+        "condition": "on held-out text",
+    }
+    for text in (bundle["text/plain"], bundle["text/markdown"]):
+        for part in (CLAIMS[5].text, word, figure, "on held-out text"):
+            assert part in text
+    assert "(../docs/claims.md#claim-5)" in bundle["text/markdown"]
 
 
 @pytest.mark.parametrize(
-    ("options", "verdict"),
+    ("interval", "options", "word"),
     [
-        ({"holds": True}, "holds"),
-        ({"holds": False}, "does not hold here"),
-        ({"holds": True, "condition": "if N > C"}, "holds with a condition (if N > C)"),
+        ((0.1, 8), {"above": 0}, "holds"),
+        ((-15, 8), {"above": 0}, "undecided"),
+        ((-15, -1), {"above": 0}, "does not hold"),
+        ((0, 8), {"above": 0}, "undecided"),
+        ((-8, 0), {"above": 0}, "does not hold"),
+        ((0.8, 0.9), {"below": 0.95}, "holds"),
+        ((0.8, 0.99), {"below": 0.95}, "undecided"),
+        ((0.96, 0.99), {"below": 0.95}, "does not hold"),
+        ((-0.02, 0.03), {"above": -0.05, "below": 0.05}, "holds"),
+        ((-0.02, 0.06), {"above": -0.05, "below": 0.05}, "undecided"),
+        ((0.06, 0.09), {"above": -0.05, "below": 0.05}, "does not hold"),
+        ((-0.09, 0.09), {"above": -0.05, "below": 0.05}, "undecided"),
     ],
 )
-def test_an_entry_shows_a_line_and_carries_its_facts(monkeypatch, options, verdict):
-    bundle = shown(monkeypatch, 5, "ghost 0.45, symmetric 0.60", **options)
-    assert bundle["text/plain"] == f"Claim 5 {verdict}: ghost 0.45, symmetric 0.60"
-    facts = {"claim": 5, "figure": "ghost 0.45, symmetric 0.60", "verdict": verdict}
-    assert bundle[claims.MIME] == facts
+def test_a_measurement_is_decided_where_its_interval_excludes_the_other_side(
+    shown, interval, options, word
+):
+    assert verdict(interval, **options) == word
+    facts = shown(
+        7, "difference", estimate=sum(interval) / 2, interval=interval, items=60, **options
+    )
+    assert facts[MIME]["verdict"] == word
 
 
-def test_bad_entries_are_refused():
-    with pytest.raises(ValueError, match="no claim 99"):
-        claims.record(99, "1", holds=True)
-    with pytest.raises(ValueError, match="takes no condition"):
-        claims.record(1, "1", holds=False, condition="never")
+def test_a_row_states_its_rule_and_what_it_rests_on(shown):
+    facts = shown(
+        7,
+        "ghost − linearpatch-r, points",
+        estimate=-3.14159,
+        interval=(-15, 8.25),
+        above=0,
+        items=1200,
+        seeds=3,
+        windows=16,
+    )[MIME]
+    assert facts["figure"] == "ghost − linearpatch-r, points: -3.14 [-15, 8.25]"
+    assert facts["rule"] == (
+        "holds if the 95 % interval lies above 0; 1,200 items, 3 seeds, 16 windows"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "message"),
+    [
+        (99, {"holds": True}, "no claim 99: the ledger has 1 … "),
+        (1, {}, "give holds= for an exact check, or estimate= and interval="),
+        (1, {"holds": True, "estimate": 1, "interval": (0, 2)}, "and not both"),
+        (1, {"estimate": 1, "above": 0, "items": 1}, "needs an interval that holds it, got None"),
+        (1, {"estimate": 3, "interval": (0, 2), "above": 0, "items": 1}, r"got \(0, 2\)"),
+        (1, {"estimate": float("nan"), "interval": (0, 2), "above": 0, "items": 1}, "nan needs"),
+        (
+            1,
+            {"estimate": 1, "interval": (0, 2), "above": 0},
+            "rests on: items=, seeds= or windows=",
+        ),
+        (1, {"estimate": 1, "interval": (0, 2), "items": 1}, "give above=, below= or both"),
+    ],
+)
+def test_bad_entries_are_refused(number, options, message):
+    with pytest.raises(ValueError, match=message):
+        record(number, "1", **options)
+
+
+@pytest.mark.parametrize(
+    ("interval", "options", "message"),
+    [
+        ((2, 1), {"above": 0}, r"low <= high, got \(2, 1\)"),
+        ((float("nan"), 1), {"above": 0}, "low <= high"),
+        ((0, 1), {}, "nothing to compare with"),
+        ((0, 1), {"above": 2, "below": 1}, "no value is above 2 and below 1"),
+    ],
+)
+def test_intervals_that_are_none_are_refused(interval, options, message):
+    with pytest.raises(ValueError, match=message):
+        verdict(interval, **options)
+
+
+def entry(number: int, word: str, notebook: str = "00_quickstart", **facts: str) -> Measurement:
+    known = {"figure": "1 < 2", "rule": "exact check", "condition": ""}
+    return Measurement(notebook, 7, {"claim": number, "verdict": word} | known | facts)
+
+
+def test_the_page_has_a_line_for_every_claim_and_its_evidence_below():
+    page = ledger(
+        [
+            entry(1, "holds", figure="off by | 1e-7"),
+            entry(7, "undecided", "09_full", figure="points: -3 [-15, 8]", value="-3 [-15, 8]"),
+            entry(8, "holds", condition="n = 7"),
+            entry(8, "undecided", "09_full"),
+            entry(8, "holds", "13_grid", figure="a very long figure " * 9),
+            entry(9, "holds"),
+            entry(9, "does not hold", "13_grid"),
+            entry(9, "undecided"),
+        ]
+    )
+    table, _, evidence = page.partition("## The evidence")
+    rows = {row.split("]")[0][3:]: row for row in table.splitlines() if row.startswith("| [")}
+    assert list(rows) == [str(number) for number in CLAIMS]
+    assert r"off by \| 1e-7 | [00, cell 7](../notebooks/00_quickstart.ipynb) |" in rows["1"]
+    assert "| undecided | -3 [-15, 8] | [09, cell 7](../notebooks/09_full.ipynb) |" in rows["7"]
+    assert "| undecided |" in rows["8"] and "| does not hold |" in rows["9"]
+    assert "| not measured |" in rows["2"]
+    assert all(len(row) < 400 for row in rows.values())
+    others = len(CLAIMS) - 4
+    assert f"{len(CLAIMS)} claims: 1 does not hold, 2 undecided, 1 holds, {others} not " in table
+    for number, claim in CLAIMS.items():
+        assert f'<a id="claim-{number}"></a>' in evidence and claim.source in evidence
+    assert evidence.count("<details>") == evidence.count("</details>") == len(CLAIMS)
+    assert "a very long figure " * 8 in evidence and "n = 7" in evidence
 
 
 def test_the_papers_claims_come_first_and_are_all_there():
-    sources = [claim.source for claim in claims.CLAIMS.values()]
-    assert list(claims.CLAIMS) == list(range(1, len(sources) + 1))
+    sources = [claim.source for claim in CLAIMS.values()]
+    assert list(CLAIMS) == list(range(1, len(sources) + 1))
     assert all(source.startswith("paper") for source in sources[:12])
     assert set(sources[12:]) == {"ours"}

@@ -27,7 +27,8 @@ def test_activations_are_those_of_the_streams(model_type):
         run(input_ids=ids)
     torch.testing.assert_close(found.F + found.R, streams[2].flatten(0, 1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.Y, streams[4].flatten(0, 1), rtol=1e-4, atol=1e-4)
-    moments = gl.calibrate(model, ids, [GAP], mlp=True).mlp[GAP]
+    regressor = gl.OPERATORS["replaceme"].regressor  # the output of the last MLP
+    moments = gl.calibrate(model, ids, [GAP], regressors=[regressor]).of(regressor)[GAP]
     F = found.F.double()
     torch.testing.assert_close(F.T @ F, moments.G, rtol=1e-4, atol=1e-3)
 
@@ -61,7 +62,7 @@ def test_a_turn_that_exists_is_found():
 def test_it_folds_like_replaceme():
     model, ids = tiny_model("llama"), tiny_windows()
     op = fit_cosine(mlp_activations(model, ids, GAP), steps=5)
-    recovered = gl.recover(model, {}, GAP.removed, {GAP: op})
+    recovered = gl.install(model, {GAP: op})
     assert type(recovered) is type(model)
     F, R, _ = mlp_activations(model, ids, GAP)
     seen: dict[int, torch.Tensor] = {}
@@ -75,6 +76,8 @@ def test_bad_input_is_named():
     model, ids = tiny_model("llama"), tiny_windows()
     with pytest.raises(ValueError, match="starts at layer 0"):
         mlp_activations(model, ids, (0, 2))
+    with pytest.raises(ValueError, match="vocabulary of 97"):
+        mlp_activations(model, ids + 97, GAP)
     activations = mlp_activations(model, ids, GAP)
     with pytest.raises(ValueError, match="steps must be positive, got 0"):
         fit_cosine(activations, steps=0)

@@ -1,6 +1,5 @@
 """Perplexity against the model's own loss, and the helpers around it."""
 
-import copy
 import math
 
 import pytest
@@ -53,6 +52,8 @@ def test_bad_windows_are_named():
         gl.perplexity(model, tiny_windows(2, 1))
     with pytest.raises(ValueError, match="vocabulary of 97"):
         gl.perplexity(model, torch.full((1, 5), 200))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        gl.perplexity(model, tiny_windows(), batch_size=0)
 
 
 def test_gap_closed():
@@ -62,20 +63,33 @@ def test_gap_closed():
     assert gl.gap_closed(10, 40, 80) < 0
     with pytest.raises(ValueError, match="no gap to close"):
         gl.gap_closed(10, 10, 12)
+    with pytest.raises(ValueError, match="recovered must be a perplexity, positive and finite"):
+        gl.gap_closed(10, 40, math.nan)
 
 
-def test_generation_of_prompts_with_different_lengths(embedded):
-    model, tokenizer = embedded
-    prompts = ["Water boils at", "The capital of France is the city of"]
-    together = gl.generate(model, tokenizer, prompts, max_new_tokens=6)
-    alone = [gl.generate(model, tokenizer, p, max_new_tokens=6)[0] for p in prompts]
-    assert together == alone
-    assert "Paris" in together[1]
+def test_a_model_in_training_mode_is_scored_without_dropout():
+    model, ids = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5), tiny_windows()
+    expected = gl.window_losses(model.eval(), ids)
+    model.train()
+    model.transformer.h[0].eval()  # a part that is frozen stays so
+    assert torch.equal(gl.window_losses(model, ids), expected)
+    assert gl.perplexity(model, ids) == pytest.approx(math.exp(float(expected.mean())))
+    assert (
+        model.training and not model.transformer.h[0].training and model.transformer.h[1].training
+    )
+    with pytest.raises(ValueError, match="vocabulary"):
+        gl.perplexity(model, ids + 1000)
+    assert model.training
 
 
-def test_a_tokenizer_without_padding_gets_its_end_token(embedded):
-    model, tokenizer = embedded
-    bare = copy.deepcopy(tokenizer)
-    bare.pad_token = None
-    assert len(gl.generate(model, bare, ["One", "Two and three"], max_new_tokens=2)) == 2
-    assert bare.pad_token is None  # the caller's tokenizer is left as it was
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_refused(value):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = value
+    ids = tiny_windows(3, 12).clamp(min=6)
+    assert gl.perplexity(model, ids) > 1
+    ids[1, 3] = 5
+    for score in (gl.window_losses, gl.perplexity):
+        with pytest.raises(ValueError, match=r"the loss of window 1 is nan; .* in float32"):
+            score(model, ids, batch_size=2)

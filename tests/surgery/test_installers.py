@@ -9,9 +9,11 @@ import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers, mlp_output
 from ghostlib.models.streams import tap
+from ghostlib.statistics.features import Regressor
 
 GAPS = [Boundary(1, 3), Boundary(4, 5)]
 REMOVED = [1, 2, 4]
+MLP_OUTPUT = Regressor.parse("f")
 NORM_AFTER = ("gemma2", "gemma3_text", "olmo2")
 
 
@@ -36,18 +38,18 @@ def test_a_folded_scale_is_a_scale_at_the_gap(any_tiny, tied):
         assert torch.allclose(operators[gap].W, a * torch.eye(WIDTH, dtype=torch.float64))
     if kind == "olmo2":
         with pytest.raises(ValueError, match="olmo2 reads its stream without a norm"):
-            gl.recover(model, {}, REMOVED, operators)
+            gl.install(model, operators)
         return
     # The epsilon of a norm is the one thing a scale does not pass by.
     for module in model.modules():
         for name in {"variance_epsilon", "eps"} & set(vars(module)):
             setattr(module, name, 1e-30)
-    folded = gl.recover(model, {}, REMOVED, operators)
+    folded = gl.install(model, operators)
     as_module = {
         gap: gl.solve(gl.Moments(WIDTH).update(X, op.W[0, 0] * X), "scalar")
         for gap, op in operators.items()
     }
-    expected = logits(gl.recover(model, {}, REMOVED, as_module), ids)
+    expected = logits(gl.install(model, as_module), ids)
     torch.testing.assert_close(logits(folded, ids), expected, rtol=1e-4, atol=1e-4)
     assert type(folded) is type(model), "nothing is added: the model's own class serves"
     pruned = gl.prune(model, REMOVED)
@@ -101,31 +103,34 @@ def test_mlp_moments_come_from_the_same_pass():
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
     gaps = [Boundary(0, 2), Boundary(2, 4), Boundary(2, 5)]
-    stats = gl.calibrate(model, ids, gaps, mlp=True, attention_mask=mask, batch_size=2)
-    assert set(stats.mlp) == set(gaps[1:]), "nothing is before layer 0"
-    assert stats.mlp[gaps[1]].G is stats.mlp[gaps[2]].G
-    assert stats.mlp[gaps[1]].tokens == stats[gaps[1]].tokens == 52
-    assert stats.mlp[gaps[1]].regressor == "mlp"
+    stats = gl.calibrate(
+        model, ids, gaps, regressors=[MLP_OUTPUT], attention_mask=mask, batch_size=2
+    )
+    of_mlp = stats.of(MLP_OUTPUT)
+    assert set(of_mlp) == set(gaps[1:]), "nothing is before layer 0"
+    assert of_mlp[gaps[1]].G is of_mlp[gaps[2]].G
+    assert of_mlp[gaps[1]].tokens == stats[gaps[1]].tokens == 52
+    assert of_mlp[gaps[1]].regressor == MLP_OUTPUT
     plain = gl.calibrate(model, ids, gaps, attention_mask=mask, batch_size=2)
-    assert not plain.mlp
+    with pytest.raises(ValueError, match="no moments of f were collected"):
+        plain.of(MLP_OUTPUT)
     for gap in gaps:
         assert torch.equal(plain[gap].B, stats[gap].B)
-    left = gl.calibrate(model, ids, gaps, mlp=True, moments=False)
-    assert not left.mlp and not left
 
 
 def test_moments_of_the_wrong_regressor_are_refused(tmp_path):
     model, ids, gap = tiny_model("llama"), tiny_windows(), Boundary(2, 4)
-    stats = gl.calibrate(model, ids, [gap], mlp=True)
-    with pytest.raises(ValueError, match="replaceme is solved from moments of the mlp"):
+    stats = gl.calibrate(model, ids, [gap], regressors=[MLP_OUTPUT])
+    of_mlp = stats.of(MLP_OUTPUT)[gap]
+    with pytest.raises(ValueError, match=r"replaceme is solved from moments of f, these are of x"):
         gl.solve(stats[gap], "replaceme")
-    with pytest.raises(ValueError, match="ghost is solved from moments of the stream"):
-        gl.solve(stats.mlp[gap], "ghost")
+    with pytest.raises(ValueError, match=r"ghost is solved from moments of x, these are of f"):
+        gl.solve(of_mlp, "ghost")
     with pytest.raises(ValueError, match="different regressor cannot be added"):
-        _ = stats[gap] + stats.mlp[gap]
-    stats.mlp[gap].save(tmp_path / "mlp.safetensors")
+        _ = stats[gap] + of_mlp
+    of_mlp.save(tmp_path / "mlp.safetensors")
     again = gl.Moments.load(tmp_path / "mlp.safetensors")
-    assert again.regressor == "mlp" and (again + stats.mlp[gap]).regressor == "mlp"
+    assert again.regressor == MLP_OUTPUT and (again + of_mlp).regressor == MLP_OUTPUT
     from_stats = gl.recover(model, stats, gap.removed, "replaceme")
     from_windows = gl.recover(model, ids, gap.removed, "replaceme")
     assert torch.equal(logits(from_stats, ids), logits(from_windows, ids))
@@ -133,13 +138,12 @@ def test_moments_of_the_wrong_regressor_are_refused(tmp_path):
 
 def test_a_gap_at_the_first_layer_has_no_mlp_before_it():
     model, ids = tiny_model("llama"), tiny_windows()
-    with pytest.raises(ValueError, match=r"no moments for boundary \(0, 2\)"):
+    with pytest.raises(ValueError, match=r"boundary \(0, 2\) has no layer before it: keep layer 0"):
         gl.recover(model, ids, [0, 1], "replaceme")
-    moments = gl.Moments(WIDTH, regressor="mlp").update(
-        torch.randn(40, WIDTH), torch.randn(40, WIDTH)
-    )
+    x, y, output = torch.randn(3, 40, WIDTH)
+    moments = gl.Moments(WIDTH, regressor=MLP_OUTPUT).update(x, y, output=output)
     with pytest.raises(ValueError, match="replaceme acts on the MLP before the gap"):
-        gl.recover(model, {}, [0, 1], {Boundary(0, 2): gl.solve(moments, "replaceme")})
+        gl.install(model, {Boundary(0, 2): gl.solve(moments, "replaceme")})
 
 
 def test_magnitude_is_the_mean_of_linearpatch():

@@ -1,0 +1,93 @@
+"""Greedy continuation of prompts and chats, in padded batches."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ghostlib.evaluation.perplexity import evaluating
+from ghostlib.models.placement import input_device
+
+Message = dict[str, str]  # {"role": "user", "content": …}
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int = 40,
+    chat: bool = False,
+) -> list[str]:
+    """Continue each prompt greedily, in evaluation mode; returns the continuations alone.
+
+    Prompts of different lengths are padded on the left, as a decoder-only model needs, whatever
+    side the tokenizer pads on.
+
+    Args:
+        model: any causal LM, dense or recovered; it is given back as it was.
+        tokenizer: its tokenizer, which is left as it is.
+        prompts: a text, or several. With ``chat`` each may also be a list of messages, and a list
+            of messages alone is one prompt.
+        max_new_tokens: tokens to generate at most.
+        chat: put each prompt into the tokenizer's chat template, as instruct models need; a text
+            becomes the message of a user.
+
+    Raises:
+        ValueError: no prompt, ``chat`` without a chat template, messages without ``chat``,
+            ``max_new_tokens`` below 1, an empty prompt where the tokenizer adds nothing, or a
+            tokenizer that has nothing to pad with.
+    """
+    several: Any = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not several:
+        raise ValueError("no prompt to continue: give at least one text")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    written = _in_template(tokenizer, several) if chat else several
+    if not all(isinstance(text, str) for text in written):
+        raise ValueError("prompts made of messages need chat=True; without it, give texts")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "this tokenizer has neither a padding nor an end token: set tokenizer.pad_token"
+            )
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(
+        written,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        return_token_type_ids=False,  # decoders have no use for them, and generate refuses them
+        add_special_tokens=not chat,  # a template brings its own
+    )
+    if not batch["attention_mask"].any(dim=1).all():
+        raise ValueError("a prompt has no token: give a text that is not empty")
+    generator: Any = model
+    with torch.no_grad(), evaluating(model):
+        out = generator.generate(
+            **batch.to(input_device(model)),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    new = out[:, batch["input_ids"].shape[1] :]
+    continuations: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return continuations
+
+
+def _in_template(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[str]:
+    """Each prompt, a text or a list of messages, as the tokenizer's chat template writes it."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "this tokenizer has no chat template: use chat=False, or set tokenizer.chat_template"
+        )
+    if isinstance(prompts[0], dict):
+        prompts = [prompts]
+    chats = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    texts: list[str] = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=False
+    )
+    return texts
