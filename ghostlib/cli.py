@@ -206,7 +206,7 @@ def names(options: argparse.Namespace) -> None:
     for criterion in gl.CRITERIA:
         print(f"criterion  {criterion}")
     for corpus, source in gl.CORPORA.items():
-        print(f"corpus     {corpus:<24} {source.about}")
+        print(f"corpus     {corpus:<24} {source.description}")
     for task in (*EMBEDDED, *PAPER_TASKS):
         print(f"task       {task}")
 

@@ -158,9 +158,9 @@ class Results:
                     damaged.append((number, error))
         if damaged and not self.records and not data.startswith(b'{"kind":'):
             raise ValueError(f"{self.path} is no results file: name another path")
-        for number, error in damaged:
+        for number, reason in damaged:
             warn(
-                f"{self.path}, line {number} is damaged ({error!r}): it is left out, and its cell "
+                f"{self.path}, line {number} is damaged ({reason!r}): it is left out, and its cell "
                 "computed again"
             )
         self._lines += data.count(b"\n")

@@ -34,7 +34,8 @@ from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.recovery.recipe import Recipe
 from ghostlib.recovery.sequential import dense_streams, fit_sequential
-from ghostlib.selection.criteria import CRITERIA, Layers, needed, searched, select_several
+from ghostlib.selection.criteria import CRITERIA, needed, searched, select_several
+from ghostlib.selection.evidence import Layers
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate
 from ghostlib.surgery.cut import install

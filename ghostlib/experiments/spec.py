@@ -4,7 +4,7 @@ Importing this module imports neither torch nor transformers: the command line t
 from here, and answers at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -41,7 +41,7 @@ class Specification:
         windows: of each of them for calibration.
         length: tokens of such a window.
         selection_windows: of each of them, behind those, for searches to score.
-        selection_length: tokens of such a window.
+        selection_length: the first so many tokens of these; by default 1024, or all.
         perplexity: corpora to score.
         test_split: of these; by default as published, or test.
         test_windows: of each of them; by default as published, or 8.
@@ -71,7 +71,7 @@ class Specification:
     windows: int = 8
     length: int = 2048
     selection_windows: int = 1
-    selection_length: int = 1024
+    selection_length: int | None = None
     perplexity: Sequence[str] = ("wiki", "pydoc")
     test_split: str | None = None
     test_windows: int | None = None
@@ -98,6 +98,11 @@ class Specification:
             self._set("n", self.n or [7])
         elif self.criteria or self.n:
             raise ValueError("give criteria and n, or the layers (layers, starts), and not both")
+        object.__setattr__(
+            self, "selection_length", self.selection_length or min(1024, self.length)
+        )
+        if self.selection_length > self.length:
+            raise ValueError(f"selection_length = {self.selection_length}: at most {self.length}")
         check_source(self.model, self.dtype, self.device_map)
         for corpus in self.calibration:
             documents(corpus, split=self.split)
@@ -149,19 +154,17 @@ class Specification:
         return torch.cat([self._draw(c, tokenizer, self.windows) for c in self.calibration])
 
     def draw_selection(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
-        """(corpora x selection_windows, selection_length) ids behind those of calibration."""
+        """(corpora x selection_windows, selection_length) ids, of windows behind those."""
         import torch
 
-        tokens = self.selection_windows * self.selection_length
-        more = -(-tokens // self.length)
-        drawn = [self._draw(c, tokenizer, self.windows + more) for c in self.calibration]
-        rest = [windows[self.windows :].flatten()[:tokens] for windows in drawn]
-        return torch.cat(rest).view(-1, self.selection_length)
+        count = self.windows + self.selection_windows
+        drawn = [self._draw(c, tokenizer, count)[self.windows :] for c in self.calibration]
+        return torch.cat(drawn)[:, : self.selection_length]
 
     def _draw(self, corpus: str, tokenizer: "PreTrainedTokenizerBase", count: int) -> "Tensor":
         from ghostlib.text.corpora import token_windows
 
-        drawn = {"split": self.split, "length": self.length, "seed": self.seed}
+        drawn: dict[str, Any] = {"split": self.split, "length": self.length, "seed": self.seed}
         return token_windows(corpus, tokenizer, count=count, **drawn)
 
     def draw_test(self, tokenizer: "PreTrainedTokenizerBase", corpus: str) -> "ScoredText":
@@ -169,7 +172,11 @@ class Specification:
         from ghostlib.evaluation.perplexity import PUBLISHED, scored_text
 
         count = self.test_windows or (None if corpus in PUBLISHED else _FEW)
-        drawn = {"split": self.test_split, "length": self.test_length, "seed": self.seed}
+        drawn: dict[str, Any] = {
+            "split": self.test_split,
+            "length": self.test_length,
+            "seed": self.seed,
+        }
         return scored_text(tokenizer, corpus, count=count, **drawn)
 
 
@@ -243,5 +250,10 @@ def _criterion(name: str) -> str:
     return name
 
 
-_READ = {"n": count, "layers": _layers, "criteria": _criterion, "operators": canonical}
+_READ: dict[str, Callable[[Any], Any]] = {
+    "n": count,
+    "layers": _layers,
+    "criteria": _criterion,
+    "operators": canonical,
+}
 _LEAST = {"test_length": 2, "selection_length": 2, "seed": 0}

@@ -70,8 +70,9 @@ def _parts(record: Record, normed: bool) -> list[Record]:
         return [record | more]
     parts = []
     for score in (Score(**part) for part in record["scores"]):
-        norm = normed and score.acc_norm is not None
-        value, error = (score.acc_norm, score.acc_norm_se) if norm else (score.acc, score.acc_se)
+        value, error, norm = score.acc, score.acc_se, False
+        if normed and score.acc_norm is not None:
+            value, error, norm = score.acc_norm, score.acc_norm_se, True
         half = math.nan if error is None else stats.norm.ppf(0.975) * error
         more = {"on": score.task, "value": value, "low": value - half, "high": value + half}
         parts.append(
