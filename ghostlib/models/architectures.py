@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ghostlib.common import Registry
+from ghostlib.common import GHOSTED, Registry
 from ghostlib.models.placement import loaded_parameters
 
 
@@ -78,8 +78,6 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         norm_centres=True,
     ),
 )
-
-GHOSTED = "ghosted_"  # what `surgery` puts before the model type of a recovered model
 
 
 def architecture(model: PreTrainedModel) -> Architecture:

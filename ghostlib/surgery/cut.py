@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.models.architectures import GHOSTED, hidden_size, keep_layers, num_layers, receiver
+from ghostlib.common import GHOSTED
+from ghostlib.models.architectures import hidden_size, keep_layers, num_layers, receiver
 from ghostlib.models.boundaries import Boundary, runs
 from ghostlib.models.placement import compute_device
 from ghostlib.models.streams import share

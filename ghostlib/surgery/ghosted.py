@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ghostlib.models.architectures import ARCHITECTURES, GHOSTED
+from ghostlib.common import GHOSTED
+from ghostlib.models.architectures import ARCHITECTURES
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import remembering, token_before
 
