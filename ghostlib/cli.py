@@ -88,13 +88,13 @@ def parser() -> argparse.ArgumentParser:
     described = dict(_described())
     for field in fields(Specification):
         several, default = isinstance(field.default, tuple), field.default
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = " ".join(default) if isinstance(default, tuple) else default
         make.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=int if "int" in str(field.type) else str,
             nargs="*" if several else None,
             default=default,
-            help=described[field.name] + (f" [{shown}]" if shown else ""),
+            help=described[field.name] + (f" [{shown}]" if shown not in (None, "") else ""),
         )
     make.add_argument("--shard", default="1/1", help="3/8: the third eighth of the cells")
     make.add_argument("--normed", action="store_true", help="print acc_norm of tasks that have it")
@@ -112,7 +112,7 @@ def _described() -> Iterator[tuple[str, str]]:
     """The attributes of `Specification` with what its docstring says of them."""
     text = (Specification.__doc__ or "").partition("Raises:")[0]
     for name, line in re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", text, re.MULTILINE):
-        yield name, " ".join(line.split()).replace("%", "%%")
+        yield name, " ".join(line.split()).rstrip(".").replace("%", "%%")
 
 
 def experiment(options: argparse.Namespace) -> None:

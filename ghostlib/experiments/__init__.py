@@ -1,4 +1,4 @@
-"""Experiments: a specification, a runner of independent cells that resumes, tables of what it found.
+"""Experiments: a specification, a runner of independent cells that resumes, and tables.
 
 In comes a `Specification`; one JSON line for each finished cell goes to a file that any number of
 processes share; out come data frames and text.

@@ -36,17 +36,17 @@ class Specification:
         starts: remove every block of this many layers instead.
         operators: families, regressors such as "x, n(x); 1/|y|", these with " sequential" behind
             them; pruned (no repair); auto (the recipe).
-        calibration: corpora to fit the operators on.
-        split: of these corpora.
-        windows: of each of them for calibration.
-        length: tokens of such a window.
-        selection_windows: of each of them, behind those, for searches to score.
+        calibration: corpora that operators are fitted on.
+        split: part of the calibration corpora.
+        windows: calibration windows of each corpus.
+        length: tokens of a calibration window.
+        selection_windows: windows of each corpus, behind those, that searches score.
         selection_length: the first so many tokens of these; by default 1024, or all.
-        perplexity: corpora to score.
-        test_split: of these; by default as published, or test.
-        test_windows: of each of them; by default as published, or 8.
-        test_length: tokens of such a window.
-        tasks: zero-shot tasks to score: embedded ones, of lm-eval, or .jsonl files.
+        perplexity: corpora that are scored.
+        test_split: part of the scored corpora; by default as published, or test.
+        test_windows: scored windows of each corpus; by default as published, or 8.
+        test_length: tokens of a scored window.
+        tasks: zero-shot tasks that are scored: embedded, of lm-eval, or .jsonl files.
         limit: the first so many items of each task; by default all.
         batch_size: sequences in a forward pass of a task.
         seed: which windows are drawn.
@@ -98,11 +98,10 @@ class Specification:
             self._set("n", self.n or [7])
         elif self.criteria or self.n:
             raise ValueError("give criteria and n, or the layers (layers, starts), and not both")
-        object.__setattr__(
-            self, "selection_length", self.selection_length or min(1024, self.length)
-        )
-        if self.selection_length > self.length:
-            raise ValueError(f"selection_length = {self.selection_length}: at most {self.length}")
+        part = self.selection_length or min(1024, self.length)
+        object.__setattr__(self, "selection_length", part)
+        if part > self.length:
+            raise ValueError(f"selection_length = {part}: at most length = {self.length}")
         check_source(self.model, self.dtype, self.device_map)
         for corpus in self.calibration:
             documents(corpus, split=self.split)
