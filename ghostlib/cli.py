@@ -146,10 +146,10 @@ def recover(options: argparse.Namespace) -> None:
     from ghostlib.models.loading import check_source
     from ghostlib.operators.solve import check_options
 
-    if solver:
+    if not auto:
         check_options(gl.Family.of(options.operator), solver)
-    else:
-        canonical(options.operator)
+        if options.rank is None:
+            canonical(options.operator)  # refuses one that needs it
     gl.CRITERIA[options.criterion or "cosine"]
     gl.documents(options.corpus)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

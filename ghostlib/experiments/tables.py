@@ -187,7 +187,8 @@ def _lines(table: pd.DataFrame) -> str:
     """A `wide` table with the names of its lines in one column, without the dense model's n."""
     names = []
     for *others, n, operator in table.index:
-        names.append(", ".join([operator, *([f"n = {n}"] if n else []), *map(str, others)]))
+        parts = [operator, f"n = {n}" if n else "", *map(str, others)]
+        names.append(", ".join(filter(None, parts)))
     return str(table.set_axis(names).rename_axis(columns=None).fillna("").to_string())
 
 

@@ -89,7 +89,10 @@ def test_operators_have_one_spelling() -> None:
         ({"length": 0}, "length = 0: "),
         ({"selection_windows": 0}, "selection_windows = 0: "),
         ({"selection_length": 1}, "selection_length = 1: give a whole number of at least 2"),
-        ({"length": 512, "selection_length": 1024}, "selection_length = 1024: at most length = 512"),
+        (
+            {"length": 512, "selection_length": 1024},
+            "selection_length = 1024: at most length = 512",
+        ),
         ({"test_windows": 0}, "test_windows = 0: "),
         ({"test_length": 1}, "test_length = 1: give a whole number of at least 2"),
         ({"limit": -1}, "limit = -1: "),
