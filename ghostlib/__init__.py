@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ghostlib.experiments.run import run_experiment
     from ghostlib.experiments.spec import Specification
     from ghostlib.linalg.gram import SingularGramWarning
-    from ghostlib.models.architectures import ARCHITECTURES, decoder_layers, receiver
+    from ghostlib.models.architectures import decoder_layers, receiver
     from ghostlib.models.boundaries import Boundary, contiguous, runs, spell
     from ghostlib.models.loading import load_model
     from ghostlib.models.streams import record, tap
@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from ghostlib.tutorial.paper import published
 
 __all__ = [
-    "ARCHITECTURES",
     "CORPORA",
     "CRITERIA",
     "OPERATORS",

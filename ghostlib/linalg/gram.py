@@ -81,11 +81,12 @@ class Gram:
 
     Args:
         G: (p, p) symmetric, float64. blocks: widths of the features, with sum p; one by default.
-        scale: size of the terms that ``G`` was made of, where subtraction has cancelled them.
+        terms: (p,) diagonal of the matrix that another was subtracted from, where ``G`` is what is
+            left; its rounding is of that size.
     """
 
-    def __init__(self, G: Tensor, blocks: Sequence[int] = (), scale: float = 0.0) -> None:
-        self.G, self.blocks, self.scale = G, tuple(blocks) or (len(G),), scale
+    def __init__(self, G: Tensor, blocks: Sequence[int] = (), terms: Tensor | None = None) -> None:
+        self.G, self.blocks, self.terms = G, tuple(blocks) or (len(G),), terms
 
     @cached_property
     def unit(self) -> Tensor:
@@ -102,7 +103,7 @@ class Gram:
         return self._spectrum(self.unit)
 
     def _spectrum(self, scaling: Tensor) -> Spectrum:
-        scale = self.scale / float(scaling.square().min()) if self.scale else 0.0
+        scale = 0.0 if self.terms is None else float((self.terms / scaling.square()).max())
         return Spectrum.of(self.G / torch.outer(scaling, scaling), scale)
 
     def regularise(

@@ -1,97 +1,227 @@
-"""Models: the parts of one, found where `ghostlib.models.architectures` says they are."""
+"""Where a causal language model keeps its parts, found by structure; no model is known by its name.
+
+Published models agree on far more than their names: one list of decoder layers, a norm behind it,
+embeddings before it. Those are found in the tree of modules, by the conventions of transformers
+(`get_decoder`, `get_input_embeddings`, `get_output_embeddings`). `EXCEPTIONS` lists the types for
+which that is not enough, and `REFUSED` those whose layers do not pass on one stream.
+"""
 
 import hashlib
+import inspect
+import re
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ghostlib.common import GHOSTED, Registry
-from ghostlib.models.placement import loaded_parameters
+from ghostlib.common import GHOSTED
+from ghostlib.models.configuration import check_agreement, follow, uniform
+from ghostlib.models.placement import input_device, loaded_parameters
 
 
-class Architecture(NamedTuple):
-    """Where a causal LM keeps what this package touches.
+class Structure(NamedTuple):
+    """Where a model keeps what this package touches, as paths of modules.
 
     Attributes:
-        layers: the decoder layers. norm: the norm after the last of them.
-        embeddings: what the stream begins with.
-        writers: inside a layer, the modules whose output is added to the stream; the MLP's last.
-        norm_offset: what a norm adds to its weight before it multiplies (Gemma: 1).
-        norm_before: every sub-layer reads the stream through a norm, which takes its scale away.
-        norm_centres: a norm takes the mean over channels away as well (LayerNorm).
+        layers: the list of decoder layers.
+        receiver: what receives the stream after the last of them: the final norm, or the head where
+            there is none.
     """
 
     layers: str
-    norm: str
-    embeddings: tuple[str, ...]
-    writers: tuple[str, ...]
-    norm_offset: float = 0.0
-    norm_before: bool = True
-    norm_centres: bool = False
+    receiver: str
 
 
-_LLAMA_LIKE = Architecture(
-    "model.layers",
-    "model.norm",
-    ("model.embed_tokens",),
-    ("self_attn.o_proj", "mlp.down_proj"),
-)
-# What attention and MLP return is normalised before it is added.
-_NORM_AFTER = _LLAMA_LIKE._replace(
-    writers=("post_attention_layernorm", "post_feedforward_layernorm")
-)
+EXCEPTIONS: dict[str, Structure] = {
+    # Its one norm stands before the first layer as well as behind the last.
+    "nanochat": Structure("model.layers", ""),
+}
+"""Types whose parts are not where the conventions put them; one line each."""
 
-ARCHITECTURES: Registry[Architecture] = Registry(
-    "architecture",
-    llama=_LLAMA_LIKE,
-    mistral=_LLAMA_LIKE,
-    qwen2=_LLAMA_LIKE,
-    qwen3=_LLAMA_LIKE,
-    gemma2=_NORM_AFTER._replace(norm_offset=1.0),
-    gemma3_text=_NORM_AFTER._replace(norm_offset=1.0),
-    olmo2=_NORM_AFTER._replace(norm_before=False),
-    phi3=_LLAMA_LIKE,
-    gpt_neox=Architecture(
-        "gpt_neox.layers",
-        "gpt_neox.final_layer_norm",
-        ("gpt_neox.embed_in",),
-        ("attention.dense", "mlp.dense_4h_to_h"),
-        norm_centres=True,
-    ),
-    opt=Architecture(
-        "model.decoder.layers",
-        "model.decoder.final_layer_norm",
-        ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-        ("self_attn.out_proj", "fc2"),
-        norm_centres=True,
-    ),
-    gpt2=Architecture(
-        "transformer.h",
-        "transformer.ln_f",
-        ("transformer.wte", "transformer.wpe"),
-        ("attn.c_proj", "mlp.c_proj"),
-        norm_centres=True,
-    ),
-)
+_LOOPS = "passes its stream through the same layers several times"
+_STREAMS = "carries several streams from layer to layer and mixes them in each"
+REFUSED: dict[str, str] = {
+    "blt": "reads bytes in patches, through three stacks of layers of different lengths",
+    "cpmant": "puts prompt tokens of its own before the stream",
+    "deepseek_v4": _STREAMS,
+    "dory": _LOOPS,
+    "gemma3n": _STREAMS,
+    "gemma3n_text": _STREAMS,
+    "gemma4_assistant": "continues the hidden states of another model",
+    "gemma4_unified_assistant": "continues the hidden states of another model",
+    "hrm_text": _LOOPS,
+    "hy_v4": _STREAMS,
+    "inkling2_loop_text": _LOOPS,
+    "inkling2_text": "reads in each layer what blocks of layers before it have returned",
+    "prophetnet": "carries a stream for each token it predicts ahead",
+    "qwen4_exp": _STREAMS,
+    "qwen4_exp_text": _STREAMS,
+    "reformer": "carries two streams, from which it computes the layers before backwards",
+    "rwkv": "rescales its weights in place, each layer's by its number, while it runs",
+    "xlm": "keeps attention and MLP of a layer in separate lists",
+    "xlnet": "carries its stream by tokens first, and a second one for what it predicts",
+    "zamba2": "has shared blocks that look up the number of the layer they are called in",
+    "zaya": "carries a second stream, of its routers, from layer to layer",
+}
+"""Types that cannot be pruned layer by layer, and why."""
+
+_STRUCTURES: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
 
 
-def architecture(model: PreTrainedModel) -> Architecture:
-    """The layout of ``model``.
+def model_type(model: PreTrainedModel) -> str:
+    """The type of ``model``, or of the dense model it was recovered from."""
+    return str(model.config.model_type).removeprefix(GHOSTED)
+
+
+def structure(model: PreTrainedModel) -> Structure:
+    """Where ``model`` keeps its parts, found once.
 
     Raises:
-        ValueError: an architecture without an entry in `ARCHITECTURES`.
+        ValueError: something else than a causal language model of transformers, or one whose
+            layers do not pass on one stream; the message says what it is.
     """
-    return ARCHITECTURES[model.config.model_type.removeprefix(GHOSTED)]
+    try:
+        known = _STRUCTURES.get(model)
+    except TypeError:  # no module, and not even something weakly referenced
+        known = None
+    if known is None:
+        check_model(model)
+        known = EXCEPTIONS.get(model_type(model)) or _find(model)
+        _STRUCTURES[model] = known
+    return known
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no causal language model of transformers, and say what to pass instead.
+
+    Raises:
+        ValueError: it is none, or wrapped in something else.
+    """
+    kind = type(model).__name__
+    if kind == "OptimizedModule":
+        raise ValueError(
+            "the model is compiled: pass the one given to torch.compile, and compile the result"
+        )
+    if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+        raise ValueError(
+            f"the model is wrapped in {kind}: pass model.module; calibrate_distributed spreads a "
+            "calibration over processes"
+        )
+    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"the model is a {kind} of PEFT, whose adapters are no part of its layers: pass "
+            "model.merge_and_unload()"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"a causal language model of transformers is needed, got {kind}: load one with "
+            "load_model or AutoModelForCausalLM.from_pretrained"
+        )
+    name = model_type(model)
+    config = text_config(model)
+    if reason := REFUSED.get(name):
+        raise ValueError(f"{name} {reason}: its layers cannot be removed")
+    if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        encoder = model.get_encoder()
+        if encoder is not None and encoder is not model and _layer_lists(encoder):
+            raise ValueError(
+                f"{kind} is an encoder-decoder: a causal language model is needed, such as a Llama"
+            )
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{kind} has no language-model head: load it with AutoModelForCausalLM.from_pretrained"
+        )
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The configuration of the text decoder: the model's own, or a part of it."""
+    config: PretrainedConfig = model.config.get_text_config(decoder=True)
+    return config
+
+
+def _find(model: PreTrainedModel) -> Structure:
+    decoder = _decoder(model)
+    prefix = _path(model, decoder)
+    lists = _layer_lists(decoder)
+    if not lists:
+        raise ValueError(
+            f"no list of decoder layers was found in {type(model).__name__}: a causal language model "
+            "of transformers is needed"
+        )
+    # Towers for images or sound are further down.
+    layers = max(lists, key=lambda p: (-p.count("."), _weight(decoder.get_submodule(p))))
+    parts = decoder.get_submodule(layers).modules()
+    if any(vars(part).get("is_decoder") is False for part in parts):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder, which reads the tokens that follow: a causal "
+            "language model is needed (for a decoder of this type, set is_decoder=True in its "
+            "configuration)"
+        )
+    return Structure(_join(prefix, layers), _behind(model, _join(prefix, layers)))
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """What holds the decoder layers; the model itself where transformers does not know."""
+    found = model.get_decoder()
+    return found if isinstance(found, nn.Module) and _layer_lists(found) else model
+
+
+def _layer_lists(module: nn.Module) -> list[str]:
+    """Paths of the outermost lists of modules that hold parameters."""
+    found: list[str] = []
+    for path, part in module.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(part, nn.ModuleList) and len(part) and _weight(part) and not inside:
+            found.append(path)
+    return found
+
+
+def _weight(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _path(model: nn.Module, module: nn.Module) -> str:
+    return next(path for path, part in model.named_modules() if part is module)
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+_FINAL_NORM = re.compile(r"(final_)?(layer_?)?norm|ln_f|norm_f")
+_EMBEDDING_NORM = re.compile(r".*embeddings?(_layer_?norm)?$|layer_?norm_emb.*")
+
+
+def _behind(model: PreTrainedModel, layers: str) -> str:
+    """What receives the stream after the last layer.
+
+    A norm beside the list of layers or in what holds it, unless it belongs to the embeddings; else
+    the head, which is the part of the model that the output embeddings are in.
+    """
+    parent = layers
+    while parent:
+        parent = parent.rpartition(".")[0]
+        if parent == "":
+            break
+        norms = [
+            name
+            for name, child in model.get_submodule(parent).named_children()
+            if re.search("norm", type(child).__name__, re.I) and not _EMBEDDING_NORM.match(name)
+        ]
+        if norms:
+            final = [name for name in norms if _FINAL_NORM.fullmatch(name)]
+            return _join(parent, (final or norms)[-1])
+    head = _path(model, model.get_output_embeddings())
+    return head.split(".")[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, in the order the residual stream passes them."""
-    return attrgetter(architecture(model).layers)(model)
+    layers: Any = model.get_submodule(structure(model).layers)
+    return layers
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -101,148 +231,66 @@ def num_layers(model: PreTrainedModel) -> int:
 
 def hidden_size(model: PreTrainedModel) -> int:
     """Width of the residual stream."""
-    return model.config.hidden_size
+    return int(text_config(model).hidden_size)
 
 
 def receiver(model: PreTrainedModel, index: int) -> nn.Module:
-    """The module whose first argument is the stream at ``index``: a layer, or the final norm.
+    """The module whose first argument is the stream at ``index``.
 
     Index ``l`` below the number of layers is decoder layer ``l``; the number of layers itself is
-    the final norm.
+    the final norm, or the head of a model without one.
 
     Raises:
-        ValueError: the final norm is asked for and the model has none (OPT with post-norm).
+        ValueError: nothing receives the stream after the last layer and nothing else.
     """
     layers = decoder_layers(model)
     if index < len(layers):
         return layers[index]
-    norm = attrgetter(architecture(model).norm)(model)
-    if norm is None:
+    path = structure(model).receiver
+    if not path:
         raise ValueError(
-            f"{type(model).__name__} has no final norm to receive the stream after its last layer: "
-            f"keep layer {len(layers) - 1}"
+            f"{type(model).__name__} has no module that receives the stream after its last layer "
+            f"and nothing else: keep layer {len(layers) - 1}"
         )
-    return norm
-
-
-def mlp_output(model: PreTrainedModel, index: int) -> nn.Module:
-    """The projection whose output is what layer ``index``'s MLP adds to the stream.
-
-    Raises:
-        ValueError: the architecture normalises that output, or the whole stream, before it goes on.
-    """
-    module = attrgetter(architecture(model).writers[-1])(decoder_layers(model)[index])
-    if not isinstance(module, nn.Linear | Conv1D) or not _norm_before(model):
-        raise ValueError(
-            f"{model.config.model_type} normalises what its MLP returns before the next layer "
-            "reads it: nothing can be folded into the MLP's last matrix; use a stream operator"
-        )
-    return module
-
-
-def intermediate_size(model: PreTrainedModel, index: int) -> int:
-    """Width of what the down-projection of layer ``index`` reads; errors as `mlp_output`."""
-    module: Any = mlp_output(model, index)
-    return int(module.weight.shape[1 if isinstance(module, nn.Linear) else 0])
-
-
-def has_bias(model: PreTrainedModel, index: int) -> bool:
-    """Whether the down-projection of layer ``index`` has a bias; errors as `mlp_output`."""
-    return mlp_output(model, index).bias is not None
-
-
-def embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules whose outputs make up the stream that enters the first layer.
-
-    Raises:
-        ValueError: the architecture's layers do not normalise what they read, so that a stream of
-            another scale would change what they compute.
-    """
-    if not _norm_before(model):
-        raise ValueError(
-            f"{model.config.model_type} reads its stream without a norm: scaling it would change "
-            "every layer; use an operator at the gap, such as scalar or ghost"
-        )
-    return [attrgetter(path)(model) for path in architecture(model).embeddings]
-
-
-def writers(model: PreTrainedModel, index: int) -> list[nn.Module]:
-    """The modules of layer ``index`` whose outputs are added to the stream."""
-    return [attrgetter(path)(decoder_layers(model)[index]) for path in architecture(model).writers]
-
-
-def scale_output(model: PreTrainedModel, module: nn.Module, factor: float) -> None:
-    """Multiply what ``module`` (a projection, an embedding or a norm) returns, by new weights.
-
-    The old parameters, which other models may share, stay as they are.
-
-    Raises:
-        ValueError: its weights are offloaded.
-    """
-    present(module)
-    projects = isinstance(module, nn.Linear | nn.Embedding | Conv1D)
-    offset = 0.0 if projects else architecture(model).norm_offset
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        shift = offset if name == "weight" else 0.0
-        setattr(module, name, nn.Parameter((parameter + shift) * factor - shift))
-
-
-def present(module: nn.Module) -> nn.Module:
-    """``module``, if its weights are in memory to be folded into; `ValueError` otherwise."""
-    if any(p.device.type == "meta" for p in module.parameters(recurse=False)):
-        raise ValueError(
-            f"the weights of a {type(module).__name__} are offloaded and cannot be folded into: "
-            "load the model without offloading, or use an operator at the gap"
-        )
-    return module
-
-
-def _norm_before(model: PreTrainedModel) -> bool:
-    """Whether sub-layers read the stream through a norm (some sizes of OPT do not)."""
-    return architecture(model).norm_before and getattr(model.config, "do_layer_norm_before", True)
-
-
-def stream_norm(model: PreTrainedModel) -> str:
-    """``"rms"`` or ``"layer"``: the norm through which every sub-layer reads the stream.
-
-    Raises:
-        ValueError: sub-layers read the stream itself.
-    """
-    if not _norm_before(model):
-        raise ValueError(
-            f"{model.config.model_type} reads its stream without a norm: a repair with n(x) or "
-            "n(prev) has no ground here; use one that reads x alone, such as ghost-relative"
-        )
-    return "layer" if architecture(model).norm_centres else "rms"
+    return model.get_submodule(path)
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
     """Reduce ``model``, in place, to the decoder layers ``kept`` and make everything agree.
 
-    ``num_hidden_layers``, ``layer_types`` and every ``layer_idx`` (which names the layer's place in
-    the key-value cache) follow.
+    The configuration and every module's number of its layer (its place in the key-value cache)
+    follow, see `ghostlib.models.configuration`. Whether a model made from that configuration would
+    be the same one is for `check_layers` to find out.
+    """
+    follow(model, structure(model).layers, kept)
+
+
+def check_layers(model: PreTrainedModel, original: PreTrainedModel) -> None:
+    """Refuse a pruned model whose configuration cannot say what its layers are.
+
+    Args:
+        model: ``original`` after `keep_layers`.
 
     Raises:
-        ValueError: GPT-2 with ``scale_attn_by_inverse_layer_idx``, whose layers compute with their
-            index and would change when they move.
+        ValueError: a model made from the configuration would differ; the message shows where.
     """
-    config = model.config
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise ValueError(
-            "this GPT-2 scales attention by its layer index (scale_attn_by_inverse_layer_idx): "
-            "its layers cannot be moved without changing what they compute"
-        )
-    layers = decoder_layers(model)
-    layer_types = getattr(config, "layer_types", None)
-    parent_path, _, name = architecture(model).layers.rpartition(".")
-    setattr(attrgetter(parent_path)(model), name, nn.ModuleList(layers[index] for index in kept))
-    config.num_hidden_layers = len(kept)
-    if layer_types is not None:
-        config.layer_types = [layer_types[index] for index in kept]
-    for position, layer in enumerate(decoder_layers(model)):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position  # type: ignore[assignment]
+    depth, passed = num_layers(model), _PASSED.setdefault(original, set())
+    if depth not in passed:
+        check_agreement(model, structure(model).layers, original)
+        if same_layers(original):  # then it does not matter which of them are gone
+            passed.add(depth)
+
+
+def same_layers(model: PreTrainedModel) -> bool:
+    """Whether the layers differ in nothing but their weights, so that any of them can go."""
+    if model not in _SAME:
+        _SAME[model] = uniform(model, structure(model).layers)
+    return _SAME[model]
+
+
+_SAME: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# Numbers of layers left of a model whose layers are the same that have been found to agree.
+_PASSED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
 class Attention(NamedTuple):
@@ -264,7 +312,7 @@ class Attention(NamedTuple):
 
 def attentions(model: PreTrainedModel) -> list[Attention]:
     """The attention of every decoder layer; it is the child that has a place in the cache."""
-    config, found = model.config, []
+    config, found = text_config(model), []
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     for index, layer in enumerate(decoder_layers(model)):
@@ -280,11 +328,46 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
     return found
 
 
+_PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (…, vocabulary) of final hidden states (…, hidden), capped if the model caps them."""
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    """Logits (…, vocabulary) of final hidden states (…, hidden), as the model itself makes them.
+
+    What it does to them after the output embeddings (scale, soft cap, padding of the vocabulary) is
+    done by its own code: one token is passed through the model, and ``hidden`` takes its place
+    before the output embeddings. Where that turns out to be nothing, they alone are called.
+    """
+    if model not in _PLAIN_HEADS:
+        few = hidden.flatten(0, -2)[:2]
+        alone, whole = model.get_output_embeddings()(few), _through(model, few)
+        _PLAIN_HEADS[model] = alone.shape == whole.shape and torch.equal(alone, whole)
+    if _PLAIN_HEADS[model]:
+        logits: Tensor = model.get_output_embeddings()(hidden)
+        return logits
+    return _through(model, hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+
+
+def _through(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (tokens, vocabulary) of ``hidden`` (tokens, width), in a pass of the whole model."""
+
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        return (hidden[None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+        logits: Tensor = model(input_ids=token, **uncached(model)).logits[0]
+        return logits
+    finally:
+        handle.remove()
+
+
+def uncached(model: PreTrainedModel) -> dict[str, bool]:
+    """What to pass to ``model`` so that it makes no cache; some have no such option."""
+    known = inspect.signature(model.forward).parameters
+    free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    return {"use_cache": False} if "use_cache" in known or free else {}
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -1,8 +1,9 @@
 """Boundaries: where the stream is cut when decoder layers are removed."""
 
+import operator
 from collections.abc import Collection, Iterable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Boundary(NamedTuple):
@@ -27,13 +28,37 @@ class Boundary(NamedTuple):
 
 def check_boundary(boundary: Boundary | tuple[int, int], num_layers: int) -> Boundary:
     """Return ``boundary`` as a `Boundary`; `ValueError` if the model has no such layers."""
-    start, stop = boundary
+    start, stop = map(_index, boundary)
     if not 0 <= start < stop <= num_layers:
         raise ValueError(
             f"boundary ({start}, {stop}) does not fit a model of {num_layers} layers: "
             f"it needs 0 <= start < stop <= {num_layers}"
         )
-    return Boundary(int(start), int(stop))
+    return Boundary(start, stop)
+
+
+def check_order(
+    boundaries: Iterable[Boundary | tuple[int, int]], num_layers: int
+) -> list[Boundary]:
+    """Boundaries with a kept layer between any two, in ascending order; `ValueError` otherwise."""
+    gaps = [check_boundary(boundary, num_layers) for boundary in boundaries]
+    for before, after in pairwise(gaps):
+        if after.start <= before.stop:
+            raise ValueError(
+                f"boundaries {before} and {after} overlap, touch or are out of order: give the "
+                "maximal runs of removed layers in ascending order, as runs(layers, …) does"
+            )
+    return gaps
+
+
+def _index(layer: Any) -> int:
+    """``layer`` if it is a whole number, of Python or of a tensor library, and no truth value."""
+    try:
+        if "bool" in str(getattr(layer, "dtype", type(layer))):
+            raise TypeError
+        return operator.index(layer)
+    except TypeError:
+        raise ValueError(f"layers must be integers, such as 12, got {layer!r}") from None
 
 
 def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
@@ -47,12 +72,13 @@ def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
         num_layers: number of decoder layers of the dense model.
 
     Raises:
-        ValueError: no layer, a repeated or out-of-range layer, or nothing left of the model.
+        ValueError: no layer, one that is no integer, is repeated or out of range, or nothing left
+            of the model.
 
     >>> runs([25, 12, 13, 14], num_layers=30)
     [Boundary(start=12, stop=15), Boundary(start=25, stop=26)]
     """
-    ordered = sorted(int(layer) for layer in layers)
+    ordered = sorted(_index(layer) for layer in layers)
     if not ordered:
         raise ValueError("no layer to remove: name at least one layer")
     if outside := [layer for layer in ordered if not 0 <= layer < num_layers]:

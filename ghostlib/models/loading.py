@@ -13,7 +13,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ghostlib.common import shown
-from ghostlib.models.architectures import architecture
+from ghostlib.models.architectures import structure
 from ghostlib.text.assets import embedded_model_dir
 
 EMBEDDED = "smollm2"
@@ -78,7 +78,7 @@ def load_model(
     folder = embedded_model_dir() if str(name) == EMBEDDED else name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
-    architecture(model)
+    structure(model)
     if device is not None:
         model = model.to(device=device)
     return model.eval(), tokenizer

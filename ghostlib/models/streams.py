@@ -1,19 +1,33 @@
-"""Excerpts: a stretch of a model's layers, run from a stream that was recorded before.
+"""Streams: the residual stream of a pass, watched, recorded, or put in.
 
-What removing a layer does not change need not be computed again: an excerpt of the layers behind it
-is fed the stream that enters them. It shares every weight with the model it is taken from.
+Hooks see the passes of the thread that set them, and no other's; a model that is being trained is
+passed in evaluation mode, and given back as it was. What removing a layer does not change need not
+be computed again: an excerpt of the layers behind it is fed the stream that enters them. It shares
+every weight with the model it is taken from.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ghostlib.models.architectures import keep_layers, mlp_output, num_layers, receiver
+from ghostlib.models.architectures import (
+    check_layers,
+    keep_layers,
+    model_type,
+    num_layers,
+    receiver,
+    same_layers,
+    structure,
+    text_config,
+    uncached,
+)
 from ghostlib.models.placement import input_device, offload_stores, release_movers
 
 
@@ -21,23 +35,77 @@ class EndOfPass(Exception):
     """Raised in a hook to end a forward pass once all that is wanted of it has been seen."""
 
 
-@torch.no_grad()
+# How many passes of a model are under way, and which of its modules were in training mode.
+_EVALUATING: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while it lasts: no dropout. The last one to leave restores every module."""
+    with _LOCK:
+        count, training = _EVALUATING.get(model, (0, []))
+        if count == 0:
+            training = [module for module in model.modules() if module.training]
+            for module in training:
+                module.training = False
+        _EVALUATING[model] = (count + 1, training)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            count, training = _EVALUATING.pop(model)
+            if count > 1:
+                _EVALUATING[model] = (count - 1, training)
+            else:
+                for module in training:
+                    module.training = True
+
+
+@contextmanager
+def _hooked(
+    module: nn.Module, hook: Callable[[nn.Module, tuple, dict], Any], *, first: bool = False
+) -> Iterator[None]:
+    """Call ``hook`` before each pass of ``module`` that this thread makes."""
+    owner = threading.get_ident()
+
+    def own(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+        # Between the two steps in which PyTorch registers a hook, another thread may call it
+        # without keywords.
+        if threading.get_ident() != owner or kwargs is None:
+            return None
+        return hook(module, args, kwargs)
+
+    handle = module.register_forward_pre_hook(own, with_kwargs=True, prepend=first)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def forward_once(model: PreTrainedModel, **inputs: Tensor) -> None:
+    """One pass without cache and gradients, in evaluation mode; `EndOfPass` ends it."""
+    with evaluating(model), torch.no_grad():
+        try:
+            model(**inputs, **uncached(model))
+        except EndOfPass:
+            pass
+
+
 def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """What the language-model head would receive, (windows, length, hidden), without running it."""
     caught: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple) -> None:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         caught.append(args[0])
         raise EndOfPass
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
-    try:
-        model(input_ids=windows.to(input_device(model)), use_cache=False)
-    except EndOfPass:
-        return caught[0]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{type(model).__name__} never called its output embeddings")
+    structure(model)  # refuses what has no head
+    with _hooked(model.get_output_embeddings(), hook):
+        forward_once(model, input_ids=windows.to(input_device(model)))
+    if not caught:
+        raise RuntimeError(f"{type(model).__name__} never called its output embeddings")
+    return caught[0]
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
@@ -57,6 +125,19 @@ def excerpt(model: PreTrainedModel, start: int, stop: int | None = None) -> PreT
     return part
 
 
+def refusal(model: PreTrainedModel, layers: Iterable[int]) -> str:
+    """Why ``layers`` cannot be removed from ``model`` together; empty if they can."""
+    if same_layers(model):
+        return ""
+    part, removed = share(model), set(layers)
+    try:
+        keep_layers(part, [index for index in range(num_layers(model)) if index not in removed])
+        check_layers(part, model)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @contextmanager
 def feed(model: PreTrainedModel, stream: Tensor) -> Iterator[None]:
     """Let ``stream`` (windows, length, hidden) enter the first layer in place of the embeddings.
@@ -69,11 +150,8 @@ def feed(model: PreTrainedModel, stream: Tensor) -> Iterator[None]:
             return (stream.to(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": stream.to(kwargs["hidden_states"])}
 
-    handle = receiver(model, 0).register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-    try:
+    with _hooked(receiver(model, 0), hook, first=True):
         yield
-    finally:
-        handle.remove()
 
 
 def record(
@@ -101,72 +179,92 @@ def tap(
     further; ``on_stream(index, hidden)`` receives each stream (batch, tokens, hidden) on the way.
     Forward pre-hooks are used because ``output_hidden_states`` gives its last entry after the final
     norm. The hooks are removed whatever happens.
+
+    Raises:
+        ValueError: what passes from layer to layer is no stream (batch, tokens, hidden).
     """
     wanted = sorted(set(indices))
+    waiting: list[int] = []
 
-    def hook_for(index: int) -> Callable[..., None]:
+    def hook_for(index: int) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            on_stream(index, args[0] if args else kwargs["hidden_states"])
-            if index == wanted[-1]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+                got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+                raise ValueError(
+                    f"layer {index} of a {model_type(model)} receives {got}, no stream "
+                    "(batch, tokens, hidden): it cannot be pruned layer by layer"
+                )
+            # A layer that this pass skips, as text does those for images, leaves the stream as it
+            # is: what enters it is what enters the next one.
+            while waiting and waiting[0] <= index:
+                on_stream(waiting.pop(0), hidden)
+            if not waiting:
                 raise EndOfPass
 
         return hook
 
     def run(**inputs: Tensor) -> None:
-        try:
-            with torch.no_grad():
-                model(**inputs, use_cache=False)
-        except EndOfPass:
-            pass
+        waiting[:] = wanted
+        forward_once(model, **inputs)
 
-    handles = []
-    try:
-        for index in wanted:
-            module = receiver(model, index)
-            handles.append(module.register_forward_pre_hook(hook_for(index), with_kwargs=True))
+    last = num_layers(model)
+    watched = {*range(wanted[0], last), *wanted} if wanted else set()
+    if structure(model).receiver and wanted:
+        watched.add(last)
+    with _all(_hooked(receiver(model, index), hook_for(index)) for index in sorted(watched)):
         yield run
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def _all(contexts: Iterable[Any]) -> Iterator[None]:
+    """Enter every context; leave those entered whatever happens."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None = None) -> None:
-    """Raise `ValueError` unless ``windows`` is a non-empty (windows, length) tensor of ids."""
+    """Raise `ValueError` unless ``windows`` is a non-empty (windows, length) tensor of ids.
+
+    Their ids must be in the vocabulary, and they may not be longer than the positions the model
+    knows, unless its configuration says that it computes any (ALiBi, dynamic rotary embeddings).
+    """
     if not isinstance(windows, Tensor) or windows.ndim != 2 or windows.is_floating_point():
         got = tuple(windows.shape) if isinstance(windows, Tensor) else type(windows).__name__
         raise ValueError(f"windows must be a (windows, length) tensor of token ids, got {got}")
     if windows.numel() == 0:
         raise ValueError(f"windows hold no token: shape {tuple(windows.shape)}")
     low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= model.config.vocab_size:
+    structure(model)
+    vocabulary = text_config(model).vocab_size
+    if low < 0 or high >= vocabulary:
         raise ValueError(
-            f"token ids {low} … {high} do not fit a vocabulary of {model.config.vocab_size}: "
+            f"token ids {low} … {high} do not fit a vocabulary of {vocabulary}: "
             "were the windows made with another model's tokenizer?"
+        )
+    positions = known_positions(model)
+    if positions is not None and windows.shape[1] > positions:
+        raise ValueError(
+            f"windows of {windows.shape[1]} tokens exceed the {positions} positions that "
+            f"{type(model).__name__} knows: use a length of at most {positions}"
         )
     if mask is not None and mask.shape != windows.shape:
         raise ValueError(
             f"attention_mask must have the windows' shape {tuple(windows.shape)}, "
             f"got {tuple(mask.shape)}"
         )
+    if mask is not None and (odd := mask[(mask != 0) & (mask != 1)]).numel():
+        raise ValueError(f"attention_mask must hold 1, and 0 at padding, got {odd[0].item()}")
 
 
-@contextmanager
-def listen(
-    model: PreTrainedModel, starts: Iterable[int], on_mlp: Callable[[int, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Watch the last down-projection before each of ``starts``: ``on_mlp(start, read, returned)``.
-
-    ``read`` (…, intermediate) is its input, ``returned`` (…, width) what it adds to the stream.
-    """
-    handles = []
-    try:
-        for start in starts:
-            handles.append(
-                mlp_output(model, start - 1).register_forward_hook(
-                    lambda module, args, output, start=start: on_mlp(start, args[0], output)
-                )
-            )
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def known_positions(model: PreTrainedModel) -> int | None:
+    """How many positions the model was made for; None where its configuration sets no limit."""
+    config = text_config(model)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]
+    if any(kind.get("rope_type") == "dynamic" for kind in kinds) or getattr(config, "alibi", False):
+        return None
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None

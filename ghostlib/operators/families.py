@@ -291,8 +291,8 @@ def least_squares(
     means = moments.f1 / moments.weight, moments.d1 / moments.weight
     if bias:
         # Centring cancels: what is left of a large constant channel is rounding at the size of G.
-        scale = float(moments.G.diagonal().max())
-        gram = Gram(moments.G - torch.outer(moments.f1, means[0]), moments.blocks, scale)
+        centred = moments.G - torch.outer(moments.f1, means[0])
+        gram = Gram(centred, moments.blocks, moments.G.diagonal())
         cross = cross - torch.outer(moments.f1, means[1])
     inverse = gram.regularise(**options)
     M = inverse.solve(cross) if rank is None else _reduced(inverse, cross, rank)

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import AUTO, PRUNED, Registry, track
-from ghostlib.models.architectures import mlp_output, num_layers
+from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
+from ghostlib.models.layers import mlp_output
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge, choose_ridges
@@ -75,10 +76,15 @@ class Choice:
     losses: dict[tuple[Layers, str], float]
     tokens: int
 
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy of the dense ``model`` without the layers and with the operators in place."""
+    def apply(self, model: PreTrainedModel, *, share: bool = True) -> PreTrainedModel:
+        """A copy of the dense ``model`` without the layers and with the operators in place.
+
+        Args:
+            model: the dense model.
+            share: as in `install`.
+        """
         gaps = runs(self.layers, num_layers(model))
-        recovered = install(model, {gap: self.operators.get(gap) for gap in gaps})
+        recovered = install(model, {gap: self.operators.get(gap) for gap in gaps}, share=share)
         recovered.config.recovery |= {"recipe": self.summary}
         return recovered
 

@@ -1,5 +1,6 @@
 """Recover: from calibration windows, or moments collected before, to a repaired model."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from ghostlib.recovery.recipe import Recipe
 from ghostlib.recovery.sequential import fit_sequential
 from ghostlib.statistics.calibration import Calibration, calibrate
 from ghostlib.statistics.moments import Moments
-from ghostlib.surgery.cut import install
+from ghostlib.surgery.cut import check_dense, install
 
 
 def recover(
@@ -28,6 +29,7 @@ def recover(
     skip_leading: int | None = None,
     batch_size: int | None = None,
     fit: str = "teacher",
+    share: bool = True,
     verbose: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
@@ -36,7 +38,8 @@ def recover(
     To install operators that were solved elsewhere, see `install`.
 
     Args:
-        model: the dense model. It keeps its layers and logits; the copy shares its weights.
+        model: the dense model. It keeps its layers and logits; the copy shares its weights, so
+            that training the copy changes both: see ``share``.
         calibration: (windows, length) token ids, for one streaming pass; or moments collected
             before (`calibrate`), which must hold every boundary of ``layers``.
         layers: decoder layers to remove; adjacent ones share one boundary. With ``"auto"`` it may
@@ -49,6 +52,7 @@ def recover(
         fit: ``"teacher"``: every boundary from the dense model's streams, in one pass;
             ``"sequential"``: each ``X_pre`` from the model as repaired so far, see
             `fit_sequential`, which needs windows. With one boundary they are the same.
+        share: False gives the copy weights of its own, to be trained or changed in place.
         verbose: print one line about what ``"auto"`` chose.
         options: passed on to the solver, such as ``relative_ridge=1e-3``, or to the `Recipe`.
 
@@ -57,15 +61,23 @@ def recover(
         ``config.recovery`` says what was removed, how it was repaired, and what a recipe chose.
 
     Raises:
-        ValueError: layers out of range or repeated, none left, moments of another model, width or
-            boundary, an argument that would have no effect, or a model that was recovered before.
+        ValueError: layers that are no integers, out of range or repeated, none left; windows or
+            mask that do not fit the model; moments of another model, width, boundary or regressor;
+            an argument that would have no effect, by name; an unknown operator or option; a repair
+            of the MLP before a gap that has no layer before it; a model that was recovered before.
 
     Warns:
         MassiveActivationWarning: a few tokens own the squared error the operator minimises.
         SingularGramWarning: the tokens do not determine a full matrix and no ridge makes up for it.
     """
+    check_dense(model)
     if fit not in ("teacher", "sequential"):
         raise ValueError(f"fit must be 'teacher' or 'sequential', got {fit!r}")
+    if not isinstance(calibration, Tensor | Mapping):
+        raise ValueError(
+            "calibration must be a (windows, length) tensor of token ids or moments by boundary, "
+            f"got {type(calibration).__name__}"
+        )
     given: dict[str, Any] = {
         "attention_mask": attention_mask,
         "skip_leading": skip_leading,
@@ -83,10 +95,15 @@ def recover(
             raise ValueError(
                 "operator='auto' keeps windows out of the fit: give token windows, not statistics"
             )
+        known = list(inspect.signature(Recipe).parameters)
+        if unknown := [name for name in options if name not in known]:
+            raise ValueError(
+                f"operator='auto' has no option {unknown[0]!r}: the recipe takes {', '.join(known)}"
+            )
         choice = Recipe(model, calibration, **passes, **options).choose(layers)
         if verbose:
             print(choice)
-        return choice.apply(model)
+        return choice.apply(model, share=share)
     if isinstance(operator, Mapping):
         raise ValueError("these operators are solved already: use install(model, operators)")
     if isinstance(layers, int):
@@ -106,7 +123,9 @@ def recover(
             )
     elif fit == "sequential" and len(gaps) > 1:
         operators = fit_sequential(model, calibration, gaps, family, **passes, **options)
-        return install(model, dict(operators))
+        recovered = install(model, dict(operators), share=share)
+        recovered.config.recovery |= {"fit": fit}
+        return recovered
     else:
         calibration = calibrate(model, calibration, gaps, regressors=[family.regressor], **passes)
     collected: Mapping[Boundary, Moments] = calibration
@@ -114,7 +133,8 @@ def recover(
         collected = calibration.of(family.regressor)
     moments = {gap: _moments_of(model, collected, gap) for gap in gaps}
     warn_of_massive_activations(moments, family)
-    return install(model, {gap: solve(moments[gap], family, **options) for gap in gaps})
+    solved = {gap: solve(moments[gap], family, **options) for gap in gaps}
+    return install(model, solved, share=share)
 
 
 def _moments_of(

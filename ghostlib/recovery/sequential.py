@@ -7,7 +7,6 @@ so far, its ``X_post`` still from the dense model.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,12 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.models.architectures import fingerprint, has_bias, hidden_size, num_layers
-from ghostlib.models.boundaries import Boundary, check_boundary
+from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
+from ghostlib.models.boundaries import Boundary, check_order
+from ghostlib.models.layers import has_bias, listen
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows, excerpt, feed, listen, record
+from ghostlib.models.streams import check_windows, excerpt, feed, record
 from ghostlib.operators.families import Family
-from ghostlib.operators.solve import Operator, solve, warn_of_massive_activations
+from ghostlib.operators.solve import (
+    Operator,
+    check_options,
+    solve,
+    warn_of_massive_activations,
+)
 from ghostlib.statistics.calibration import suited
 from ghostlib.statistics.features import Sources
 from ghostlib.statistics.moments import Moments
@@ -50,9 +55,11 @@ def dense_streams(
         ``{index: (windows, length, width)}``.
 
     Raises:
-        ValueError: windows that do not fit the model.
+        ValueError: windows that do not fit the model, or a batch size below 1.
     """
     check_windows(model, windows, attention_mask)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     wanted = sorted(set(indices))
     kept: dict[int, list[Tensor]] = {index: [] for index in wanted}
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
@@ -94,14 +101,24 @@ def fit_sequential(
         options: passed on to the solver.
 
     Raises:
-        ValueError: boundaries that overlap, touch or are out of order; a repair of the MLP before
-            a gap that has no layer before it; streams of other windows.
+        ValueError: windows or mask that do not fit the model, or leave no token; boundaries that
+            overlap, touch or are out of order; a repair of the MLP before a gap that has no layer
+            before it; streams of other windows; an option out of range or of another family.
 
     Warns:
         MassiveActivationWarning: a few tokens own the squared error at one of the boundaries.
+        SingularGramWarning: the tokens do not determine a full matrix and no ridge makes up for it.
     """
     family = Family.of(operator)
+    check_options(family, options)
+    check_windows(model, windows, attention_mask)
+    if skip_leading < 0:
+        raise ValueError(f"skip_leading must not be negative, got {skip_leading}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     gaps = check_order(boundaries, num_layers(model))
+    if not gaps:
+        raise ValueError("no boundary to fit: name at least one, such as Boundary(12, 19)")
     regressor = suited(model, family.regressor)
     family.check_place(gaps)
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
@@ -112,6 +129,8 @@ def fit_sequential(
         )
     real = mask.bool()
     used = real & (mask.cumsum(1) > skip_leading)
+    if not used.any():
+        raise ValueError("the attention mask and skip_leading leave no token to fit")
     before = Sources(_stream(streams, gaps[0].start, windows))
     if regressor.reads_mlp:
         before = _arrive(excerpt(model, 0, gaps[0].start), windows, None, mask, batch_size, True)
@@ -139,22 +158,6 @@ def fit_sequential(
             part = excerpt(model, gap.stop, following.start)
             before = _arrive(part, windows, repaired, mask, batch_size, regressor.reads_mlp)
     return operators
-
-
-def check_order(
-    boundaries: Iterable[Boundary | tuple[int, int]], num_layers: int
-) -> list[Boundary]:
-    """Boundaries with a kept layer between any two, in ascending order; `ValueError` otherwise."""
-    gaps = [check_boundary(boundary, num_layers) for boundary in boundaries]
-    if not gaps:
-        raise ValueError("no boundary to fit: name at least one, such as Boundary(12, 19)")
-    for before, after in pairwise(gaps):
-        if after.start <= before.stop:
-            raise ValueError(
-                f"boundaries {before} and {after} overlap, touch or are out of order: give the "
-                "maximal runs of removed layers in ascending order, as runs(layers, …) does"
-            )
-    return gaps
 
 
 def _stream(streams: Mapping[int, Tensor], index: int, windows: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Selection: which layers to remove, and the scores that say why."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from ghostlib.common import Registry, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
+from ghostlib.models.streams import refusal
 from ghostlib.operators.families import Family
 from ghostlib.selection.evidence import Evidence, Layers
 from ghostlib.statistics.calibration import Calibration, calibrate
@@ -222,19 +224,33 @@ def _search(
     def ranked(candidates: list[Layers]) -> list[Layers]:
         for layers in candidates:
             if layers not in scores:
-                scores[layers] = rule.score(evidence, layers)
+                # What cannot be removed is left out; what it would have scored is not asked.
+                refused = refusal(evidence.model, layers)
+                scores[layers] = math.inf if refused else rule.score(evidence, layers)
                 if scores[layers] != scores[layers]:
                     raise ValueError(
                         f"criterion {criterion!r} scores NaN without layers {layers}: try a wider "
                         "dtype (bfloat16 or float32), or other windows"
                     )
+        if all(scores[layers] == math.inf for layers in candidates):
+            raise ValueError(
+                f"criterion {criterion!r} finds nothing that can be removed: "
+                f"{refusal(evidence.model, candidates[0]) or 'no candidate has a finite score'}"
+            )
         return sorted(candidates, key=lambda layers: (scores[layers], layers))
 
     if rule.search == "block":
         return ranked([tuple(b.removed) for b in contiguous(n, total)])[0], scores
     if rule.search == "each":
         singles = ranked([(layer,) for layer in range(total)])
-        return tuple(sorted(layer for (layer,) in singles[:n])), scores
+        chosen: Layers = ()
+        for (layer,) in singles:
+            more = tuple(sorted((*chosen, layer)))
+            if len(chosen) < n and not refusal(evidence.model, more):
+                chosen = more
+        if len(chosen) < n:
+            raise ValueError(f"criterion {criterion!r} finds no {n} layers that can go together")
+        return chosen, scores
     parents: list[Layers] = [()]
     for _ in track(range(n), "removing", unit="layer"):
         children: set[Layers] = set()

@@ -15,17 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.models.architectures import (
-    fingerprint,
-    has_bias,
-    hidden_size,
-    intermediate_size,
-    num_layers,
-    stream_norm,
-)
+from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
+from ghostlib.models.layers import has_bias, intermediate_size, listen, stream_norm
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows, listen, tap
+from ghostlib.models.streams import check_windows, tap
 from ghostlib.statistics.features import STREAM, Regressor, Sources, widest
 from ghostlib.statistics.moments import Moments, Stream
 

@@ -321,7 +321,7 @@ def previous(
 
 def _shifted(X: Tensor, real: Tensor | None) -> Tensor:
     flat = X.reshape(-1, *X.shape[-2:])
-    mask = None if real is None else real.reshape(flat.shape[:2])
+    mask = None if real is None else real.reshape(flat.shape[:2]).to(X.device, torch.bool)
     return previous(flat, mask)[0].view(X.shape)
 
 

@@ -1,5 +1,6 @@
 """Cut: remove decoder layers from a copy of a model and install operators at the gaps."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,25 +9,37 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import GHOSTED
-from ghostlib.models.architectures import hidden_size, keep_layers, num_layers, receiver
-from ghostlib.models.boundaries import Boundary, runs
+from ghostlib.models import streams
+from ghostlib.models.architectures import (
+    check_layers,
+    hidden_size,
+    keep_layers,
+    num_layers,
+    receiver,
+)
+from ghostlib.models.boundaries import Boundary, check_order, runs
 from ghostlib.models.placement import compute_device
-from ghostlib.models.streams import share
 from ghostlib.operators.solve import Operator
 from ghostlib.statistics.calibration import suited
 from ghostlib.surgery.ghosted import become, ghosted_class, install_boundaries
 from ghostlib.surgery.installers import fold
 
 
-def prune(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
+def prune(model: PreTrainedModel, layers: Iterable[int], *, share: bool = True) -> PreTrainedModel:
     """A copy of ``model`` without ``layers`` and without any repair; see `recover`.
 
-    It is of the model's own class, shares every weight with ``model`` and leaves that as it is.
+    It is of the model's own class, and leaves ``model`` as it is.
+
+    Args:
+        model: the dense model.
+        layers: decoder layers to remove.
+        share: as in `install`.
 
     Raises:
-        ValueError: layers out of range or repeated, none left, or a model that was recovered.
+        ValueError: layers that are no integers, out of range or repeated, none left, or a model
+            that was recovered.
     """
-    return install(model, dict.fromkeys(runs(layers, num_layers(model))))
+    return install(model, dict.fromkeys(runs(layers, num_layers(model))), share=share)
 
 
 def install(
@@ -34,14 +47,17 @@ def install(
     operators: Mapping[Boundary, Operator | None],
     *,
     at_gap: bool = False,
+    share: bool = True,
 ) -> PreTrainedModel:
     """A copy of ``model`` without the layers of these boundaries, with operators in their place.
 
     Args:
-        model: the dense model. It keeps its layers and logits; the copy shares its weights.
+        model: the dense model. It keeps its layers and logits; the copy shares its weights, so
+            that training the copy changes both: see ``share``.
         operators: solved operators by boundary; None removes the layers without a repair.
             Boundaries are maximal runs of removed layers, as `runs` gives them.
         at_gap: a module at the boundary also for repairs that could be folded into weights.
+        share: False gives the copy weights of its own, to be trained or changed in place.
 
     Returns:
         A model of the same family, in the dtype and on the devices of ``model``, whose
@@ -49,39 +65,50 @@ def install(
         the operators do not.
 
     Raises:
-        ValueError: boundaries that overlap, touch or leave no layer, an operator of the wrong shape
-            or for another kind of norm, or a model that was recovered before.
+        ValueError: boundaries that do not fit the model, overlap, touch or leave no layer; an
+            operator of the wrong width, with NaN, for another kind of norm, or too large for the
+            model's dtype; a repair that this architecture has no place for; a gap that nothing
+            receives; or a model that was recovered before.
+    """
+    check_dense(model)
+    total = num_layers(model)
+    given = {Boundary(*gap): operator for gap, operator in operators.items()}
+    gaps = check_order(sorted(given), total)
+    removed = [layer for gap in gaps for layer in gap.removed]
+    if removed:
+        runs(removed, total)  # refuses to leave no layer
+    for gap in gaps:
+        receiver(model, gap.stop)  # refuses a gap that nothing receives
+        if (operator := given[gap]) is not None:
+            _check_operator(model, gap, operator)
+    recovered = streams.share(model)
+    kept = [layer for layer in range(total) if layer not in set(removed)]
+    keep_layers(recovered, kept)
+    check_layers(recovered, model)
+
+    places = {sum(layer < gap.stop for layer in kept): gap for gap in gaps}
+    repairs = {place: op for place, gap in places.items() if (op := given[gap]) is not None}
+    recovered.config.recovery = {
+        "removed": removed,
+        "repairs": [_record(gap, given[gap]) for gap in gaps],
+    }
+    modules = fold(recovered, repairs, at_gap=at_gap)
+    if modules:
+        _install_modules(recovered, modules, places)
+    _check_new_weights(model, recovered)
+    return recovered if share else copy.deepcopy(recovered)
+
+
+def check_dense(model: PreTrainedModel) -> None:
+    """Refuse a model that was recovered before.
+
+    Raises:
+        ValueError: it has operators already.
     """
     if model.config.model_type.startswith(GHOSTED):
         raise ValueError(
             "this model was recovered before: start from the dense model, name all layers"
         )
-    gaps = {Boundary(*gap): operator for gap, operator in operators.items()}
-    removed = [layer for gap in gaps for layer in gap.removed]
-    total = num_layers(model)
-    if removed and sorted(gaps) != runs(removed, total):
-        raise ValueError(
-            f"boundaries {', '.join(map(str, gaps))} overlap or touch: give the maximal runs of "
-            "removed layers, as runs(layers, …) does"
-        )
-    for gap, operator in gaps.items():
-        receiver(model, gap.stop)  # refuses a gap that nothing receives
-        if operator is not None:
-            _check_operator(model, gap, operator)
-    recovered = share(model)
-    kept = [layer for layer in range(total) if layer not in set(removed)]
-    keep_layers(recovered, kept)
-
-    places = {sum(layer < gap.stop for layer in kept): gap for gap in sorted(gaps)}
-    repairs = {place: op for place, gap in places.items() if (op := gaps[gap]) is not None}
-    recovered.config.recovery = {
-        "removed": sorted(removed),
-        "repairs": [_record(gap, operator) for gap, operator in sorted(gaps.items())],
-    }
-    modules = fold(recovered, repairs, at_gap=at_gap)
-    if modules:
-        _install_modules(recovered, modules, places)
-    return recovered
 
 
 def _record(gap: Boundary, operator: Operator | None) -> dict[str, Any]:
@@ -98,14 +125,28 @@ def _check_operator(model: PreTrainedModel, gap: Boundary, operator: Operator) -
         raise ValueError(
             f"operator for boundary {gap} must have width {hidden_size(model)}, got {width}"
         )
-    if not torch.isfinite(operator.M).all():
-        raise ValueError(f"operator for boundary {gap} has NaN or infinite entries: solve it again")
+    for values in (operator.M, operator.bias):
+        if values is not None and not torch.isfinite(values).all():
+            raise ValueError(
+                f"operator for boundary {gap} has NaN or infinite entries: solve it again"
+            )
     fitting = suited(model, operator.regressor)
     if operator.regressor != fitting:
         raise ValueError(
             f"operator for boundary {gap} reads {operator.regressor}, and the layers of a "
             f"{model.config.model_type} read {fitting}: solve it from this model"
         )
+
+
+def _check_new_weights(model: PreTrainedModel, recovered: PreTrainedModel) -> None:
+    """Refuse what became infinite when it was cast to the model's dtype."""
+    shared = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in recovered.named_parameters():
+        if id(parameter) not in shared and not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"the repair does not fit into {parameter.dtype}: {name} would be infinite; use a "
+                "larger relative_ridge or a model in a wider dtype"
+            )
 
 
 def _install_modules(
@@ -120,6 +161,7 @@ def _install_modules(
     recovered.config.ghost = [
         {
             "module": names[receiver(recovered, place)],
+            "receiver": place,
             "width": operator.M.shape[1],
             "removed": list(places[place].removed),
             "operator": operator.name,

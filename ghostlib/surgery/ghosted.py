@@ -2,44 +2,59 @@
 
 A recovered model belongs to a subclass of its model's own class, made here for each architecture:
 ``GhostedLlamaForCausalLM`` is a ``LlamaForCausalLM`` whose ``config.ghost`` lists the operators, so
-they are saved, loaded, moved and cast like any other parameter. Importing this module registers
-the subclasses with transformers; without it, loading fails for want of the model type.
+they are saved, loaded, moved and cast like any other parameter. Importing this module registers a
+name for each with transformers, and imports none of their files: the class is made when a model is
+recovered or loaded. Without this module, loading fails for want of the model type.
 """
 
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
 
 from ghostlib.common import GHOSTED
-from ghostlib.models.architectures import ARCHITECTURES
 from ghostlib.statistics.features import FEATURES
-from ghostlib.surgery.previous import remembering, token_before
-
-VARIANT = "ghosted"
-"""Recovered weights are saved as ``model.ghosted.safetensors``: the stock class finds no file there
-instead of loading every weight but the operators."""
+from ghostlib.surgery.previous import (
+    PADDING_MASK,
+    Pass,
+    current_pass,
+    during,
+    remembering,
+    token_before,
+)
 
 
 class BoundaryModule(nn.Module):
     """``x -> x + (what its matrix makes of x, or of several features of x side by side)``.
 
     Features of the token before are taken with the help of `ghostlib.surgery.previous`.
+
+    Args:
+        place: index of the layer that receives its output.
+        features: names from `FEATURES`.
     """
 
-    def __init__(self, features: Sequence[str] = ("x",)) -> None:
+    def __init__(self, place: int, features: Sequence[str] = ("x",)) -> None:
         super().__init__()
+        self.place = place
         self.features = tuple(FEATURES[name] for name in features)
         self.plain = list(features) == ["x"]
         self.looks_back = any(feature.previous for feature in self.features)
@@ -48,7 +63,7 @@ class BoundaryModule(nn.Module):
         """The features of ``x`` (…, width), one token a row."""
         if self.plain:
             return x.reshape(-1, x.shape[-1])
-        before = token_before(self, x) if self.looks_back else x
+        before = token_before(self.place, x) if self.looks_back else x
         parts = [feature.of(before if feature.previous else x) for feature in self.features]
         return torch.cat(parts, -1).flatten(0, -2)
 
@@ -60,14 +75,18 @@ class LinearBoundary(BoundaryModule):
     as large as the entries of ``M`` themselves.
     """
 
-    def __init__(self, width: int, bias: bool = False, features: Sequence[str] = ("x",)) -> None:
-        super().__init__(features)
+    def __init__(
+        self, width: int, place: int, bias: bool = False, features: Sequence[str] = ("x",)
+    ) -> None:
+        super().__init__(place, features)
         self.M = nn.Parameter(torch.zeros(len(features) * width, width))
         self.b = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
-        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), self.M).view(x.shape)
+        # Some models (Mamba) keep a stream in float32 beside weights in half precision.
+        M = self.M.to(x.dtype)
+        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), M).view(x.shape)
         return y if self.b is None else y + self.b
 
 
@@ -75,9 +94,14 @@ class LowRankBoundary(BoundaryModule):
     """``x -> x + (F A) B (+ b)`` with ``M = A B`` of rank r: for one feature ``2 C r`` numbers."""
 
     def __init__(
-        self, width: int, rank: int, bias: bool = False, features: Sequence[str] = ("x",)
+        self,
+        width: int,
+        place: int,
+        rank: int,
+        bias: bool = False,
+        features: Sequence[str] = ("x",),
     ) -> None:
-        super().__init__(features)
+        super().__init__(place, features)
         self.A = nn.Parameter(torch.zeros(len(features) * width, rank))
         self.B = nn.Parameter(torch.zeros(rank, width))
         self.b = nn.Parameter(torch.zeros(width)) if bias else None
@@ -85,7 +109,8 @@ class LowRankBoundary(BoundaryModule):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
         flat = x.reshape(-1, x.shape[-1])
-        y = torch.addmm(flat, self.read(x) @ self.A, self.B).view(x.shape)
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        y = torch.addmm(flat, self.read(x) @ A, B).view(x.shape)
         return y if self.b is None else y + self.b
 
 
@@ -96,24 +121,56 @@ def _receiving(cls: Any) -> Any:
     It keeps the name of its parent, by which device placement knows what must not be split.
     """
 
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return cls.forward(self, self.boundary(hidden_states), *args, **kwargs)
+    def forward(
+        self: Any, hidden_states: Tensor, *args: Any, begun: Pass | None = None, **kwargs: Any
+    ) -> Any:
+        with nullcontext() if begun is None else during(begun):
+            repaired = self.boundary(hidden_states)
+        return cls.forward(self, repaired, *args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": __name__})
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Gradient checkpointing runs `forward` again when the pass is long over, so it comes along.
+        if self.boundary.looks_back:
+            kwargs["begun"] = current_pass()
+        return cls.__call__(self, *args, **kwargs)
+
+    body = {"forward": forward, "__call__": call, "__module__": __name__}
+    return type(cls.__name__, (cls,), body)
+
+
+_ENTRY = ("module", "receiver", "width", "bias", "rank", "features")
 
 
 def install_boundaries(model: PreTrainedModel) -> None:
-    """Give every module named in ``config.ghost`` its (still empty) operator."""
-    for entry in model.config.ghost:
-        module: Any = model.get_submodule(entry["module"])
-        plain: Any = type(module)
-        become(module, _receiving(plain))
+    """Give every module named in ``config.ghost`` its (still empty) operator.
+
+    Raises:
+        ValueError: it names no operator, one without its shape, or a module twice or that the model
+            does not have.
+    """
+    entries = getattr(model.config, "ghost", None)
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"a recovered model lists its operators in config.ghost, got {entries!r}")
+    for entry in entries:
+        if not isinstance(entry, dict) or not all(key in entry for key in _ENTRY):
+            raise ValueError(f"an entry of config.ghost holds {', '.join(_ENTRY)}, got {entry!r}")
+    paths = [entry["module"] for entry in entries]
+    known = dict(model.named_modules())
+    if len(set(paths)) < len(paths) or not set(paths) <= set(known):
+        raise ValueError(
+            f"config.ghost puts operators before {', '.join(paths)}, each of which must be another "
+            "module of the model: was config.json edited by hand?"
+        )
+    for entry in entries:
+        module: Any = known[entry["module"]]
+        become(module, _receiving(type(module)))
         rank = entry["rank"]
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
-        module.boundary = kind(entry["width"], bias=entry["bias"], features=entry["features"])
-    boundaries = (m for m in model.modules() if isinstance(m, BoundaryModule))
+        shape = {"bias": entry["bias"], "features": entry["features"]}
+        module.boundary = kind(entry["width"], entry["receiver"], **shape)
     # Found once: a forward pass should not search all modules for what is rarely there.
-    model.looking_back = [m for m in boundaries if m.looks_back]  # type: ignore[assignment]
+    boundaries = [known[path].boundary for path in paths]
+    model.looking_back = tuple(b.place for b in boundaries if b.looks_back)  # type: ignore
 
 
 def become(module: Any, cls: type) -> None:
@@ -128,53 +185,135 @@ def become(module: Any, cls: type) -> None:
         add_hook_to_module(module, placement)
 
 
+_REFUSAL = "import-ghostlib-first.safetensors"
+"""Weights file that ``config.json`` names to everyone but the recovered class, and that does not
+exist: the stock class stops there instead of loading every weight but the operators."""
+
+
+class GhostedConfigMixin:
+    """What the configuration of a recovered model adds to its model's own."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_dict`, with the weights' file that only ghostlib ignores."""
+        return super().to_dict() | {"transformers_weights": _REFUSAL}  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`."""
+        known = {k: v for k, v in config_dict.items() if k != "transformers_weights"}
+        return super().from_dict(known, **kwargs)  # type: ignore[misc]
+
+
 class GhostedMixin:
     """What a recovered model adds to its model's own class."""
+
+    looking_back: tuple[int, ...]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install_boundaries(self)  # type: ignore[arg-type]
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As `GenerationMixin.prepare_inputs_for_generation`."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        if self.looking_back:
+            inputs[PADDING_MASK] = kwargs.get("attention_mask")
+        return inputs
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        # With a static cache, `generate` compiles into CUDA graphs, which reuse the memory that a
+        # boundary's last token is kept in.
+        if self.looking_back:
+            return False
+        return super()._valid_auto_compile_criteria(*args, **kwargs)  # type: ignore[misc,no-any-return]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: all that transformers computes while it loads is computed by the stock class."""
+        return False
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, into a folder that must be new or empty.
 
+        It is written under another name and renamed once it is whole. A training loop, known by
+        ``is_main_process`` or ``state_dict``, may save into a folder that holds its checkpoints.
+
         Raises:
-            FileExistsError: the folder holds something already.
+            FileExistsError: there is a file of that name, or a folder that holds something.
+            OSError: it could not be written, and nothing was.
         """
-        if os.path.isdir(save_directory) and os.listdir(save_directory):
-            raise FileExistsError(
-                f"output folder {save_directory} exists and is not empty: name a new one"
-            )
+        folder = Path(save_directory).absolute()
         # Weights under their modules' own names: some architectures' files have others (GPT-NeoX),
         # which transformers translates back for the stock model type alone.
-        options = {"variant": VARIANT, "save_original_format": False, **kwargs}
-        super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+        options: dict[str, Any] = {"save_original_format": False} | kwargs
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(folder, **options)  # type: ignore[misc]
+            return
+        training = "is_main_process" in kwargs or "state_dict" in kwargs
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"output {folder} is a file: name a new folder")
+        if not training and folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(f"output folder {folder} exists and is not empty: name a new one")
+        if kwargs.get("push_to_hub"):
+            options.setdefault("repo_id", folder.name)
+        with _whole(folder) as fresh:
+            super().save_pretrained(fresh, **options)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: the file lacks an operator that the configuration names.
+            ValueError: the weights and the configuration do not belong together.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        options = {"variant": VARIANT, **kwargs, "output_loading_info": True}
+        options = kwargs | {"output_loading_info": True}
         model, info = super().from_pretrained(*args, **options)  # type: ignore[misc]
-        if lost := sorted(key for key in info["missing_keys"] if ".boundary." in key):
-            raise ValueError(
-                f"the saved model lacks its operators {lost}: save it again from ghostlib"
-            )
+        for kind, complaint in (
+            ("missing_keys", "lacks weights that its config.json calls for"),
+            ("unexpected_keys", "has weights that its config.json does not name"),
+        ):
+            if lost := sorted(info[kind]):
+                raise ValueError(
+                    f"the saved model {complaint}, such as {lost[0]}: save it again from ghostlib"
+                )
         return (model, info) if wants_info else model
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``folder`` once all has been written to it."""
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if not folder.exists():
+            fresh.rename(folder)
+            return
+        for old in folder.glob("model*.safetensors*"):  # as many shards as last time, or none
+            old.unlink()
+        # without its configuration nobody takes the folder for a model
+        for file in sorted(fresh.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+            file.replace(folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} could not be written, nothing was saved: {error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+_INSIDE = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
+"""Configurations of a text model whose class transformers lists under the whole one's type."""
 
 
 @cache
 def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     """The recovered class for a model type, registered so that `AutoModelForCausalLM` finds it."""
     config_base: type = CONFIG_MAPPING[model_type]
-    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_base]
+    whole: type = CONFIG_MAPPING[_INSIDE.get(model_type, model_type)]
+    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[whole]
     config_class = type(
         f"Ghosted{config_base.__name__}",
-        (config_base,),
+        (GhostedConfigMixin, config_base),
         {"model_type": GHOSTED + model_type, "__module__": __name__},
     )
     model_class = type(
@@ -189,10 +328,27 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     globals().update(
         {c.__name__: c for c in (config_class, model_class)}
     )  # so that pickle finds them
-    AutoConfig.register(GHOSTED + model_type, config_class)
-    AutoModelForCausalLM.register(config_class, model_class)
+    AutoConfig.register(GHOSTED + model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return model_class
 
 
-for _model_type in ARCHITECTURES:
-    ghosted_class(_model_type)
+def _announce(model_type: str) -> None:
+    """Register a name, whose class is made when a configuration of that type is read."""
+
+    def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        made: Any = ghosted_class(model_type).config_class
+        return made.from_dict(config_dict, **kwargs)
+
+    settings = {
+        "model_type": GHOSTED + model_type,
+        "from_dict": classmethod(from_dict),
+        "__module__": __name__,
+    }
+    AutoConfig.register(
+        GHOSTED + model_type, type(f"Ghosted_{model_type}", (PretrainedConfig,), settings)
+    )
+
+
+for _model_type in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *_INSIDE):
+    _announce(_model_type)

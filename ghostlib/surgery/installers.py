@@ -14,15 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.common import Registry
-from ghostlib.models.architectures import (
-    embeddings,
-    mlp_output,
-    num_layers,
-    present,
-    receiver,
-    scale_output,
-    writers,
-)
+from ghostlib.models.architectures import num_layers, receiver
+from ghostlib.models.layers import embeddings, mlp_output, present, scale_output, writers
 from ghostlib.operators.solve import Operator
 from ghostlib.statistics.features import STREAM
 

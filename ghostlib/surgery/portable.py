@@ -4,8 +4,10 @@ A repair with a module at the boundary needs a class that transformers does not 
 and that of all it calls, is put together into a file that imports nothing of this package.
 """
 
+import ast
 import inspect
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,26 +18,14 @@ from ghostlib.statistics import features
 from ghostlib.surgery import ghosted, previous
 
 FILE = "modeling_ghosted"
+_FEATURES = ("_wide", "_divide", "rms_norm", "standardise", "_same", "Feature")
+_REGISTRATION = ("ghosted_class", "_announce", "_INSIDE")
 
-_HEADER = '''"""A {base} without some of its decoder layers, repaired at the gap by a linear operator.
+_HEADER = '''"""A {base} without some decoder layers, repaired at the gap by a linear operator.
 
 Ghosted Layers, arXiv 2605.15491. Written by ghostlib; load it with ``trust_remote_code=True``.
 """
 
-import inspect
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cache, partial, wraps
-from typing import Any
-
-import torch
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 from {config_module} import {config}
 from {model_module} import {base}
 '''
@@ -68,19 +58,14 @@ def write_portable(model: PreTrainedModel, folder: Path) -> None:
         "model_type": model.config.model_type,
     }
     parts = [
-        _HEADER.format(**names),
-        *_sources(features, ["_wide", "_divide", "rms_norm", "standardise", "_same", "Feature"]),
-        _features(),
-        *_sources(features, ["previous"]),
-        *_sources(previous, ["LastTokens", "_Pass"]),
-        '_PASS: ContextVar[_Pass | None] = ContextVar("_PASS", default=None)\n',
-        *_sources(previous, ["token_before", "_during", "remembering"]),
-        *_sources(previous, ["_real", "_cache_in", "_recall"]),
-        f"VARIANT = {ghosted.VARIANT!r}\n",
-        *_sources(ghosted, ["BoundaryModule", "LinearBoundary", "LowRankBoundary"]),
-        *_sources(ghosted, ["_receiving", "install_boundaries", "become", "GhostedMixin"]),
-        _FOOTER.format(**names),
+        *_definitions(features, only=_FEATURES),
+        _table(),
+        *_definitions(features, only=["previous"]),
+        *_definitions(previous),
+        *_definitions(ghosted, leave_out=_REGISTRATION),
     ]
+    imports = sorted({line for m in (features, previous, ghosted) for line in _imports(m)})
+    parts = [_HEADER.format(**names) + "\n".join(imports), *parts, _FOOTER.format(**names)]
     text = "\n\n".join(part.strip("\n") + "\n" for part in parts)
     (folder / f"{FILE}.py").write_text(text, encoding="utf-8")
     path = folder / "config.json"
@@ -92,12 +77,35 @@ def write_portable(model: PreTrainedModel, folder: Path) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _sources(module: ModuleType, names: list[str]) -> list[str]:
-    """The source of functions and classes, with whatever decorates them."""
-    return [inspect.getsource(getattr(module, name)) for name in names]
+def _definitions(
+    module: ModuleType, *, only: Sequence[str] = (), leave_out: Sequence[str] = ()
+) -> Iterator[str]:
+    """The source of a module's top-level definitions, comments and docstring left out."""
+    source = inspect.getsource(module)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+            segment = inspect.getsource(getattr(module, node.name))
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            segment = ast.get_source_segment(source, node) or ""
+        else:
+            continue
+        if (not only or names[0] in only) and names[0] not in leave_out:
+            yield segment
 
 
-def _features() -> str:
+def _imports(module: ModuleType) -> Iterator[str]:
+    """The imports of a module, this package's own left out."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            line = ast.unparse(node)
+            if "ghostlib" not in line:
+                yield line
+
+
+def _table() -> str:
     """The table of features of the stream, as code."""
     lines = [
         f"    {f.name!r}: Feature({f.name!r}, {f.of.__name__}, "
@@ -105,4 +113,4 @@ def _features() -> str:
         for f in features.FEATURES.values()
         if f.source == "stream"
     ]
-    return "\n".join(["FEATURES = {", *lines, "}"]) + "\n"
+    return "\n".join(["FEATURES = {", *lines, "}"])

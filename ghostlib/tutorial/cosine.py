@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ghostlib.common import track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
+from ghostlib.models.layers import listen
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows, listen, tap
+from ghostlib.models.streams import check_windows, tap
 from ghostlib.operators.families import FAMILIES
 from ghostlib.operators.solve import Operator
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import ghostlib as gl
-from ghostlib.models.architectures import receiver, stream_norm
+from ghostlib.models.architectures import receiver
+from ghostlib.models.layers import stream_norm
 from ghostlib.models.streams import tap
 from ghostlib.operators.paths import RIDGES
 from ghostlib.operators.solve import REGRESSORS, solve

@@ -120,9 +120,9 @@ def test_bad_boundaries_are_named(boundaries, message):
 def test_what_has_no_sequential_fit_is_refused():
     model, ids = tiny_model("llama"), tiny_windows()
     stats = gl.calibrate(model, ids, GAPS)
-    with pytest.raises(ValueError, match="give token windows, not statistics"):
+    with pytest.raises(ValueError, match="'fit' belongs to a pass .* or give token windows"):
         gl.recover(model, stats, LAYERS_OF, fit="sequential")
-    with pytest.raises(ValueError, match="replaceme does not act on the stream"):
-        gl.fit_sequential(model, ids, GAPS, "replaceme")
+    with pytest.raises(ValueError, match=r"boundary \(0, 1\) has no layer before it: keep layer 0"):
+        gl.fit_sequential(model, ids, [(0, 1), *GAPS[1:]], "replaceme")
     with pytest.raises(ValueError, match="fit must be 'teacher' or 'sequential', got 'student'"):
         gl.recover(model, ids, LAYERS_OF, fit="student")

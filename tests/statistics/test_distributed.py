@@ -196,4 +196,4 @@ def test_the_documented_script_runs(start: str, tmp_path: Path) -> None:
         timeout=SECONDS,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "smollm2-ghost7" / "model.ghosted.safetensors").exists()
+    assert (tmp_path / "smollm2-ghost7" / "model.safetensors").exists()

@@ -1,6 +1,9 @@
 """Moments against the activations they summarise."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,25 +15,30 @@ from torch import Tensor
 
 from ghostlib.linalg.hadamard import hadamard
 from ghostlib.models.boundaries import Boundary
+from ghostlib.operators.families import FAMILIES, Family
 from ghostlib.operators.solve import Operator, solve
-from ghostlib.statistics.moments import Moments
+from ghostlib.statistics.features import Regressor
+from ghostlib.statistics.moments import Moments, check_alike, check_moments
 
-SUMS = ("G", "B", "y2", "x1", "y1", "x_abs", "y_abs", "ratio", "ratio_rotated")
+pytestmark = pytest.mark.filterwarnings("error")
+
+SUMS = ("G", "cross", "f1", "d1", "d2", "x_abs", "y_abs", "ratio", "ratio_rotated")
 
 
-def pair(tokens: int, p: int = 8, q: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+def pair(tokens: int, p: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    X = torch.randn(tokens, p, dtype=torch.float64, generator=generator)
-    return X, torch.randn(tokens, q or p, dtype=torch.float64, generator=generator)
+    X, Y = torch.randn(2, tokens, p, dtype=torch.float64, generator=generator)
+    return X, Y
 
 
 def assert_same(a: Moments, b: Moments, tolerance: float = 1e-12) -> None:
+    assert tuple(a.tensors()) == SUMS
     for name in SUMS:
         torch.testing.assert_close(
             getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance
         )
     assert (a.tokens, a.sequences) == (b.tokens, b.sequences)
-    assert a.weight == pytest.approx(b.weight)
+    assert (a.weight, a.fourth) == pytest.approx((b.weight, b.fourth))
 
 
 def test_sums_are_what_they_are_called() -> None:
@@ -39,10 +47,10 @@ def test_sums_are_what_they_are_called() -> None:
     H = hadamard(8)
     expected = {
         "G": X.T @ X,
-        "B": X.T @ Y,
-        "y2": Y.square().sum(0),
-        "x1": X.sum(0),
-        "y1": Y.sum(0),
+        "cross": X.T @ (Y - X),
+        "f1": X.sum(0),
+        "d1": (Y - X).sum(0),
+        "d2": (Y - X).square().sum(0),
         "x_abs": X.abs().sum(0),
         "y_abs": Y.abs().sum(0),
         "ratio": Y.abs().mean(0) / X.abs().mean(0),
@@ -50,9 +58,43 @@ def test_sums_are_what_they_are_called() -> None:
     }
     for name in SUMS:
         torch.testing.assert_close(getattr(moments, name), expected[name])
+    torch.testing.assert_close(moments.B, X.T @ Y)
     assert moments.t == pytest.approx(float(Y.square().sum()))
+    assert moments.pruned_error == pytest.approx(float((Y - X).square().sum()))
+    assert moments.fourth == pytest.approx(float((Y - X).square().sum(1).square().sum()))
     assert (moments.tokens, moments.weight, moments.sequences) == (50, 50.0, 1)
-    assert (moments.width, moments.out_width) == (8, 8)
+    assert (moments.width, moments.blocks) == (8, (8,))
+
+
+def test_features_stand_side_by_side() -> None:
+    """Of the stream and of both ends of the MLP, each with its own width."""
+    X, Y = pair(30)
+    hidden, output = pair(30, 5, seed=1)[0], pair(30, seed=2)[0]
+    moments = Moments(8, regressor="h, x, f", hidden=5)
+    assert moments.update(X, Y, hidden=hidden, output=output).blocks == (5, 8, 8)
+    F = torch.cat([hidden, X, output], 1)
+    torch.testing.assert_close(moments.G, F.T @ F)
+    torch.testing.assert_close(moments.cross, F.T @ (Y - X))
+    torch.testing.assert_close(moments.f1, F.sum(0))
+    M, b = pair(21)[0], pair(1)[1][0]
+    expected = float((X + F @ M + b - Y).square().sum())
+    operator = Operator(M, FAMILIES["branches"], moments.regressor, b)
+    assert moments.error(operator) == pytest.approx(expected)
+    assert moments.error(M) == pytest.approx(float((X + F @ M - Y).square().sum()))
+
+
+def test_a_token_to_leave_out_is_still_the_one_before_the_next() -> None:
+    X, Y = pair(6)
+    real, used = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 1, 0, 1, 0]])
+    moments = Moments(8, regressor="n(prev)").update(X, Y, real=real, used=used)
+    n = X / X.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(moments.f1, n[1] + n[3])
+    alone = Moments(8, regressor="n(prev)").update(X, Y, real=real)
+    torch.testing.assert_close(alone.f1, n[1] + n[2] + n[3])
+    weight = torch.arange(6.0)
+    heavy = Moments(8, regressor="n(prev)").update(X, Y, weight, real=real, used=used)
+    torch.testing.assert_close(heavy.f1, 2 * n[1] + 4 * n[3])
+    assert (moments.tokens, alone.tokens, heavy.weight) == (2, 4, 6.0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -84,15 +126,18 @@ def test_integer_weights_repeat_tokens(counts: list[int], seed: int) -> None:
     assert weighted.error(W) == pytest.approx(repeated.error(W))
 
 
-def test_two_widths() -> None:
-    X, Y = pair(20, 8, 3)
-    moments = Moments(8, 3).update(X, Y)
-    assert moments.B.shape == (8, 3) and (moments.width, moments.out_width) == (8, 3)
-    W = torch.randn(8, 3, dtype=torch.float64)
-    assert moments.error(W) == pytest.approx(float((X @ W - Y).square().sum()))
-    assert not moments.ratio.any() and not moments.ratio_rotated.any()
-    with pytest.raises(ValueError, match="equal widths"):
-        moments.relative_error(W)
+@pytest.mark.parametrize("empty", ["no tokens", "none used", "none that weighs"])
+def test_a_sequence_in_which_no_token_counts_adds_nothing(empty: str) -> None:
+    """Nor does it enter LinearPatch's average over sequences."""
+    moments, (X, Y) = Moments(8).update(*pair(10)), pair(4, seed=1)
+    before = copy.copy(moments)
+    if empty == "no tokens":
+        moments.update(X[:0], Y[:0])
+    elif empty == "none used":
+        moments.update(X, Y, used=torch.zeros(4))
+    else:
+        moments.update(X, Y, torch.zeros(4))
+    assert_same(moments, before, tolerance=0.0)
 
 
 def test_a_width_without_a_hadamard_matrix_keeps_no_rotated_ratio() -> None:
@@ -107,7 +152,8 @@ def test_error_is_that_of_the_activations(n: int, bias: bool, weighted: bool, se
     w = torch.rand(n, dtype=torch.float64) if weighted else torch.ones(n, dtype=torch.float64)
     moments = Moments(8).update(X, Y, w)
     W, b = torch.randn(8, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    op = Operator(W, "any", 64, 8, 1.0, 0.0, b if bias else None)
+    M = W - torch.eye(8, dtype=torch.float64)
+    op = Operator(M, FAMILIES["affine"], bias=b if bias else None)
     expected = float((w[:, None] * (op.apply(X) - Y).square()).sum())
     assert moments.error(op) == pytest.approx(expected)
     if not bias:
@@ -141,7 +187,7 @@ def test_any_precision_is_summed_in_float64(dtype: torch.dtype) -> None:
     moments = Moments(8).update(X, Y)
     assert moments.G.dtype == torch.float64
     torch.testing.assert_close(moments.G, X.double().T @ X.double())
-    torch.testing.assert_close(moments.B, X.double().T @ Y.double())
+    torch.testing.assert_close(moments.cross, X.double().T @ (Y.double() - X.double()))
 
 
 def test_effective_rank_counts_singular_values() -> None:
@@ -161,10 +207,23 @@ def test_effective_rank_needs_a_fraction(rcond: float) -> None:
         Moments(8).effective_rank(rcond)
 
 
-@pytest.mark.parametrize("widths", [(0,), (-1,), (8, 0)])
-def test_widths_must_be_positive(widths: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        Moments(*widths)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"width": 0}, ValueError, "widths must be at least 1, got 0"),
+        ({"width": -1}, ValueError, "at least 1, got -1"),
+        ({"width": 8, "regressor": "h", "hidden": 0}, ValueError, "at least 1, got 8 and 0"),
+        ({"width": 2.5}, TypeError, "integer"),
+        ({"width": "8"}, TypeError, "integer"),
+        ({"width": 8, "regressor": "h", "hidden": 2.5}, TypeError, "integer"),
+        ({"width": 8, "regressor": "h"}, ValueError, "need the width of the MLP: pass hidden="),
+        ({"width": 8, "regressor": "x, h; 1/|y|"}, ValueError, r"moments of x, h; 1/\|y\| need"),
+        ({"width": 8, "regressor": "y"}, ValueError, "unknown feature 'y'"),
+    ],
+)
+def test_widths_and_regressors_are_checked(arguments: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Moments(**arguments)
 
 
 NAN, INF = float("nan"), float("inf")
@@ -175,11 +234,14 @@ NAN, INF = float("nan"), float("inf")
     [
         ((5, 8), (4, 8), None, r"as many tokens, got \(5, 8\) and \(4, 8\)"),
         ((2, 5, 8), (2, 5, 8), None, r"must be \(tokens, width\)"),
-        ((5, 7), (5, 8), None, "have widths 8 and 8, got activations of widths 7 and 8"),
+        ((5, 7), (5, 8), None, "have width 8, got activations of widths 7 and 8"),
+        ((8,), (8,), None, r"must be \(tokens, width\)"),
         ((5, 8), (5, 9), None, "got activations of widths 8 and 9"),
         ((5, 8), (5, 8), [1.0, 1.0], r"weight must have shape \(5,\), got \(2,\)"),
         ((5, 8), (5, 8), [1.0, 1.0, -1.0, 1.0, 1.0], "finite and non-negative"),
         ((5, 8), (5, 8), [1.0, 1.0, NAN, 1.0, 1.0], "finite and non-negative"),
+        ((5, 8), (5, 8), [1.0, 1.0, INF, 1.0, 1.0], "finite and non-negative"),
+        ((5, 8), (5, 8), [1.0, 1.0, 1j, 1.0, 1.0], "finite and non-negative"),
     ],
 )
 def test_update_refuses(x: tuple, y: tuple, weight: list[float] | None, message: str) -> None:
@@ -190,16 +252,69 @@ def test_update_refuses(x: tuple, y: tuple, weight: list[float] | None, message:
     assert moments.tokens == 0 and not moments.G.any()
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize("which", [0, 1])
-def test_update_refuses_what_is_not_finite_and_adds_nothing(bad: float, which: int) -> None:
-    moments = Moments(8).update(*pair(10))
-    before = Moments(8).update(*pair(10))
-    spoiled = pair(10, seed=1)
-    spoiled[which][3, 2] = bad
-    with pytest.raises(ValueError, match=f"{'XY'[which]} has NaN or infinite"):
-        moments.update(*spoiled)
+def spoil(value: complex) -> Callable[[Tensor], Tensor]:
+    def spoiled(values: Tensor) -> Tensor:
+        changed = values.to(torch.complex64 if isinstance(value, complex) else torch.float32)
+        changed[3, 2] = value
+        return changed
+
+    return spoiled
+
+
+@pytest.mark.parametrize("which", ["X_pre", "X_post", "hidden", "output"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (spoil(NAN), "{} has NaN or infinite activations"),
+        (spoil(INF), "{} has NaN or infinite activations"),
+        (spoil(-INF), "{} has NaN or infinite activations"),
+        (spoil(1j), r"{} is complex \(torch.complex64\): activations are real"),
+        (lambda values: values[1:], r"(as many tokens|{} has 9 tokens, X_pre has 10)"),
+        (lambda values: values[:, 1:], "(width|columns)"),
+    ],
+)
+def test_update_refuses_bad_activations_and_adds_nothing(
+    which: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    def sources(seed: int) -> dict[str, Any]:
+        (x, y), (hidden, output) = pair(10, seed=seed), pair(10, seed=seed + 1)
+        return {"X_pre": x, "X_post": y, "hidden": hidden[:, :5], "output": output}
+
+    moments = Moments(8, regressor="x, h, f", hidden=5).update(**sources(0))
+    before = copy.copy(moments)
+    bad = sources(2)
+    bad[which] = change(bad[which])
+    with pytest.raises(ValueError, match=message.format(which)):
+        moments.update(**bad)
     assert_same(moments, before, tolerance=0.0)
+
+
+@pytest.mark.parametrize("name", ["real", "used"])
+@pytest.mark.parametrize("shape", [(4,), (5, 1), (5, 8)])
+def test_update_refuses_a_mask_of_another_shape(name: str, shape: tuple[int, ...]) -> None:
+    mask: dict[str, Any] = {name: torch.ones(shape)}
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(5,\), got \({shape[0]},"):
+        Moments(8).update(*pair(5), **mask)
+
+
+@pytest.mark.parametrize(
+    ("regressor", "missing"), [("h", "hidden"), ("x, f; 1/|y|", "output"), ("h, f", "hidden")]
+)
+def test_update_asks_for_what_the_regressor_reads(regressor: str, missing: str) -> None:
+    moments = Moments(8, regressor=regressor, hidden=5)
+    with pytest.raises(ValueError, match=f"reads the MLP before the gap: pass {missing}=… as well"):
+        moments.update(*pair(4))
+
+
+def test_a_weight_by_the_norm_needs_a_norm() -> None:
+    X, Y = pair(5)
+    Y[3] = 0
+    moments = Moments(8, regressor="x; 1/|y|")
+    with pytest.raises(ValueError, match=r"norm 0 after the boundary, where its weight 1/\|y\|"):
+        moments.update(X, Y)
+    assert moments.tokens == 0
+    assert Moments(8).update(X, Y).tokens == 5
+    assert moments.update(X, Y, used=torch.tensor([1, 1, 1, 0, 1])).tokens == 4
 
 
 def test_update_leaves_activations_and_earlier_sums_alone() -> None:
@@ -216,15 +331,32 @@ def test_update_leaves_activations_and_earlier_sums_alone() -> None:
 @pytest.mark.parametrize(
     ("other", "what"),
     [
-        (Moments(7, 8), "width"),
-        (Moments(8, 7), "out_width"),
+        (Moments(7), "width"),
         (Moments(8, boundary=(1, 2)), "boundary"),
         (Moments(8, model="another"), "model"),
+        (Moments(8, regressor="n(x)"), "regressor"),
+        (Moments(8, regressor="x; 1/|y|"), "regressor"),
+        (Moments(8, regressor="x, n(x)"), "blocks"),
     ],
 )
 def test_moments_of_different_things_cannot_be_added(other: Moments, what: str) -> None:
-    with pytest.raises(ValueError, match=f"different {what} cannot be added"):
-        Moments(8) + other
+    for one, two in ((Moments(8), other), (other, Moments(8))):
+        with pytest.raises(ValueError, match=f"different {what} cannot be added"):
+            one + two
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (Moments(7), "width"),
+        (Moments(8, regressor="n(x)"), "regressor"),
+        (Moments(8, regressor="x, n(x)"), "blocks"),
+    ],
+)
+def test_held_out_moments_must_be_of_the_same_kind(other: Moments, what: str) -> None:
+    with pytest.raises(ValueError, match=f"training and held-out moments must have one {what}, g"):
+        check_alike(Moments(8), other)
+    check_alike(Moments(8, boundary=(1, 2)), Moments(8, model="another"))
 
 
 def test_only_moments_can_be_added() -> None:
@@ -237,6 +369,45 @@ def test_only_moments_can_be_added() -> None:
 def test_error_refuses_another_shape() -> None:
     with pytest.raises(ValueError, match=r"shape \(8, 8\), got \(7, 8\)"):
         Moments(8).error(torch.zeros(7, 8))
+    with pytest.raises(ValueError, match=r"shape \(16, 8\), got \(8, 8\)"):
+        Moments(8, regressor="x, n(x)").error(torch.eye(8))
+
+
+@pytest.mark.parametrize("reads", ["f", "n(x)", "x, n(x)"])
+def test_error_refuses_an_operator_that_reads_something_else(reads: str) -> None:
+    """Of the same shape it would be a number that means nothing."""
+    regressor = Regressor.parse(reads)
+    M = torch.zeros(8 * len(regressor.features), 8).double()
+    family = FAMILIES["replaceme"] if reads == "f" else Family.of(reads)
+    with pytest.raises(ValueError, match=r"the operator reads .*, these moments are of x: take c"):
+        Moments(8).error(Operator(M, family, regressor))
+    weighted = Regressor.parse(reads + "; 1/|y|")  # weights may differ
+    assert Moments(8, regressor=regressor).error(Operator(M, family, weighted)) == 0.0
+
+
+def test_the_plain_stream_alone_has_B_and_t() -> None:
+    other = Moments(8, regressor="x, n(x)").update(*pair(10))
+    with pytest.raises(ValueError, match=r"B = X_pre' X_post is of the plain stream, .* x, n\(x\)"):
+        _ = other.B
+    with pytest.raises(ValueError, match=r"t = \|\|X_post\|\|\^2 is of the plain stream"):
+        _ = other.t
+    X, Y = pair(10)
+    weighted = Moments(8, regressor="x; 1/|y|^2").update(X, Y)
+    w = 1 / Y.square().sum(1)
+    torch.testing.assert_close(weighted.B, X.T @ (w[:, None] * Y))
+    assert weighted.t == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_sums_that_are_not_finite_are_refused(name: str, bad: float) -> None:
+    moments = Moments(8).update(*pair(10))
+    check_moments(moments)
+    spoiled = getattr(moments, name).clone()
+    spoiled.view(-1)[2] = bad
+    setattr(moments, name, spoiled)
+    with pytest.raises(ValueError, match=f"moments must be finite, and {name} is not"):
+        check_moments(moments)
 
 
 def test_copy_on_a_device_and_repr() -> None:
@@ -244,20 +415,24 @@ def test_copy_on_a_device_and_repr() -> None:
     moved = moments.to("cpu")
     assert moved is not moments and moved.boundary == (1, 3) and moved.model == "m"
     assert_same(moved, moments, tolerance=0.0)
-    assert "width=8" in repr(moments) and "tokens=10" in repr(moments) and "1, 3" in repr(moments)
-    assert "boundary" not in repr(Moments(8))
+    assert repr(moments) == "Moments(8, regressor='x', tokens=10, boundary=(1, 3))"
+    assert repr(Moments(8)) == "Moments(8, regressor='x', tokens=0)"
 
 
 @pytest.mark.parametrize("boundary", [None, Boundary(3, 7)])
-def test_save_and_load(tmp_path: Path, boundary: Boundary | None) -> None:
-    X, Y = pair(10, 8, 4)
-    moments = Moments(8, 4, boundary=boundary, model="a/b").update(X, Y, torch.rand(10))
+@pytest.mark.parametrize("regressor", ["x", "x, z(x); 1/|y|^0.5", "h, f"])
+def test_save_and_load(tmp_path: Path, boundary: Boundary | None, regressor: str) -> None:
+    (X, Y), (hidden, output) = pair(10), pair(10, seed=1)
+    kind: dict[str, Any] = {"regressor": regressor, "hidden": 5}
+    moments = Moments(8, boundary=boundary, model="a/b", **kind)
+    moments.update(X, Y, torch.rand(10), hidden=hidden[:, :5], output=output)
     path = tmp_path / "m.safetensors"
     Moments(3).save(path)  # to be replaced
     moments.save(path)
     loaded = Moments.load(str(path))
     assert_same(loaded, moments, tolerance=0.0)
-    assert loaded.weight == moments.weight
+    assert loaded.counts() == moments.counts()
+    assert (loaded.regressor, loaded.blocks) == (moments.regressor, moments.blocks)
     assert (loaded.boundary, loaded.model) == (boundary, "a/b")
     assert loaded.boundary is None or isinstance(loaded.boundary, Boundary)
     assert_same(loaded + moments, moments + moments, tolerance=0.0)
@@ -295,8 +470,14 @@ def test_load_refuses_sums_of_another_precision_or_without_their_counts(tmp_path
     save_file(sums | {"G": sums["G"].float()}, path, metadata=meta)
     with pytest.raises(ValueError, match=r"G is \(8, 8\) torch.float32"):
         Moments.load(path)
-    save_file(sums, path, metadata={k: v for k, v in meta.items() if k != "tokens"})
-    with pytest.raises(ValueError, match="cannot be read as moments: 'tokens'"):
+    for wrong in ("tokens", "regressor", "blocks"):
+        edited = {"moments": meta["moments"].replace(f'"{wrong}"', '"wrong"')}
+        save_file(sums, path, metadata=edited)
+        with pytest.raises(ValueError, match=f"cannot be read as moments: '{wrong}'"):
+            Moments.load(path)
+    edited = {"moments": meta["moments"].replace('"regressor": "x"', '"regressor": "x, n(x)"')}
+    save_file(sums, path, metadata=edited)
+    with pytest.raises(ValueError, match=r"cannot be read as moments: .*argument 2 is shorter"):
         Moments.load(path)
 
 
@@ -327,3 +508,48 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         Moments(8).save(path)
     assert torch.equal(load_file(path)["G"], before["G"])
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# --- some features of more ------------------------------------------------------------------------
+
+WIDE = "x, n(x), h; 1/|y|"
+
+
+def wide_and(regressor: str, tokens: int = 20) -> tuple[Moments, Moments]:
+    """Moments of many features, and of these collected directly."""
+    made = [Moments(8, regressor=r, hidden=5) for r in (WIDE, regressor)]
+    for moments in made:
+        moments.update(*pair(tokens), hidden=pair(tokens, 5, seed=1)[0])
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize(
+    "regressor",
+    [WIDE, "x; 1/|y|", "h; 1/|y|", "x, h; 1/|y|", "h, x; 1/|y|", "n(x), h, x; 1/|y|"],
+)
+def test_a_part_is_what_is_collected_directly(regressor: str) -> None:
+    wide, alone = wide_and(regressor)
+    part = wide.part(regressor)
+    assert_same(part, alone, tolerance=1e-12)
+    assert (part.regressor, part.blocks) == (alone.regressor, alone.blocks)
+    assert part.d2 is wide.d2
+    op = solve(alone, Family.of("branches")) if "h" not in regressor else None
+    if op is not None:
+        assert part.error(op) == pytest.approx(alone.error(op))
+
+
+def test_leading_features_are_views_and_stay_apart_from_the_whole() -> None:
+    wide, _ = wide_and(WIDE)
+    part, last = wide.part("x, n(x); 1/|y|"), wide.part("h; 1/|y|")
+    assert part.G.data_ptr() == wide.G.data_ptr() and last.G.data_ptr() != wide.G.data_ptr()
+    before = wide.to("cpu")
+    part.update(*pair(5, seed=3))
+    assert_same(wide, before, tolerance=0.0)
+    assert part.tokens == 25
+
+
+@pytest.mark.parametrize("regressor", ["x", "x; 1/|y|^2", "f; 1/|y|", "x, z(x); 1/|y|", "n(prev)"])
+def test_a_part_that_is_not_there_is_named(regressor: str) -> None:
+    wide, _ = wide_and(WIDE)
+    with pytest.raises(ValueError, match=r"moments of x, n\(x\), h; 1/\|y\| do not hold those of"):
+        wide.part(regressor)

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 import ghostlib as gl
 from ghostlib import Boundary
-from ghostlib.models.architectures import decoder_layers, mlp_output
+from ghostlib.models.architectures import decoder_layers
+from ghostlib.models.layers import mlp_output
 from ghostlib.models.streams import tap
 from ghostlib.statistics.features import Regressor
 
@@ -37,7 +38,7 @@ def test_a_folded_scale_is_a_scale_at_the_gap(any_tiny, tied):
         operators[gap] = gl.solve(gl.Moments(WIDTH).update(X, a * X), "magnitude")
         assert torch.allclose(operators[gap].W, a * torch.eye(WIDTH, dtype=torch.float64))
     if kind == "olmo2":
-        with pytest.raises(ValueError, match="olmo2 reads its stream without a norm"):
+        with pytest.raises(ValueError, match="of this olmo2 reads its stream without a norm"):
             gl.install(model, operators)
         return
     # The epsilon of a norm is the one thing a scale does not pass by.
@@ -75,7 +76,7 @@ def test_replaceme_is_least_squares_on_the_last_mlp(any_tiny):
     """The repaired stream behind the gap is R + F T, with T from lstsq on stored activations."""
     ids, gap = tiny_windows(4, 24), Boundary(2, 4)
     if any_tiny.config.model_type in NORM_AFTER:
-        with pytest.raises(ValueError, match="normalises what its MLP returns"):
+        with pytest.raises(ValueError, match="normalises, scales or routes what its MLP returns"):
             gl.recover(any_tiny, ids, gap.removed, "replaceme")
         return
     F: list[torch.Tensor] = []

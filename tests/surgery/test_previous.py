@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 import ghostlib as gl
-from ghostlib.surgery.previous import LastTokens
+from ghostlib.surgery.previous import RememberingCache
 
 SEVERAL = [0, 2, 3, LAYERS - 1]  # behind the embeddings, between layers, before the final norm
 NAME = "three-branch-relative"
@@ -86,8 +86,8 @@ def test_the_token_before_matters() -> None:
     with torch.no_grad():
         model(ids[:, :5], **into(cache))
         right = model(ids[:, 5:], **into(copy.deepcopy(cache))).logits
-        for tokens in cache.layers[-1].tokens:
-            tokens.zero_()
+        for token in cache.last_tokens.values():
+            token.zero_()
         wrong = model(ids[:, 5:], **into(cache)).logits
     assert (right - wrong).abs().max() > 0.1
 
@@ -186,7 +186,8 @@ def test_a_cache_can_be_copied_repeated_selected_and_emptied() -> None:
         torch.testing.assert_close(
             model(ids, **into(cache)).logits[:, -1:], expected, rtol=1e-3, atol=1e-3
         )
-    assert sum(isinstance(layer, LastTokens) for layer in cache.layers) == 1
+    assert isinstance(cache, RememberingCache) and isinstance(cache, DynamicCache)
+    assert len(cache.layers) == LAYERS - len(SEVERAL) and type(cache).__mro__[2] is DynamicCache
 
 
 def test_one_token_is_counted_in_the_cache() -> None:
@@ -196,9 +197,8 @@ def test_one_token_is_counted_in_the_cache() -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(tiny_windows(2, 9), **into(cache))
-    held = cache.layers[-1]
-    assert isinstance(held, LastTokens)
-    assert more == sum(t.numel() * t.element_size() for t in held.tokens)
+    held = cache.last_tokens.values()
+    assert more == sum(t.numel() * t.element_size() for t in held)
     assert gl.cache_bytes(model, 0) == 0
 
 

@@ -62,9 +62,7 @@ def test_a_folded_repair_loads_as_the_stock_class_without_ghostlib(
 
 @pytest.mark.parametrize("name", ["ghost", "ghost-refit", "three-branch", "affine"])
 @pytest.mark.parametrize("layout", ["llama", "gpt2"])
-def test_a_portable_folder_loads_with_its_own_code(
-    layout: str, name: str, tmp_path: Path
-) -> None:
+def test_a_portable_folder_loads_with_its_own_code(layout: str, name: str, tmp_path: Path) -> None:
     recovered = repaired(name, tiny_model(layout), relative_ridge=1e-3)
     folder = save(recovered, tmp_path / "model", portable=True)
     done = load_elsewhere(folder, trust_remote_code=True)
@@ -123,7 +121,9 @@ def test_output_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     for path, match in (("file", "is a file"), ("full", "not empty"), ("file/below", "is a file")):
         with pytest.raises(OSError, match=match):
             save(recovered, tmp_path / path)
-    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    assert (
+        (tmp_path / "file").read_text() == (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    )
     with pytest.raises(OSError, match="GB are free"):
         check_output(tmp_path / "new", bytes_needed=10**18)
     (tmp_path / "empty").mkdir()

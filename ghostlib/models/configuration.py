@@ -1,0 +1,301 @@
+"""A configuration that agrees with its model after layers have gone.
+
+What a configuration says of the layers one by one follows the layers that are kept: lists with an
+entry for each, lists of their indices, settings by index, patterns that repeat, and how many of the
+first or the last are of a kind. Other rules that compute what a layer is from its index cannot be
+followed. Whether all agree is therefore never assumed: `check_agreement` builds the model that the
+new configuration describes, without memory for its weights, and compares.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+_COUNT = re.compile(r"(num_|n_)?(hidden_|decoder_|text_)?(layers?|blocks)$")
+# How many of the first layers, or of the last, are of one kind.
+_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
+_LAST = ("num_kv_shared_layers",)
+_REPEATED = ("attention_types", "block_types")
+# What is divided by the square root of the number of layers.
+_BY_ROOT = ("scale_depth",)
+_INDICES = re.compile(r".*(layers|layer_ids|layer_indices|indices|idxs?|layer_idx)$")
+_NUMBER = re.compile(r"_?(layer_?(idx|id|index|number|num)|idx|index|block_idx)$")
+
+
+def follow(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
+    """Keep of the modules at ``path`` those with the indices ``kept``; all that counts them follows.
+
+    Args:
+        model: changed in place; weights stay as they are.
+        path: of the list of decoder layers.
+        kept: ascending.
+    """
+    layers: Any = model.get_submodule(path)
+    total = len(layers)
+    numbers = _numbers(layers)
+    owners = list(_owners(model, path))
+    configs = _configs(owners, layers, total)
+    setattr(owners[-1], path.rpartition(".")[2], type(layers)([layers[i] for i in kept]))
+    for index, module, name, step, offset in numbers:
+        if index in kept:
+            setattr(module, name, step * kept.index(index) + offset)
+    for config in configs:
+        single = _per_layer(config)
+        if single:
+            config.per_layer_config = None
+        _follow_settings(config, total, kept)
+        if single:
+            config.per_layer_config = {kept.index(i): s for i, s in single.items() if i in kept}
+    for owner in owners:
+        _follow_settings(owner, total, kept)
+    for index in kept:
+        for module in layers[index].modules():
+            _follow_settings(module, total, kept)
+
+
+def _per_layer(config: PretrainedConfig) -> dict[int, Any]:
+    """Settings that single layers have of their own."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    return {int(index): s for index, s in config.to_dict()["per_layer_config"].items()}
+
+
+def _owners(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that hold the one at ``path``, from the model down."""
+    yield model
+    for name in path.split(".")[:-1]:
+        model = getattr(model, name)
+        yield model
+
+
+def _configs(owners: Sequence[nn.Module], layers: nn.Module, total: int) -> list[PretrainedConfig]:
+    """The configurations that describe the layers, each once."""
+    found: dict[int, PretrainedConfig] = {}
+    for module in (*owners, *layers.modules()):
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig) and _describes(config, total):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _describes(config: PretrainedConfig, total: int) -> bool:
+    counts = (value for name, value in vars(config).items() if _COUNT.fullmatch(name))
+    return getattr(config, "num_hidden_layers", None) == total or total in counts
+
+
+def _follow_settings(owner: Any, total: int, kept: Sequence[int]) -> None:
+    for name, value in list(vars(owner).items()):
+        known = not name.startswith("_") and _plain(value)
+        new = _followed(name, value, total, kept) if known else None
+        if new is not None:
+            setattr(owner, name, new)
+
+
+def _followed(name: str, value: Any, total: int, kept: Sequence[int]) -> Any:
+    """The setting for the layers ``kept``, or None where it does not depend on them."""
+    if type(value) is int:
+        if name in _FIRST:
+            return sum(index < value for index in kept)
+        if name in _LAST:
+            return sum(index >= total - value for index in kept)
+        if value == total and (_COUNT.fullmatch(name) or name == "first_kv_shared_layer_idx"):
+            return len(kept)
+    if name in _BY_ROOT and isinstance(value, int | float):
+        return value * math.sqrt(len(kept) / total)
+    if isinstance(value, list | tuple) and value:
+        if name in _REPEATED:
+            return _pattern(name, value, total, kept)
+        if _INDICES.fullmatch(name) and _are_indices(value, total):
+            return type(value)(kept.index(index) for index in value if index in kept)
+        if len(value) == total:
+            return type(value)(value[index] for index in kept)
+    return None
+
+
+def _pattern(name: str, value: Sequence[Any], total: int, kept: Sequence[int]) -> Any:
+    """A pattern of kinds that is repeated over the layers, written out for those that are kept."""
+    if name == "attention_types":  # [[kinds, times], …]
+        kinds = [kind for part, times in value for kind in list(part) * times]
+        return [[[kinds[index] for index in kept], 1]]
+    kinds = list(itertools.islice(itertools.cycle(value), total))
+    return [kinds[index] for index in kept]
+
+
+def _are_indices(value: Sequence[Any], total: int) -> bool:
+    ascending = all(type(index) is int and 0 <= index < total for index in value)
+    return ascending and sorted(set(value)) == list(value)
+
+
+def _numbers(layers: nn.ModuleList) -> list[tuple[int, nn.Module, str, int, int]]:
+    """Every attribute that holds the number of its layer, as ``step * index + offset``.
+
+    A layer with two attentions has two places in the cache, so the step need not be one.
+
+    Returns:
+        ``(index of the layer, module, name of the attribute, step, offset)``.
+    """
+    places: dict[tuple[str, str], list[tuple[int, nn.Module, int]]] = {}
+    for index, layer in enumerate(layers):
+        for path, module in layer.named_modules():
+            for name, value in vars(module).items():
+                if type(value) is int and _NUMBER.fullmatch(name):
+                    places.setdefault((path, name), []).append((index, module, value))
+    found = []
+    for (_, name), seen in places.items():
+        (first, _, low), (last, _, high) = seen[0], seen[-1]
+        step = (high - low) // (last - first) if last > first else 1
+        offset = low - step * first
+        if all(value == step * index + offset for index, _, value in seen):
+            found += [(index, module, name, step, offset) for index, module, _ in seen]
+    return found
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that the configuration of ``model`` describes, on the meta device: no weights."""
+    config: Any = model.config
+    with torch.device("meta"):
+        # what of it is saved, and what is made of that when it is read
+        made: PreTrainedModel = type(model)(type(config).from_dict(config.to_diff_dict()))
+    return made
+
+
+def differences(model: PreTrainedModel, path: str) -> list[str]:
+    """Where ``model``, from what holds its layers down, is not its `twin`.
+
+    Compared by name: classes of modules, shapes of parameters and buffers, every plain setting of a
+    module, and the values of buffers that no file holds.
+
+    Args:
+        path: of the list of decoder layers.
+
+    Returns:
+        One line a difference, such as ``layers.3.self_attn.sliding_window: 8, not None``: what the
+        model has, and what one made from its configuration has.
+    """
+    parent = path.rpartition(".")[0]
+    other = twin(model)
+    ours, theirs = (dict(m.get_submodule(parent).named_modules()) for m in (model, other))
+    found = []
+    for name in ours.keys() | theirs.keys():
+        if name not in ours or name not in theirs:
+            found.append(f"{name}: {_have(name in ours)}, {_have(name in theirs)} in the twin")
+            continue
+        settings = _settings(theirs[name], other)
+        have = _settings(ours[name], model)
+        for key, expected in settings.items():
+            if key in have and not _agree(have[key], expected, theirs[name]):
+                found.append(f"{name}.{key}: {have[key]}, not {expected}".lstrip("."))
+    return sorted(found)
+
+
+def uniform(model: PreTrainedModel, path: str) -> bool:
+    """Whether the layers at ``path`` differ in nothing but their numbers and weights."""
+    layers: Any = model.get_submodule(path)
+    kinds = []
+    for layer in layers:
+        kind = {}
+        for name, module in layer.named_modules():
+            settings = _settings(module, model)
+            kind[name] = {k: v for k, v in settings.items() if not _NUMBER.fullmatch(k)}
+        kinds.append(kind)
+    return all(kind == kinds[0] for kind in kinds)
+
+
+def _agree(ours: Any, theirs: Any, module: nn.Module) -> bool:
+    """Equal, up to rounding; rotary embeddings may know kinds of layers that are gone."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    if "Rotary" in type(module).__name__:
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            return theirs.items() <= ours.items()
+        if isinstance(ours, list) and isinstance(theirs, list):
+            return all(kind in ours for kind in theirs)
+    return bool(ours == theirs)
+
+
+def _have(there: bool) -> str:
+    return "there" if there else "not there"
+
+
+# Set while a model runs or is trained, by device placement, or different in every object.
+_PASSING = re.compile(
+    r"_.*|training|gradient_checkpointing|max_seq_len_cached|all_tied_weights_keys|hf_device_map|name_or_path|warnings_issued|vocab_size"
+)
+
+
+def _settings(module: nn.Module, model: PreTrainedModel) -> dict[str, Any]:
+    """What makes ``module`` what it is, but for the values of its weights."""
+    found: dict[str, Any] = {"class": type(module).__name__}
+    for name, value in vars(module).items():
+        if not _PASSING.fullmatch(name) and _plain(value):
+            found[name] = value
+    for name, tensor in (*module.named_parameters(recurse=False), *_buffers(module)):
+        found[f"{name}, shape"] = tuple(tensor.shape)
+    for name, values in _computed(module, model):
+        found[f"{name}, values"] = values
+    return found
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return module.named_buffers(recurse=False)
+
+
+def _computed(module: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, list[float]]]:
+    """The buffers that are computed from the configuration and saved in no file."""
+    names = [name for name in module._non_persistent_buffers_set if name in dict(_buffers(module))]
+    empty = [name for name in names if module.get_buffer(name).device.type == "meta"]
+    for name in empty:
+        unknown = torch.full_like(module.get_buffer(name), -1, device="cpu")
+        setattr(module, name, unknown)
+    if empty:
+        model._init_weights(module)
+    for name in names:
+        values = module.get_buffer(name)
+        if values.numel() <= 4096 and not (name in empty and bool((values == -1).all())):
+            yield name, values.double().flatten().tolist()
+
+
+_NUMBERS = re.compile(r"\.\d+\.")
+
+
+def check_agreement(model: PreTrainedModel, path: str, original: PreTrainedModel) -> None:
+    """Refuse a model that would not come back from a file, because its configuration describes
+    another one.
+
+    Args:
+        path: of the list of decoder layers.
+        original: the model before layers were removed; in what it differs from its own
+            configuration already, ``model`` may differ too.
+
+    Raises:
+        ValueError: it shows up to three differences to the `twin`.
+    """
+    try:
+        found = differences(model, path)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        found = [f"{type(error).__name__}: {error}".splitlines()[0]]
+    if found:
+        before = {_NUMBERS.sub("", line) for line in differences(original, path)}
+        found = [line for line in found if _NUMBERS.sub("", line) not in before]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"these layers cannot be removed from a {model.config.model_type}: a model made from "
+            f"its new configuration would differ in {'; '.join(found[:3])}{more}. This type "
+            "computes what a layer is from its number: remove layers that leave the pattern as it "
+            "is, such as whole periods of it"
+        )

@@ -1,0 +1,414 @@
+"""What a layer does with the stream, tried on a few random tokens instead of known by its name.
+
+A repair that goes into existing weights needs to know which modules write into the stream, whether
+anything follows them, and whether what reads the stream takes its scale away. One layer, as an
+excerpt of its model, answers that by what it returns when one of them returns something else.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ghostlib.models.architectures import (
+    decoder_layers,
+    hidden_size,
+    model_type,
+    num_layers,
+    receiver,
+)
+from ghostlib.models.placement import compute_device, input_device
+from ghostlib.models.streams import excerpt, feed, tap
+
+_TOKENS, _FACTOR = 5, 2.0
+_LINEAR = (nn.Linear.forward, Conv1D.forward)
+
+
+class Facts(NamedTuple):
+    """What was found out about one layer.
+
+    Attributes:
+        writers: paths of the modules whose outputs are added to the stream, in order.
+        last: path of the linear map that is the last to write, or "" where there is none.
+        norm: ``"rms"`` or ``"layer"``, the norm that all read the entering stream through, or "".
+        scales: whether scaling the stream and all writers scales what leaves the layer, and no more.
+    """
+
+    writers: tuple[str, ...]
+    last: str
+    norm: str
+    scales: bool
+
+
+# Copies of a model share its tensors, and what is known of a layer goes with them.
+_FACTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def facts(model: PreTrainedModel, index: int) -> Facts:
+    """What layer ``index`` does, found out once."""
+    key = next(decoder_layers(model)[index].parameters())
+    if key not in _FACTS:
+        _FACTS[key] = _find_out(model, index)
+    found: Facts = _FACTS[key]
+    return found
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+class _Bench:
+    """One layer on its own, that can be run on a stream while some of its modules are changed."""
+
+    def __init__(self, model: PreTrainedModel, index: int) -> None:
+        self.part = excerpt(model, index, index + 1)
+        self.layer = decoder_layers(self.part)[0]
+        self.width = hidden_size(model)
+        generator = torch.Generator().manual_seed(0)
+        weight = next(p for p in self.layer.parameters() if p.is_floating_point())
+        shape = (1, _TOKENS, self.width)
+        device, self.dtype = compute_device(self.layer), weight.dtype
+        self.stream = torch.randn(shape, generator=generator).to(device, self.dtype)
+        self.nudge = torch.randn(shape, generator=generator).to(device, self.dtype)
+        self.ids = torch.arange(3, 3 + _TOKENS, device=input_device(model))[None]
+
+    def run(
+        self, stream: Tensor | None = None, change: dict[str, Change] | None = None
+    ) -> tuple[Tensor, list[tuple[str, Tensor | None, Tensor]]]:
+        """What the layer returns, and every module's first input and output, in order."""
+        seen: list[tuple[str, Tensor | None, Tensor]] = []
+        left: list[Tensor] = []
+        change = change or {}
+
+        def hook(path: str) -> Callable[..., Any]:
+            def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+                first = args[0] if args else kwargs.get("hidden_states")
+                values = output[0] if isinstance(output, tuple) else output
+                if not isinstance(values, Tensor):
+                    return None
+                if path in change:
+                    values = change[path](values)
+                seen.append((path, first if isinstance(first, Tensor) else None, values))
+                if path not in change:
+                    return None
+                return (values, *output[1:]) if isinstance(output, tuple) else values
+
+            return after
+
+        with ExitStack() as stack:
+            for path, module in self.layer.named_modules():
+                if path:
+                    handle = module.register_forward_hook(hook(path), with_kwargs=True)
+                    stack.callback(handle.remove)
+            stack.enter_context(feed(self.part, self.stream if stream is None else stream))
+            run = stack.enter_context(tap(self.part, [1], lambda _, hidden: left.append(hidden)))
+            run(input_ids=self.ids)
+        return left[0].clone(), seen
+
+    def same(self, one: Tensor, other: Tensor) -> bool:
+        """Equal up to the rounding of the dtype, and to what a norm adds to the variance."""
+        return _close(other, one)
+
+
+def _find_out(model: PreTrainedModel, index: int) -> Facts:
+    bench = _Bench(model, index)
+    modules = dict(bench.layer.named_modules())
+    before, seen = bench.run()
+    streams = bench.stream.shape
+
+    def norm_like(path: str) -> bool:
+        return "norm" in type(modules[path]).__name__.lower()
+
+    candidates = [
+        path
+        for path, _, output in seen
+        if output.numel() == bench.stream.numel()
+        and output.shape[-1] == bench.width
+        and (type(modules[path]).forward in _LINEAR or norm_like(path))
+    ]
+    writers, linear = [], []
+    for path in dict.fromkeys(candidates):
+        nudged = {path: lambda values: values + bench.nudge.view_as(values)}
+        after, again = bench.run(change=nudged)
+        if _added(bench, path, seen, again, before, after, norm_like):
+            writers.append(path)
+        if type(modules[path]).forward in _LINEAR and bench.same(after - before, bench.nudge):
+            linear.append(path)
+    outside = [path for path in linear if not _in_attention(modules, path)]
+    last = (outside or linear or [""])[-1]
+
+    readers = [
+        path
+        for path, first, _ in seen
+        if first is not None and first.shape == streams and torch.equal(first, bench.stream)
+    ]
+    outer = [p for p in readers if not any(p.startswith(f"{o}.") for o in readers)]
+    norm = _norm_of(bench, [modules[path] for path in outer if path not in writers])
+    grown: dict[str, Change] = dict.fromkeys(writers, lambda values: values * _FACTOR)
+    scaled, _ = bench.run(bench.stream * _FACTOR, grown)
+    scales = bool(writers) and bench.same(scaled, before * _FACTOR)
+    return Facts(tuple(writers), last, norm, scales)
+
+
+def _added(
+    bench: _Bench,
+    path: str,
+    seen: list[tuple[str, Tensor | None, Tensor]],
+    again: list[tuple[str, Tensor | None, Tensor]],
+    before: Tensor,
+    after: Tensor,
+    norm_like: Callable[[str], bool],
+) -> bool:
+    """Whether a nudge to what ``path`` returns arrives unchanged at the next reader of the stream."""
+    place = max(i for i, (name, *_) in enumerate(seen) if name == path)
+    own = seen[place][2].reshape(bench.stream.shape)
+    for (name, first, _), (_, changed, _) in zip(
+        seen[place + 1 :], again[place + 1 :], strict=False
+    ):
+        if first is None or changed is None or first.numel() != bench.stream.numel():
+            continue
+        if norm_like(name):
+            if bench.same(first.reshape(own.shape), own):
+                return False  # what it returns is normalised before it is added
+            if torch.equal(first, changed):
+                continue  # a norm beside it
+            return bench.same((changed - first).reshape(own.shape), bench.nudge)
+    return bench.same(after - before, bench.nudge)
+
+
+def _in_attention(modules: dict[str, nn.Module], path: str) -> bool:
+    """Whether a module belongs to what has a place in the cache."""
+    names = path.split(".")
+    above = (modules[".".join(names[:n])] for n in range(1, len(names) + 1))
+    return any(hasattr(module, "layer_idx") for module in above)
+
+
+def _norm_of(bench: _Bench, readers: list[nn.Module]) -> str:
+    """The kind of norm all ``readers`` are, or nothing."""
+    kinds = set()
+    for module in readers:
+        with torch.no_grad():
+            try:
+                plain, grown, moved = (
+                    module(x) for x in (bench.stream, bench.stream * _FACTOR, bench.stream + 1)
+                )
+            except (TypeError, ValueError, RuntimeError):
+                return ""
+        if not isinstance(plain, Tensor) or not _close(plain, grown):
+            return ""
+        kinds.add("layer" if _close(plain, moved) else "rms")
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    error = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-12)
+    return bool(error < max(1e-3, 30 * torch.finfo(one.dtype).eps))
+
+
+def down_projection(model: PreTrainedModel, index: int) -> nn.Module:
+    """The linear map through which layer ``index`` writes into the stream last, that of its MLP.
+
+    A `torch.nn.Linear`, which keeps ``(width, I)``, or a `Conv1D` of transformers, which keeps
+    ``(I, width)``. What it returns is added to the stream as it is.
+
+    Raises:
+        ValueError: there is none, because what the MLP returns is normalised, scaled or routed
+            before it is added.
+    """
+    last = facts(model, index).last
+    if not last:
+        raise ValueError(
+            f"layer {index} of this {model_type(model)} normalises, scales or routes what its MLP "
+            "returns before it is added to the stream: nothing can be folded into its last matrix; "
+            "use an operator at the gap, such as ghost"
+        )
+    return decoder_layers(model)[index].get_submodule(last)
+
+
+def intermediate_size(model: PreTrainedModel, index: int) -> int:
+    """Width of what `down_projection` of layer ``index`` reads.
+
+    Raises:
+        ValueError: as `down_projection`.
+    """
+    module: Any = down_projection(model, index)
+    return int(module.in_features if isinstance(module, nn.Linear) else module.nx)
+
+
+def has_bias(model: PreTrainedModel, index: int) -> bool:
+    """Whether `down_projection` of layer ``index`` has a bias.
+
+    Raises:
+        ValueError: as `down_projection`.
+    """
+    module: Any = down_projection(model, index)
+    return module.bias is not None
+
+
+def mlp_output(model: PreTrainedModel, index: int) -> nn.Module:
+    """The module whose output is what layer ``index``'s MLP adds to the stream.
+
+    Raises:
+        ValueError: as `down_projection`.
+    """
+    return down_projection(model, index)
+
+
+def writers(model: PreTrainedModel, index: int) -> list[nn.Module]:
+    """The modules of layer ``index`` whose outputs are added to the stream.
+
+    Raises:
+        ValueError: scaling them and the stream does more than scaling what leaves the layer.
+    """
+    found = facts(model, index)
+    if not found.scales:
+        raise ValueError(
+            f"layer {index} of this {model_type(model)} reads its stream without a norm, or writes "
+            "into it by more than single modules: scaling the stream would change what the layer "
+            "computes; use an operator at the gap, such as scalar or ghost"
+        )
+    return [decoder_layers(model)[index].get_submodule(path) for path in found.writers]
+
+
+def stream_norm(model: PreTrainedModel) -> str:
+    """``"rms"`` or ``"layer"``: the norm through which layers read the stream.
+
+    Raises:
+        ValueError: the first layer reads the stream itself.
+    """
+    norm = facts(model, 0).norm
+    if not norm:
+        raise ValueError(
+            f"the layers of a {model_type(model)} read their stream without a norm: a repair with "
+            "n(x) or n(prev) has no ground here; use one that reads x alone, such as ghost-relative"
+        )
+    return norm
+
+
+def embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules whose outputs make up the stream that enters the first layer.
+
+    Raises:
+        ValueError: scaling what they return does more than scaling the stream, or what receives the
+            stream after the last layer is no norm.
+    """
+    found = _lookups(model)
+    ids = torch.arange(3, 3 + _TOKENS, device=input_device(model))[None]
+    plain = _entering(model, ids, [])
+    if not found or not _close(plain * _FACTOR, _entering(model, ids, found)):
+        raise ValueError(
+            f"what enters the first layer of a {model_type(model)} is more than a sum of "
+            "embeddings, so that it cannot be scaled in them; use an operator at the gap, such as "
+            "scalar or ghost"
+        )
+    last: Any = receiver(model, num_layers(model))
+    if not getattr(last, "weight", None) is not None or not _is_norm(last, plain):
+        raise ValueError(
+            f"a {model_type(model)} has no norm with weights after its last layer, so that scaling "
+            "its stream would scale its logits; use an operator at the gap, such as scalar or ghost"
+        )
+    return found
+
+
+def _is_norm(module: nn.Module, stream: Tensor) -> bool:
+    with torch.no_grad():
+        stream = stream.to(compute_device(module))
+        try:
+            one, other = module(stream), module(stream * _FACTOR)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+    return _close(one, other)
+
+
+def _lookups(model: PreTrainedModel) -> list[nn.Module]:
+    """The tables of embeddings outside the layers."""
+    inside = {id(part) for part in decoder_layers(model).modules()}
+    return [
+        part
+        for part in model.modules()
+        if isinstance(part, nn.Embedding) and id(part) not in inside
+    ]
+
+
+def _entering(model: PreTrainedModel, ids: Tensor, scaled: Iterable[nn.Module]) -> Tensor:
+    """The stream that enters the first layer while the outputs of ``scaled`` are multiplied."""
+    left: list[Tensor] = []
+    with ExitStack() as stack:
+        for module in scaled:
+            handle = module.register_forward_hook(lambda m, args, output: output * _FACTOR)
+            stack.callback(handle.remove)
+        run = stack.enter_context(tap(model, [0], lambda _, hidden: left.append(hidden)))
+        run(input_ids=ids)
+    return left[0].clone()
+
+
+def scale_output(model: PreTrainedModel, module: nn.Module, factor: float) -> None:
+    """Multiply what ``module`` (a projection, an embedding or a norm) returns, by new weights.
+
+    The old parameters, which other models may share, stay as they are.
+
+    Raises:
+        ValueError: its weights are offloaded.
+    """
+    present(module)
+    projects = isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+    offset = 0.0 if projects else norm_offset(module)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        shift = offset if name == "weight" else 0.0
+        setattr(module, name, nn.Parameter((parameter + shift) * factor - shift))
+
+
+def norm_offset(module: nn.Module) -> float:
+    """What a norm adds to its weight before it multiplies (Gemma: 1), tried on one token."""
+    weight: Any = module.get_parameter("weight")
+    token = torch.ones(1, 1, weight.numel(), dtype=weight.dtype, device=weight.device)
+    token[..., ::2] = -1.0
+    with torch.no_grad():
+        at_zero, at_one = (
+            torch.func.functional_call(module, {"weight": torch.full_like(weight, value)}, (token,))
+            for value in (0.0, 1.0)
+        )
+    bias = getattr(module, "bias", None)
+    at_zero, at_one = (out if bias is None else out - bias for out in (at_zero, at_one))
+    step = float((at_one - at_zero).abs().mean())
+    return round(float(at_zero.abs().mean()) / step, 3)
+
+
+def present(module: nn.Module) -> nn.Module:
+    """``module``, if its weights are in memory to be folded into; `ValueError` otherwise."""
+    if any(p.device.type == "meta" for p in module.parameters(recurse=False)):
+        raise ValueError(
+            f"the weights of a {type(module).__name__} are offloaded and cannot be folded into: "
+            "load the model without offloading, or use an operator at the gap"
+        )
+    return module
+
+
+@contextmanager
+def listen(
+    model: PreTrainedModel, starts: Iterable[int], on_mlp: Callable[[int, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Watch the last down-projection before each of ``starts``: ``on_mlp(start, read, returned)``.
+
+    ``read`` (…, intermediate) is its input, ``returned`` (…, width) what it adds to the stream, in
+    the passes that this thread makes.
+    """
+    owner = threading.get_ident()
+
+    def hook_for(start: int) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if threading.get_ident() == owner:
+                on_mlp(start, args[0], output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for start in starts:
+            handle = mlp_output(model, start - 1).register_forward_hook(hook_for(start))
+            stack.callback(handle.remove)
+        yield

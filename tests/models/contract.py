@@ -1,0 +1,339 @@
+"""The contract over every causal type of transformers: a tiny random model of each, taken through.
+
+``python tests/models/contract.py`` writes what it finds into docs/models.md.
+"""
+
+import copy
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+import ghostlib as gl
+from ghostlib.models.architectures import decoder_layers, hidden_size, structure
+from ghostlib.models.layers import down_projection, embeddings, writers
+from ghostlib.models.streams import record, refusal
+from ghostlib.models.tiny import LAYERS, tiny_config
+
+TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+# Preferred first; for types that compute what a layer is from its number, whatever can go.
+CHOICES = ([2, 3], [1, 2], [0, 1], [3, 4], [2], [1], [LAYERS - 2, LAYERS - 1], [LAYERS - 1], [1, 3])
+
+
+class Verdict(NamedTuple):
+    """What became of one type.
+
+    ``outcome`` is ``"pass"``, ``"refused"`` or ``"not built"``; ``why`` the reason of the last two,
+    ``notes`` what a passing type does not have, or what transformers itself does not do with it.
+    """
+
+    outcome: str
+    why: str
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def build(model_type: str, **changes: Any) -> PreTrainedModel:
+    """A tiny random model whose every layer matters."""
+    torch.manual_seed(0)
+    config = tiny_config(CONFIG_MAPPING[model_type](), **changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for scale in (0.25, 0.08):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=scale)
+            if torch.isfinite(model(windows()).logits).all():
+                break
+    return model
+
+
+def windows(count: int = 4, length: int = 24) -> Tensor:
+    """Random token ids, special ids left out."""
+    return torch.randint(3, 90, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def check(model_type: str) -> Verdict:
+    """Take one type through the contract.
+
+    Raises:
+        AssertionError: it is accepted, and breaks the contract.
+    """
+    begin = time.perf_counter()
+    try:
+        outcome, why, notes = _check(model_type)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return Verdict(outcome, why, notes, time.perf_counter() - begin)
+
+
+def _check(model_type: str) -> tuple[str, str, tuple[str, ...]]:
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        with torch.device("meta"):
+            structure(AutoModelForCausalLM.from_config(tiny_config(config)))
+    except ValueError as error:
+        if "cannot be removed" in str(error):
+            return "refused", str(error), ()
+    except Exception:
+        pass  # said below
+    try:
+        dense = build(model_type)
+    except Exception as error:
+        return "not built", f"{type(error).__name__}: {error}".splitlines()[0], ()
+    return "pass", "", tuple(_contract(dense))
+
+
+def _contract(dense: PreTrainedModel) -> Iterator[str]:
+    """Assert everything; yield what is worth a note."""
+    ids = windows()
+    logits, settings = dense(ids).logits.detach().clone(), dense.config.to_dict()
+    yield from check_streams(dense, ids)
+    removed = next((choice for choice in CHOICES if not refusal(dense, choice)), None)
+    assert removed is not None, "no choice of layers can be removed"
+    if removed != CHOICES[0]:
+        why = refusal(dense, CHOICES[0])
+        assert "cannot be removed" in why
+        yield f"removes {gl.spell(removed)}, not {gl.spell(CHOICES[0])}"
+    check_pruned(dense, removed, ids)
+    yield from check_selection(dense, ids)
+    models = {"ghost": gl.recover(dense, ids, removed, "ghost", relative_ridge=1e-3)}
+    for family, needs in FOLDED.items():
+        reason = reason_against(needs, dense, removed)
+        if reason:
+            yield f"no {family}"
+            continue
+        models[family] = gl.recover(dense, ids, removed, family)
+    for name, model in models.items():
+        yield from check_generation(dense, model, ids, name)
+        check_saved(model, ids)
+    assert torch.equal(dense(ids).logits, logits), "the dense model has changed"
+    assert dense.config.to_dict() == settings, "the dense model's configuration has changed"
+
+
+def reason_against(
+    needs: Callable[[PreTrainedModel, int], Any], model: PreTrainedModel, removed: list[int]
+) -> str:
+    """Why a repair before the gap does not fit the model; it must say what does."""
+    if removed[0] == 0:
+        return "no layer is left before the gap"
+    try:
+        needs(model, removed[0] - 1)
+    except ValueError as error:
+        assert "use " in str(error), f"a refusal names no way out: {error}"
+        return str(error)
+    return ""
+
+
+def _scalable(model: PreTrainedModel, index: int) -> None:
+    embeddings(model)
+    for layer in range(index + 1):
+        writers(model, layer)
+
+
+FOLDED: dict[str, Callable[[PreTrainedModel, int], Any]] = {
+    "refit": down_projection,
+    "magnitude": _scalable,
+}
+
+
+def check_streams(dense: PreTrainedModel, ids: Tensor) -> Iterator[str]:
+    """Streams are what a plain pass with hooks written out by hand sees, and what it reports."""
+    seen: dict[int, Tensor] = {}
+
+    def hook(index: int) -> Callable[..., None]:
+        def see(module: Any, args: tuple, kwargs: dict) -> None:
+            assert index not in seen, f"layer {index} is passed twice"
+            seen[index] = (args[0] if args else kwargs["hidden_states"]).clone()
+
+        return see
+
+    layers = decoder_layers(dense)
+    handles = [
+        layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)
+    ]
+    with torch.no_grad():
+        reported = getattr(dense(ids, output_hidden_states=True), "hidden_states", None)
+    for handle in handles:
+        handle.remove()
+    streams = record(dense, ids, seen)
+    assert all(torch.equal(streams[i], seen[i]) for i in seen)
+    assert all(stream.shape == (*ids.shape, hidden_size(dense)) for stream in streams.values())
+    skipped = len(layers) - len(seen)
+    if skipped:
+        yield f"{skipped} layer is passed by images alone"
+    if reported and len(reported) > len(layers) and not skipped:
+        agreeing = [torch.equal(reported[i], seen[i]) for i in range(len(layers))]
+        if not all(agreeing):
+            yield "hidden_states of transformers are other streams"
+
+
+def check_pruned(dense: PreTrainedModel, removed: list[int], ids: Tensor) -> None:
+    """Pruning bypasses layers and nothing else; ``identity`` is the same, bit for bit."""
+    pruned = gl.prune(dense, removed)
+    by_hand = copy.deepcopy(dense)
+    for index in removed:
+        bypass(decoder_layers(by_hand)[index])
+    options = {"use_cache": False}
+    one, other = pruned(ids, **options).logits, by_hand(ids, **options).logits
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+    same = gl.recover(dense, ids, removed, "identity")
+    assert torch.equal(pruned(ids).logits, same(ids).logits)
+    lost = {id(p) for i in removed for p in decoder_layers(dense)[i].parameters()}
+    kept = {id(p): p.numel() for p in dense.parameters() if id(p) not in lost}
+    left = {id(p): p.numel() for p in pruned.parameters()}
+    shared = {i for i in left if i in lost}  # by layers that stay
+    assert {i for i in left if i not in shared} == set(kept)
+    assert gl.count_parameters(pruned) == sum(left.values())
+
+
+def bypass(layer: Any) -> None:
+    """Let ``layer`` return what it is given, beside whatever else it returns."""
+    forward = layer.forward
+
+    def transparent(*args: Any, **kwargs: Any) -> Any:
+        stream = args[0] if args else kwargs["hidden_states"]
+        out = forward(*args, **kwargs)
+        return type(out)((stream, *out[1:])) if isinstance(out, tuple | list) else stream
+
+    layer.forward = transparent
+
+
+def check_selection(dense: PreTrainedModel, ids: Tensor) -> Iterator[str]:
+    """Every criterion chooses layers that can go, or says that none of its candidates can."""
+    helpless = []
+    for criterion in gl.CRITERIA:
+        try:
+            chosen = gl.select_layers(dense, ids[:1, :12], 1, criterion)
+        except ValueError as error:
+            assert "finds no" in str(error), f"{criterion}: {error}"
+            helpless.append(criterion)
+            continue
+        assert not refusal(dense, chosen)
+    if helpless:
+        yield "criteria of single layers find none" if len(helpless) > 1 else helpless[0]
+
+
+def check_generation(
+    dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor, name: str
+) -> Iterator[str]:
+    """With the cache as without; in a batch padded on the left as alone. As far as dense does."""
+    for what, agrees in {"cached": cached_agrees, "left-padded": padded_agrees}.items():
+        if agrees(model, ids):
+            continue
+        assert not agrees(dense, ids), f"{name}: {what} generation differs, and dense does not"
+        yield f"{what} generation differs in transformers too"
+
+
+def cached_agrees(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether generation gives the same tokens with and without the cache."""
+    options: dict[str, Any] = dict(
+        max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    try:
+        with_cache, without = (
+            model.generate(ids[:, :8], use_cache=cache, **options) for cache in (True, False)
+        )
+    except Exception:
+        return False
+    return torch.equal(with_cache, without)
+
+
+def padded_agrees(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether a sequence padded on the left, beside a longer one, has the logits it has alone."""
+    batch, mask = ids[:2, :12].clone(), torch.ones(2, 12, dtype=torch.long)
+    batch[1, :4], mask[1, :4] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    try:
+        with torch.no_grad():
+            alone = model(ids[1:2, 4:12]).logits[0]
+            try:
+                both = model(batch, attention_mask=mask, position_ids=positions).logits[1, 4:]
+            except TypeError:  # its positions follow the mask, or there are none
+                both = model(batch, attention_mask=mask).logits[1, 4:]
+    except Exception:
+        return False
+    return torch.allclose(alone, both, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+
+
+def check_saved(model: PreTrainedModel, ids: Tensor) -> None:
+    """Saved and read back it is equal, in float32 and in bfloat16."""
+    with tempfile.TemporaryDirectory() as folder:
+        full, half = Path(folder) / "full", Path(folder) / "half"
+        model.save_pretrained(full)
+        loader: Any = AutoModelForCausalLM
+        if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            loader = type(model)  # Auto does not find the text part of some whole either
+        assert_same_logits(loader.from_pretrained(full), model, ids)
+        narrow = loader.from_pretrained(full, dtype=torch.bfloat16)
+        narrow.save_pretrained(half)
+        assert_same_logits(loader.from_pretrained(half), narrow, ids)
+
+
+def assert_same_logits(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> None:
+    with torch.no_grad():
+        assert torch.equal(one(ids).logits, other(ids).logits), f"in {other.dtype}"
+
+
+def table(verdicts: dict[str, Verdict]) -> str:
+    """The verdicts as Markdown."""
+    counts = {o: sum(v.outcome == o for v in verdicts.values()) for o in OUTCOMES}
+    lines = [
+        f"transformers {transformers.__version__}: of {len(verdicts)} causal types "
+        f"{counts['pass']} pass, {counts['refused']} are refused, {counts['not built']} were not "
+        "built.",
+        "",
+        "| type | outcome | notes |",
+        "|---|---|---|",
+    ]
+    for name, verdict in sorted(
+        verdicts.items(), key=lambda kv: (OUTCOMES.index(kv[1].outcome), kv[0])
+    ):
+        notes = verdict.why or "; ".join(dict.fromkeys(verdict.notes))
+        lines.append(f"| `{name}` | {verdict.outcome} | {notes.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+OUTCOMES = ("pass", "refused", "not built")
+
+
+def main(names: list[str]) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    verdicts = {}
+    for name in names or TYPES:
+        try:
+            verdicts[name] = check(name)
+        except Exception as error:
+            verdicts[name] = Verdict("FAILS", f"{type(error).__name__}: {str(error)[:300]}", (), 0)
+        v = verdicts[name]
+        print(
+            name,
+            v.outcome,
+            f"{v.seconds:.1f} s",
+            v.why,
+            *dict.fromkeys(v.notes),
+            sep=" | ",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,256 @@
+"""Every family keeps the rules of a family, and every rule notices a family that breaks it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ghostlib.linalg.gram import Regularised
+from ghostlib.operators.families import FAMILIES, Family, Fit, Shape
+from ghostlib.operators.solve import Operator
+from ghostlib.operators.testing import RULES, Trial, check_family
+from ghostlib.statistics.features import Feature, Regressor
+from ghostlib.statistics.moments import Moments
+from ghostlib.surgery.installers import INSTALLERS
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+CHANNELS = {"rotation": "it repairs channel by channel"}
+SEQUENCES = {"splitting": "its ratios are averaged over sequences"}
+HADAMARD = CHANNELS | {
+    "channel_order": "the Hadamard matrix mixes channels by their number",
+    "dead_channel": "the Hadamard matrix mixes all channels",
+}
+EXEMPT = {
+    "magnitude": CHANNELS | SEQUENCES,
+    "diagonal": CHANNELS,
+    "linearpatch-d": CHANNELS | SEQUENCES,
+    "linearpatch-r": HADAMARD | SEQUENCES,
+    "hadamard-diagonal": HADAMARD,
+}
+CONTAINS = {
+    "diagonal": ["scalar", "magnitude", "linearpatch-d"],
+    "hadamard-diagonal": ["scalar", "linearpatch-r"],
+    "scaled-orthogonal": ["scalar", "orthogonal"],
+    "symmetric": ["diagonal", "hadamard-diagonal"],
+    "ghost": ["symmetric", "scaled-orthogonal"],
+    "affine": ["ghost"],
+    "two-branch": ["ghost"],
+    "three-branch": ["two-branch"],
+    "two-branch-relative": ["ghost-relative"],
+    "three-branch-relative": ["two-branch-relative"],
+    "branches": ["ghost-relative"],
+}
+SEEDS = st.integers(0, 10_000)
+
+
+def options(name: str) -> dict[str, Any]:
+    return {"rank": 3} if name == "low-rank" else {}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_keeps_the_rules(name: str) -> None:
+    contains, exempt = CONTAINS.get(name, ()), EXEMPT.get(name)
+    check_family(name, contains=contains, exempt=exempt, **options(name))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_keeps_the_rules_on_a_gpu(name: str) -> None:
+    check_family(name, exempt=EXEMPT.get(name), device="cuda", **options(name))
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, st.sampled_from(sorted(CONTAINS)))
+def test_nested_sets_have_ordered_errors_on_any_tokens(seed: int, name: str) -> None:
+    inner = tuple(map(Family.of, CONTAINS[name]))
+    RULES["nesting"](Trial(FAMILIES[name], contains=inner, seed=seed))
+
+
+INVARIANCES = ["scale", "token_order", "repetition", "splitting", "channel_order", "rotation"]
+REGULARISED = [name for name, family in FAMILIES.items() if "relative_ridge" in family.options]
+REGRESSORS = ["x, n(x), n(prev)", "n(x); 1/|y|^2", "n(prev), x; 1/|y|^0.5"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    SEEDS,
+    st.sampled_from([*REGULARISED, *REGRESSORS]),
+    st.sampled_from([{}, {"relative_ridge": 1e-2}, {"rcond": 0.03}]),
+    st.sampled_from([{}, {"rank": 2}, {"bias": True}]),
+)
+def test_no_option_depends_on_scale_basis_or_order(
+    seed: int, name: str, inverse: dict[str, float], more: dict[str, Any]
+) -> None:
+    """A ridge, a truncation, a rank and a bias mean the same in every unit and every basis."""
+    family = Family.of(name)
+    kept = {key: value for key, value in more.items() if key in family.options}
+    trial = Trial(family, options(name) | inverse | kept, seed=seed)
+    for rule in INVARIANCES:
+        RULES[rule](trial)
+
+
+# --- the rules notice ---------------------------------------------------------------------------
+
+
+def spoiled(base: str, change: Callable[[Moments, Fit], Fit], **fields: Any) -> Family:
+    """A family whose solver returns something else."""
+    record = FAMILIES[base]
+
+    def solver(moments: Moments, **more: Any) -> Fit:
+        return change(moments, record.solve(moments, **more))
+
+    return replace(record, name=f"spoiled {base}", solve=solver, **fields)
+
+
+def changed_matrix(base: str, change: Callable[[Moments, Tensor], Tensor]) -> Family:
+    return spoiled(base, lambda moments, fit: fit._replace(M=change(moments, fit.M)))
+
+
+def place(X: Tensor) -> Tensor:
+    """A feature that depends on where in a sequence a token stands."""
+    return X * torch.arange(1.0, len(X) + 1).to(X)[:, None]
+
+
+def spoil_moments(moments: Moments, fit: Fit) -> Fit:
+    moments.d2.mul_(1.01)
+    return fit
+
+
+def inverted(moments: Moments) -> Fit:
+    """The normal equations without a thought of their rank."""
+    return Fit(torch.linalg.inv(moments.G) @ moments.cross)
+
+
+def noisy(moments: Moments, M: Tensor) -> Tensor:
+    return M + 1e-9 * torch.rand_like(M)
+
+
+def one_more(shape: Shape) -> int:
+    return shape.C + 1
+
+
+BROKEN: dict[str, list[Family]] = {
+    "zero_change": [changed_matrix("ghost", lambda m, M: M + 0.01 * torch.eye(m.width))],
+    "nesting": [
+        changed_matrix("diagonal", lambda m, M: 2.5 * M),
+        replace(FAMILIES["linearpatch-d"], least_squares=True),
+    ],
+    "freedom": [
+        replace(FAMILIES["diagonal"], dof=lambda s: 1),
+        replace(FAMILIES["diagonal"], dof=one_more),
+        replace(FAMILIES["symmetric"], dof=lambda s: s.C**2),
+        replace(FAMILIES["identity"], dof=lambda s: 1),
+    ],
+    "scale": [spoiled("ghost", lambda m, fit: FAMILIES["ghost"].solve(m, ridge=0.1))],
+    "token_order": [replace(FAMILIES["branches"], regressor=Regressor((Feature("place", place),)))],
+    "repetition": [changed_matrix("ghost", lambda m, M: M * (1 - 1 / m.tokens))],
+    "splitting": [FAMILIES["linearpatch-d"], FAMILIES["linearpatch-r"], FAMILIES["magnitude"]],
+    "channel_order": [
+        FAMILIES["hadamard-diagonal"],
+        changed_matrix("diagonal", lambda m, M: torch.diag(M.diagonal().cumsum(0))),
+    ],
+    "rotation": [FAMILIES["diagonal"], Family.of("x, z(x)")],
+    "dead_channel": [FAMILIES["hadamard-diagonal"]],
+    "unseen": [
+        spoiled("ghost", lambda m, fit: FAMILIES["ghost"].solve(m, around="zero")),
+        changed_matrix("orthogonal", lambda m, M: -2 * torch.eye(m.width) - M),
+    ],
+    "finite": [replace(FAMILIES["ghost"], solve=inverted, options=())],
+    "precision": [changed_matrix("ghost", lambda m, M: M.float())],
+    "moments_kept": [changed_matrix("ghost", noisy), spoiled("ghost", spoil_moments)],
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_broken_family_is_noticed_by_the_rule_it_breaks(rule: str) -> None:
+    for family in BROKEN[rule]:
+        with pytest.raises((AssertionError, torch.linalg.LinAlgError)):
+            RULES[rule](Trial(family))
+
+
+def test_an_error_that_is_not_that_of_the_repair_is_noticed(monkeypatch: Any) -> None:
+    """No solver can break this rule: the operator forgets its bias."""
+    apply = Operator.apply
+    monkeypatch.setattr(
+        Operator, "apply", lambda op, X, **more: apply(replace(op, bias=None), X, **more)
+    )
+    with pytest.raises(AssertionError, match=r"\d on many tokens"):
+        RULES["error_formula"](Trial(FAMILIES["affine"]))
+    assert {*BROKEN, "error_formula"} == set(RULES)
+
+
+def test_the_message_names_family_rule_and_reason() -> None:
+    short = replace(FAMILIES["diagonal"], dof=lambda s: 1)
+    message = (
+        "diagonal breaks the rule 'freedom' (`dof` is the dimension of its set: the rank of the "
+        "derivative of (M, b) by ``y``.) dof says 1, its solutions have 4 dimensions"
+    )
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        check_family(short, exempt=CHANNELS)
+    with pytest.raises(AssertionError, match="ghost keeps the rule 'rotation', from which it is"):
+        check_family("ghost", exempt=CHANNELS)
+    with pytest.raises(AssertionError, match=r"breaks the rule 'nesting'.* worse than ghost on ma"):
+        check_family("symmetric", contains=["ghost"])
+    with pytest.raises(AssertionError, match="weighted otherwise"):
+        check_family("two-branch", contains=["ghost-relative"])
+    with pytest.raises(ValueError, match="unknown rule 'rotations'; did you mean 'rotation'"):
+        check_family("ghost", exempt={"rotations": ""})
+    with pytest.raises(ValueError, match="unknown operator 'gost'"):
+        check_family("gost")
+    with pytest.raises(AssertionError, match=r"low-rank breaks .* low-rank needs rank="):
+        check_family("low-rank")
+
+
+# --- the record ---------------------------------------------------------------------------------
+
+
+def test_a_record_names_itself_and_where_it_goes() -> None:
+    for name, family in FAMILIES.items():
+        assert str(family) == family.name == name and Family.of(name) is family
+        assert family.searches and family.install in INSTALLERS
+        assert family.free == (family.install not in ("module", "module and down-projection"))
+    assert len({family.color for family in FAMILIES.values()}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("spelling", ["x", "n(x)", "x; 1/|y|", "x, n(x)", "n(prev), x; 1/|y|^2"])
+def test_a_regressor_is_a_family_too(spelling: str) -> None:
+    family = Family.of(spelling)
+    assert family.name == "branches" and str(family.regressor) == spelling
+    assert Family.of(family) is family
+
+
+@pytest.mark.parametrize(
+    ("spelling", "message"),
+    [
+        ("gost", "unknown operator 'gost'; did you mean 'ghost'"),
+        ("", "unknown operator ''. Known: identity"),
+        (None, "unknown operator 'None'"),
+        (7, "unknown operator '7'"),
+        ("x, n(y)", r"unknown feature 'n\(y\)'; did you mean 'n\(x\)'"),
+        ("x; 1/|z|", r"unknown weight '1/\|z\|'"),
+        ("x, x", "names a feature twice"),
+        ("h", "no module at the gap can read h: use a family that is folded"),
+        ("x, f; 1/|y|", r"no module at the gap can read x, f; 1/\|y\|"),
+    ],
+)
+def test_what_is_no_family_is_named(spelling: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Family.of(spelling)
+
+
+def test_a_fit_keeps_what_it_was_solved_with() -> None:
+    X = torch.randn(30, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = Moments(8).update(X, 2 * X)
+    assert isinstance(FAMILIES["ghost"].solve(moments).inverse, Regularised)
+    assert FAMILIES["orthogonal"].solve(moments)[1:] == (None, None, None)
+    seen = FAMILIES["diagonal"].solve(moments).seen
+    assert seen is not None
+    torch.testing.assert_close(seen, X.square().sum(0))
