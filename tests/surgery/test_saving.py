@@ -104,7 +104,9 @@ def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     }
     folder = save(repaired("ghost"), tmp_path / "m", facts=facts)
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nbase_model: someone/model\nlicense: apache-2.0\n")
+    front = card.split("---\n")[1]
+    for part in ("base_model: someone/model", "license: apache-2.0", "library_name: transformers"):
+        assert f"{part}\n" in front
     for part in ("layers 2–3", "`ghost`", "| dense | 12.12 |", "seed: 0", "import ghostlib"):
         assert part in card, part
     record = json.loads(card.split("```json\n")[1].split("```")[0])
