@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ghostlib.common import AUTO, PRUNED
@@ -83,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=int, default=0, help="which windows are drawn [0]")
     make.add_argument("--dtype", help="float32, bfloat16, … [as the model was saved]")
     make.add_argument("--device", help="such as cpu or cuda:1 [a GPU if there is one]")
+    text = "save the code as well that loads the model without ghostlib"
+    make.add_argument("--portable", action="store_true", help=text)
     make = add("experiment", "score operators on corpora and tasks, and resume where it stopped")
     make.add_argument("output", help="results file (JSON lines), made or resumed")
     described = dict(_described())
@@ -127,7 +128,6 @@ def experiment(options: argparse.Namespace) -> None:
 
 def recover(options: argparse.Namespace) -> None:
     """Carry out ``ghostlib recover``; prints one line a step."""
-    _check_folder(Path(options.output))
     if options.layers and (options.n or options.criterion):
         raise ValueError("--layers names what is removed: leave out --n and --criterion")
     asked = {"relative_ridge": options.relative_ridge, "rank": options.rank}
@@ -141,11 +141,13 @@ def recover(options: argparse.Namespace) -> None:
     import torch
 
     import ghostlib as gl
-    from ghostlib.experiments.spec import canonical
+    from ghostlib.experiments.spec import canonical, shown
     from ghostlib.models.boundaries import read_layers
     from ghostlib.models.loading import check_source
     from ghostlib.operators.solve import check_options
+    from ghostlib.surgery.saving import check_output, save
 
+    check_output(options.output)
     if not auto:
         check_options(gl.Family.of(options.operator), solver)
         if options.rank is None:
@@ -156,6 +158,7 @@ def recover(options: argparse.Namespace) -> None:
     check_source(options.model, options.dtype, device)
     layers: Any = read_layers(",".join(options.layers)) if options.layers else None
     model, tokenizer = gl.load_model(options.model, dtype=options.dtype, device=device)
+    check_output(options.output, bytes_needed=gl.weight_bytes(model))
     drawn = {"length": options.length, "seed": options.seed}
     calib = gl.token_windows(options.corpus, tokenizer, count=options.windows, **drawn)
     held_out = {"split": "test", "count": options.test_windows}
@@ -170,22 +173,13 @@ def recover(options: argparse.Namespace) -> None:
         recovered = gl.recover(model, calib, layers, options.operator, fit=options.fit, **solver)
     print(f"removing layers {', '.join(map(str, layers))}")
     scored = {"dense": model, PRUNED: gl.prune(model, layers), options.operator: recovered}
-    for name, variant in scored.items():
-        print(f"{name:>18}: held-out perplexity {gl.perplexity(variant, test):.2f}")
-    recovered.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
-    print(f"saved to {options.output}; load it after `import ghostlib`")
-
-
-def _check_folder(path: Path) -> None:
-    """Refuse, before any work, a folder that a model could not be saved to in the end."""
-    from ghostlib.experiments.results import check_place
-
-    if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"output folder {path} is not empty: name a new one")
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"output {path} is a file: name a new folder")
-    check_place(path)
+    perplexities = {name: gl.perplexity(variant, test) for name, variant in scored.items()}
+    for name, value in perplexities.items():
+        print(f"{name:>18}: held-out perplexity {value:.2f}")
+    facts = {"base_model": shown(options.model), "text": shown(options.corpus), **drawn}
+    facts |= {"windows": options.windows, "perplexity": perplexities}
+    save(recovered, options.output, tokenizer, portable=options.portable, facts=facts)
+    print(f"saved to {options.output}; its README.md says how to load it")
 
 
 def fetch(options: argparse.Namespace) -> None:

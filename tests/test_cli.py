@@ -50,6 +50,9 @@ def test_recover_saves_a_model_that_loads(recover, tmp_path, capsys):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.num_hidden_layers == LAYERS - 2
     assert again.config.ghost[0]["operator"] == "ghost"
+    assert again.config.recovery["removed"]
+    assert "held-out perplexity" in (tmp_path / "out" / "README.md").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -134,8 +137,8 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, capsys, m
     (tmp_path / "file").write_text("")
     for output, message in (
         (tmp_path, "is not empty: name a new one"),
-        (tmp_path / "file", "is a file: name a new folder"),
-        (tmp_path / "file" / "out", "cannot be written, because of"),
+        (tmp_path / "file", "is a file: name a folder"),
+        (tmp_path / "file" / "out", "file is a file"),
     ):
         assert main(["recover", "no-such-model", str(output)]) == 2
         assert message in one_line(capsys)

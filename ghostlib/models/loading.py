@@ -29,7 +29,8 @@ def check_source(
     """Refuse what `load_model` cannot load, before it is tried.
 
     Args:
-        name, dtype: as for `load_model`.
+        name: as for `load_model`.
+        dtype: likewise.
         device: likewise, or a ``device_map``.
 
     Raises:

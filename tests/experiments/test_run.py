@@ -327,10 +327,4 @@ def test_what_the_model_does_not_have_is_refused_and_nothing_is_left(folder, tmp
     for changes in ({"n": LAYERS}, {"layers": f"2-{LAYERS}"}, {"starts": LAYERS}):
         with pytest.raises(ValueError, match=rf"{LAYERS}"):
             run_experiment(specification(folder, **changes), path)
-    olmo = tiny_model("olmo2", vocab_size=len(TOKENIZER))
-    with pytest.raises(ValueError, match=r"candidates=\('ghost', 'ghost-relative'\)"):
-        plan = specification(
-            folder, layers="2", operators="auto", perplexity=str(folder / "one.txt")
-        )
-        run_experiment(plan, path, model=olmo, tokenizer=TOKENIZER)
     assert not list(tmp_path.iterdir())
