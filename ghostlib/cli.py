@@ -141,7 +141,7 @@ def recover(options: argparse.Namespace) -> None:
     import torch
 
     import ghostlib as gl
-    from ghostlib.experiments.spec import canonical, shown
+    from ghostlib.experiments.spec import base_name, canonical
     from ghostlib.models.boundaries import read_layers
     from ghostlib.models.loading import check_source
     from ghostlib.operators.solve import check_options
@@ -176,7 +176,7 @@ def recover(options: argparse.Namespace) -> None:
     perplexities = {name: gl.perplexity(variant, test) for name, variant in scored.items()}
     for name, value in perplexities.items():
         print(f"{name:>18}: held-out perplexity {value:.2f}")
-    facts = {"base_model": shown(options.model), "text": shown(options.corpus), **drawn}
+    facts = {"base_model": base_name(options.model), "text": base_name(options.corpus), **drawn}
     facts |= {"windows": options.windows, "perplexity": perplexities}
     save(recovered, options.output, tokenizer, portable=options.portable, facts=facts)
     print(f"saved to {options.output}; its README.md says how to load it")

@@ -29,8 +29,8 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "environment": (("id",), ("versions",)),
     "selection": (("specification", "criterion", "n"), ("layers",)),
     "choice": (("specification", "layers"), ("operator", "losses")),
-    "score": (("specification", "layers", "operator", "measure", "on"), ("value",)),
-    "skipped": (("specification", "layers", "operator", "on"), ("reason",)),
+    "score": (("specification", "layers", "operator", "measure", "dataset"), ("value",)),
+    "skipped": (("specification", "layers", "operator", "dataset"), ("reason",)),
 }
 _PACKAGES = ("ghostlib", "torch", "transformers", "datasets", "numpy", "scipy", "lm-eval")
 

@@ -27,7 +27,7 @@ from ghostlib.common import AUTO, DENSE, PRUNED, SEQUENTIAL, track, warn
 from ghostlib.evaluation.perplexity import ScoredText
 from ghostlib.evaluation.tasks import check_tasks, zero_shot
 from ghostlib.experiments.results import Results
-from ghostlib.experiments.spec import Specification, family_of, shown
+from ghostlib.experiments.spec import Specification, base_name, family_of
 from ghostlib.experiments.tables import ACCURACY, PERPLEXITY, mean_interval
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
@@ -114,11 +114,11 @@ class _Run:
             *product([ACCURACY], self.specification.tasks),
         ]
         models = [((), DENSE), *product(self._removed(), self.specification.operators)]
-        for (layers, operator), (measure, on) in product(models, measures):
-            name = json.dumps([_spell(layers), operator, measure, shown(on)])
+        for (layers, operator), (measure, dataset) in product(models, measures):
+            name = json.dumps([_spell(layers), operator, measure, base_name(dataset)])
             digest = hashlib.sha256(name.encode()).digest()
             if int.from_bytes(digest[:8], "big") % total == index - 1:
-                self._plan(layers, operator, measure, on)
+                self._plan(layers, operator, measure, dataset)
         if chosen := [layers for layers, operator in self.todo if operator == AUTO]:
             self._recipe.collect(chosen)
         for (layers, operator), missing in track(self.todo.items(), "scoring", unit="model"):
@@ -161,36 +161,36 @@ class _Run:
                 content = {"criterion": criterion, "n": n, "layers": spell(layers)}
                 self.results.append("selection", **content, seconds=round(seconds, 2))
 
-    def _plan(self, layers: Layers, operator: str, measure: str, on: str) -> None:
+    def _plan(self, layers: Layers, operator: str, measure: str, dataset: str) -> None:
         """Note what is missing, and record what is left out."""
         fitted = operator not in (DENSE, PRUNED, AUTO)
         if 0 in layers and fitted and family_of(operator).regressor.reads_mlp:
-            names = {"layers": _spell(layers), "operator": operator, "on": ""}
+            names = {"layers": _spell(layers), "operator": operator, "dataset": ""}
             reason = f"{operator} reads the layer before a gap, and layer 0 is removed"
             self.results.append("skipped", **names, reason=reason)
-        elif not self._is_known(layers, operator, measure, on):
-            self.todo.setdefault((layers, operator), []).append((measure, on))
+        elif not self._is_known(layers, operator, measure, dataset):
+            self.todo.setdefault((layers, operator), []).append((measure, dataset))
 
-    def _is_known(self, layers: Layers, operator: str, measure: str, on: str) -> bool:
+    def _is_known(self, layers: Layers, operator: str, measure: str, dataset: str) -> bool:
         names = (_spell(layers), operator)
-        scored = self.results.get("score", *names, measure, shown(on))
-        return bool(scored or self.results.get("skipped", *names, shown(on)))
+        scored = self.results.get("score", *names, measure, base_name(dataset))
+        return bool(scored or self.results.get("skipped", *names, base_name(dataset)))
 
     def _score(self, layers: Layers, operator: str, measures: list[tuple[str, str]]) -> None:
         """Solve the operators of one model, and append a record for each of its measures."""
         begin = time.perf_counter()
         operators = self._operators(layers, operator)
-        for measure, on in measures:
+        for measure, dataset in measures:
             take = self._perplexity if measure == PERPLEXITY else self._accuracy
-            content = take(on, layers, operators)
-            names = {"layers": _spell(layers), "operator": operator, "on": shown(on)}
+            content = take(dataset, layers, operators)
+            names = {"layers": _spell(layers), "operator": operator, "dataset": base_name(dataset)}
             seconds, begin = time.perf_counter() - begin, time.perf_counter()
             if math.isfinite(content["value"]):
                 content |= names | {"measure": measure, "seconds": round(seconds, 2)}
                 self.results.append("score", **content)
             else:
                 reason = f"{operator} without layers {names['layers']} has no finite loss on "
-                reason += f"{names['on']}: try a wider dtype (bfloat16 or float32)"
+                reason += f"{names['dataset']}: try a wider dtype (bfloat16 or float32)"
                 warn(reason)
                 self.results.append("skipped", **names, reason=reason)
 

@@ -92,7 +92,7 @@ class Specification:
                 listed = [value] if isinstance(value, str | int | Path) else value
                 self._set(field.name, [_READ.get(field.name, str)(each) for each in listed])
             elif "int" in str(field.type) and not (value is None and field.default is None):
-                count(value, field.name, _LEAST.get(field.name, 1))
+                whole_number(value, field.name, _LEAST.get(field.name, 1))
         if not (self.layers or self.starts):
             self._set("criteria", self.criteria or ["cosine"])
             self._set("n", self.n or [7])
@@ -138,7 +138,10 @@ class Specification:
         apart = {"device_map", "dtype", "criteria", "n", "layers", "starts", "operators"}
         apart |= {"perplexity", "tasks", "batch_size"}
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
-        known |= {"model": shown(self.model), "calibration": [*map(shown, self.calibration)]}
+        known |= {
+            "model": base_name(self.model),
+            "calibration": [*map(base_name, self.calibration)],
+        }
         if model is not None:
             from ghostlib.models.architectures import fingerprint
 
@@ -179,12 +182,12 @@ class Specification:
         return scored_text(tokenizer, corpus, count=count, **drawn)
 
 
-def shown(name: str) -> str:
+def base_name(name: str) -> str:
     """A local path by its last part, any other name as it is."""
     return Path(name).name if Path(name).expanduser().exists() else name
 
 
-def count(value: Any, name: str = "n", least: int = 1) -> int:
+def whole_number(value: Any, name: str = "n", least: int = 1) -> int:
     """``value``, if it is a whole number of at least ``least``.
 
     Raises:
@@ -237,7 +240,7 @@ def _layers(layers: Any) -> tuple[int, ...]:
     if isinstance(layers, int):
         raise ValueError(f"layers = {layers}: give sets of layers, such as '12-18' or [(12, 13)]")
     listed = read_layers(layers) if isinstance(layers, str) else layers
-    whole = tuple(sorted(count(layer, "layer", 0) for layer in listed))
+    whole = tuple(sorted(whole_number(layer, "layer", 0) for layer in listed))
     runs(whole, max(whole, default=0) + 2)  # refuses none, and one named twice
     return whole
 
@@ -250,7 +253,7 @@ def _criterion(name: str) -> str:
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
-    "n": count,
+    "n": whole_number,
     "layers": _layers,
     "criteria": _criterion,
     "operators": canonical,

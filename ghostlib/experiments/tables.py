@@ -17,10 +17,10 @@ PERPLEXITY, ACCURACY, MEAN = "perplexity", "accuracy", "mean"
 _MODEL = {"model": str, "seed": "int64", "layers": str, "n": "int64"}
 _SCORE = {
     **_MODEL,
-    **dict.fromkeys(("operator", "measure", "on"), str),
+    **dict.fromkeys(("operator", "measure", "dataset"), str),
     **dict.fromkeys(("value", "low", "high", "bits_per_byte"), "float64"),
     "size": "int64",
-    **dict.fromkeys(("dense", "against", "against_low", "against_high"), "float64"),
+    **dict.fromkeys(("dense", "relative", "relative_low", "relative_high"), "float64"),
     "evidence": object,
 }
 
@@ -34,21 +34,21 @@ def scores(results: Results, *, normed: bool = False, confidence: float = 0.95) 
 
     Args:
         normed: ``acc_norm`` of tasks that have it.
-        confidence: of the intervals of ``against``.
+        confidence: of the intervals of ``relative``.
 
     Returns:
         A row for each model (``model, seed, layers, n, operator``), ``measure`` (``"perplexity"``,
-        ``"accuracy"``) and corpus or task (``on``; a group of tasks has a row for each member).
+        ``"accuracy"``) and ``dataset``: a corpus, a task, or a member of a group of tasks.
         ``layers`` are those removed, as `ghostlib.models.boundaries.spell` writes them, and ``n``
         is their number. ``value, low, high``: the score and its 95 % interval; ``bits_per_byte``;
-        ``size``: predicted tokens, or items; ``dense``: the dense model's score; ``against``: the
-        ratio of perplexities to it or the difference of accuracies, with ``against_low,
-        against_high``; ``evidence``: the losses of the windows, or a `Score`.
+        ``size``: predicted tokens, or items; ``dense``: the dense model's score; ``relative``: the
+        ratio of perplexities to it or the difference of accuracies, with ``relative_low,
+        relative_high``; ``evidence``: the losses of the windows, or a `Score`.
     """
     records = [part for record in results.of("score") for part in _parts(record, normed)]
-    dense = {(r["specification"], r["on"]): r for r in records if r["operator"] == DENSE}
+    dense = {(r["specification"], r["dataset"]): r for r in records if r["operator"] == DENSE}
     for record in records:
-        if reference := dense.get((record["specification"], record["on"])):
+        if reference := dense.get((record["specification"], record["dataset"])):
             record["dense"] = reference["value"]
             if record["measure"] == PERPLEXITY:
                 differences = np.subtract(record["evidence"], reference["evidence"])
@@ -57,7 +57,7 @@ def scores(results: Results, *, normed: bool = False, confidence: float = 0.95) 
                 pair = record["evidence"], reference["evidence"]
                 by = paired(*pair, normed=record["normed"], confidence=confidence)
                 compared = by.difference, by.low, by.high
-            record |= zip(("against", "against_low", "against_high"), compared, strict=True)
+            record |= zip(("relative", "relative_low", "relative_high"), compared, strict=True)
     return _frame(results, records, _SCORE)
 
 
@@ -74,7 +74,7 @@ def _parts(record: Record, normed: bool) -> list[Record]:
         if normed and score.acc_norm is not None:
             value, error, norm = score.acc_norm, score.acc_norm_se, True
         half = math.nan if error is None else stats.norm.ppf(0.975) * error
-        more = {"on": score.task, "value": value, "low": value - half, "high": value + half}
+        more = {"dataset": score.task, "value": value, "low": value - half, "high": value + half}
         parts.append(
             record | more | {"size": len(score.correct), "evidence": score, "normed": norm}
         )
@@ -112,22 +112,22 @@ def with_means(rows: pd.DataFrame) -> pd.DataFrame:
     """`scores` of one measure, and one more row for each model that is scored everywhere.
 
     Returns:
-        ``rows`` and those ``on`` ``"mean"``: of perplexities the arithmetic mean, as the paper
+        ``rows`` and those of the dataset ``"mean"``: of perplexities the arithmetic mean, as the paper
         reports it; of accuracies the mean over tasks, all of one weight, whose errors are taken
         as independent.
     """
-    everything = set(rows.loc[rows["operator"] == DENSE, "on"])
+    everything = set(rows.loc[rows["operator"] == DENSE, "dataset"])
     names = [name for name in (*_MODEL, "criterion", "operator", "measure") if name in rows]
     means: list[dict[str, Any]] = []
     for model, part in rows.groupby(names, sort=False, dropna=False):
-        if set(part["on"]) >= everything:
+        if set(part["dataset"]) >= everything:
             mean = dict(zip(names, model, strict=True)) | {
-                "on": MEAN,
+                "dataset": MEAN,
                 "value": part["value"].mean(),
             }
             if mean["measure"] == ACCURACY:
-                mean |= {"size": part["size"].sum(), "against": part["against"].mean()}
-                for prefix in ("", "against_"):
+                mean |= {"size": part["size"].sum(), "relative": part["relative"].mean()}
+                for prefix in ("", "relative_"):
                     low, high = part[f"{prefix}low"], part[f"{prefix}high"]
                     half = np.sqrt(np.square((high - low).to_numpy()).sum()) / len(part) / 2
                     centre = (low + high).mean() / 2
@@ -143,20 +143,20 @@ def wide(rows: pd.DataFrame, form: Callable[[Any], str]) -> pd.DataFrame:
 
     Args:
         rows: `scores` of one measure, also merged with `selections`.
-        form: the text of a row, such as `value_text` or `against_text`.
+        form: the text of a row, such as `value_text` or `relative_text`.
     """
     differ = ("model", "seed", "criterion")
     lines = [name for name in differ if name in rows and rows[name].nunique() > 1]
     lines += ["n", "operator"]
-    if rows.duplicated([*lines, "on"]).any():
+    if rows.duplicated([*lines, "dataset"]).any():
         lines.insert(-2, "layers")
     texts = rows.assign(text=[form(row) for row in rows.itertuples()])
     if "criterion" in lines:
         texts["criterion"] = texts["criterion"].fillna("")  # the dense model's
     order = list(dict.fromkeys(texts[lines].itertuples(index=False, name=None)))
     order.sort(key=lambda line: line[-2])
-    names = sorted(dict.fromkeys(rows["on"]), key=lambda name: name == MEAN)
-    return texts.pivot(index=lines, columns="on", values="text").loc[order, names]
+    names = sorted(dict.fromkeys(rows["dataset"]), key=lambda name: name == MEAN)
+    return texts.pivot(index=lines, columns="dataset", values="text").loc[order, names]
 
 
 def report(results: Results, *, normed: bool = False) -> str:
@@ -167,14 +167,14 @@ def report(results: Results, *, normed: bool = False) -> str:
         title, compared = _TITLES[str(measure)]
         repaired = with_means(part)
         parts.append(f"{title}\n{_lines(wide(repaired, value_text))}")
-        repaired = repaired[(repaired["operator"] != DENSE) & repaired["against"].notna()]
+        repaired = repaired[(repaired["operator"] != DENSE) & repaired["relative"].notna()]
         if len(repaired):
-            parts.append(f"{compared} [95 % interval]\n{_lines(wide(repaired, against_text))}")
-    told = [f"{r['criterion']}, n = {r['n']}: {r['layers']}" for r in results.of("selection")]
-    told += [f"{AUTO} without {r['layers']}: {r['operator']}" for r in results.of("choice")]
+            parts.append(f"{compared} [95 % interval]\n{_lines(wide(repaired, relative_text))}")
+    notes = [f"{r['criterion']}, n = {r['n']}: {r['layers']}" for r in results.of("selection")]
+    notes += [f"{AUTO} without {r['layers']}: {r['operator']}" for r in results.of("choice")]
     for record in results.of("skipped"):
-        told.append(f"left out: {record['reason']}")
-    return "\n\n".join([*parts, "\n".join(told)]).strip()
+        notes.append(f"left out: {record['reason']}")
+    return "\n\n".join([*parts, "\n".join(notes)]).strip()
 
 
 _TITLES = {
@@ -201,13 +201,13 @@ def value_text(row: Any) -> str:
     return f"{100 * row.value:.1f}" + ("" if pd.isna(error) else f" ± {100 * error:.1f}")
 
 
-def against_text(row: Any) -> str:
+def relative_text(row: Any) -> str:
     """Perplexity ÷ the dense model's, or accuracy less that, in points; and the interval."""
     scale, form = (1, ".3g") if row.measure == PERPLEXITY else (100, "+.1f")
-    text = f"{scale * row.against:{form}}"
-    if pd.isna(row.against_low):
+    text = f"{scale * row.relative:{form}}"
+    if pd.isna(row.relative_low):
         return text
-    return f"{text} [{scale * row.against_low:{form}}, {scale * row.against_high:{form}}]"
+    return f"{text} [{scale * row.relative_low:{form}}, {scale * row.relative_high:{form}}]"
 
 
 def mean_interval(

@@ -39,7 +39,7 @@ def opened(path: Path, **changes: Any) -> Results:
 
 def put(results: Results, cell: int | str, value: Any = None) -> None:
     value = math.sqrt(cell) if isinstance(cell, int) and value is None else value
-    names = {"layers": str(cell), "operator": "ghost", "measure": "perplexity", "on": "wiki"}
+    names = {"layers": str(cell), "operator": "ghost", "measure": "perplexity", "dataset": "wiki"}
     results.append("score", **names, value=value)
 
 

@@ -95,7 +95,7 @@ def content(results: gl.Results) -> dict[Any, Any]:
 
 def test_every_cell_equals_the_public_functions(folder, tmp_path):
     plan = specification(folder, layers="1,3-4", operators=OPERATORS)
-    rows = scores(run_experiment(plan, tmp_path / "a.jsonl")).set_index(["operator", "on"])
+    rows = scores(run_experiment(plan, tmp_path / "a.jsonl")).set_index(["operator", "dataset"])
     model, tokenizer = plan.load()
     calib, layers = plan.draw_calibration(tokenizer), (1, 3, 4)
     variants = {"dense": model, "pruned": gl.prune(model, layers)}
@@ -129,7 +129,7 @@ def test_tasks_are_scored_as_alone(folder, tmp_path):
     tasks = [str(folder / f"quiz-{name}.jsonl") for name in ("one", "two")]
     plan = specification(folder, layers="2", operators="ghost", perplexity=[], tasks=tasks)
     results = run_experiment(plan, tmp_path / "a.jsonl")
-    rows = scores(results).set_index(["operator", "on"])
+    rows = scores(results).set_index(["operator", "dataset"])
     model, tokenizer = plan.load()
     recovered = gl.recover(model, plan.draw_calibration(tokenizer), [2])
     for operator, variant in (("dense", model), ("ghost", recovered)):
@@ -181,7 +181,9 @@ def test_one_pass_serves_all_operators_and_one_all_criteria(folder, tmp_path, mo
 def test_a_regressor_is_the_operator_of_its_name(folder, tmp_path):
     operators = ["two-branch-relative", "x, n(x); 1/|y|", "n(x); 1/|y|^0.5", "pruned"]
     plan = specification(folder, layers=["1,4"], operators=operators)
-    rows = scores(run_experiment(plan, tmp_path / "a.jsonl")).set_index(["operator", "on"]).value
+    rows = (
+        scores(run_experiment(plan, tmp_path / "a.jsonl")).set_index(["operator", "dataset"]).value
+    )
     named, spelt, free, pruned = (rows[operator, "one.txt"] for operator in operators)
     assert named == pytest.approx(spelt) and free != pytest.approx(pruned, rel=1e-3)
 
@@ -248,13 +250,13 @@ def test_more_operators_depths_and_texts_are_added(folder, tmp_path, monkeypatch
     before = path.read_text()
     results = run_experiment(specification(folder, n=[1, 2], operators=["ghost", "scalar"]), path)
     assert path.read_text().startswith(before)
-    rows = scores(results).set_index(["n", "operator", "on"]).value
+    rows = scores(results).set_index(["n", "operator", "dataset"]).value
     assert {(1, "scalar", "one.txt"), (2, "ghost", "two.txt"), (0, "dense", "two.txt")} <= {
         *rows.index
     }
     alone = run_experiment(specification(folder, n=2, operators="ghost"), tmp_path / "b.jsonl")
     assert rows[2, "ghost", "two.txt"] == pytest.approx(
-        scores(alone).set_index(["operator", "on"]).value["ghost", "two.txt"]
+        scores(alone).set_index(["operator", "dataset"]).value["ghost", "two.txt"]
     )
 
 

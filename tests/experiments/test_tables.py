@@ -12,9 +12,9 @@ from ghostlib.evaluation.tasks import Score, paired
 from ghostlib.experiments import results as module
 from ghostlib.experiments.results import Results
 from ghostlib.experiments.tables import (
-    against_text,
     choices,
     mean_interval,
+    relative_text,
     report,
     scores,
     selections,
@@ -33,7 +33,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
 
 
 def perplexity(results: Results, operator: str, on: str, losses: Any, layers: str = "2–3") -> None:
-    names = {"layers": "" if operator == "dense" else layers, "operator": operator, "on": on}
+    names = {"layers": "" if operator == "dense" else layers, "operator": operator, "dataset": on}
     content = {"value": mean_interval(losses)[0], "losses": losses, "tokens": 100, "bytes": 300}
     results.append("score", **names, measure="perplexity", **content)
 
@@ -57,7 +57,7 @@ def quiz(results: Results, operator: str, parts: dict[str, tuple[list[int], Any]
     ]
     names = {"layers": "" if operator == "dense" else "2–3", "operator": operator}
     on = ", ".join(parts)
-    results.append("score", **names, measure="accuracy", on=on, value=0.5, scores=made)
+    results.append("score", **names, measure="accuracy", dataset=on, value=0.5, scores=made)
 
 
 def test_ratios_are_paired_by_window(results: Results) -> None:
@@ -68,28 +68,28 @@ def test_ratios_are_paired_by_window(results: Results) -> None:
     perplexity(results, "ghost", "text", hard + 0.5 + noise)
     row = scores(results).query("operator == 'ghost'").iloc[0]
     half = 2.306 * noise.std(ddof=1) / 3  # Student's t with 8 degrees of freedom
-    assert row.against == pytest.approx(math.exp(0.5))
-    assert (row.against_low, row.against_high) == pytest.approx(
+    assert row.relative == pytest.approx(math.exp(0.5))
+    assert (row.relative_low, row.relative_high) == pytest.approx(
         (math.exp(0.5 - half), math.exp(0.5 + half)), rel=1e-4
     )
     assert row.dense == pytest.approx(math.exp(1.5)) and (row.n, row.layers) == (2, "2–3")
     assert row.bits_per_byte == pytest.approx(2.0 / math.log(2) * 100 / 300)
     assert value_text(row) == f"{math.exp(2):.2f} (0.962)"
-    assert against_text(row) == "1.65 [1.63, 1.67]"
+    assert relative_text(row) == "1.65 [1.63, 1.67]"
 
 
 def test_one_window_has_no_interval(results: Results) -> None:
     perplexity(results, "dense", "text", [2.0])
     perplexity(results, "ghost", "text", [2.0])
     row = scores(results).iloc[1]
-    assert row.against == 1 and math.isnan(row.against_low) and against_text(row) == "1"
+    assert row.relative == 1 and math.isnan(row.relative_low) and relative_text(row) == "1"
     assert "7.39" in report(results) and "nan" not in report(results).lower()
 
 
 def test_without_the_dense_model_nothing_is_compared(results: Results) -> None:
     perplexity(results, "ghost", "text", [1.0, 2.0])
     row = scores(results).iloc[0]
-    assert math.isnan(row.against) and math.isnan(row.dense)
+    assert math.isnan(row.relative) and math.isnan(row.dense)
     assert "÷" not in report(results) and "4.48" in report(results)
 
 
@@ -109,7 +109,7 @@ def test_means_over_tasks_and_their_errors(results: Results) -> None:
         for i, task in enumerate("ab"):
             norm = hits["norm"][i] if task == "b" else None
             quiz(results, name, {task: (hits[name][i], norm)})
-    rows = with_means(scores(results)).set_index(["operator", "on"])
+    rows = with_means(scores(results)).set_index(["operator", "dataset"])
     own, mean = rows.loc["ghost"], rows.loc[("ghost", "mean")]
     assert mean["value"] == pytest.approx(np.mean(hits["ghost"]))
     halves = (own["high"] - own["low"])[["a", "b"]] / 2
@@ -119,11 +119,11 @@ def test_means_over_tasks_and_their_errors(results: Results) -> None:
     pair = [
         paired(own.loc[task, "evidence"], rows.loc[("dense", task), "evidence"]) for task in "ab"
     ]
-    assert mean["against"] == pytest.approx(np.mean([p.difference for p in pair]))
+    assert mean["relative"] == pytest.approx(np.mean([p.difference for p in pair]))
     half = math.hypot(*(p.high - p.low for p in pair)) / 4
-    assert mean["against_high"] - mean["against_low"] == pytest.approx(2 * half)
-    assert mean["against_low"] < mean["against"] < mean["against_high"]
-    normed = scores(results, normed=True).set_index(["operator", "on"])
+    assert mean["relative_high"] - mean["relative_low"] == pytest.approx(2 * half)
+    assert mean["relative_low"] < mean["relative"] < mean["relative_high"]
+    normed = scores(results, normed=True).set_index(["operator", "dataset"])
     assert normed.loc[("ghost", "a"), "value"] == own.loc["a", "value"]
     assert normed.loc[("ghost", "b"), "value"] == pytest.approx(np.mean(hits["norm"][1]))
     assert "mean" in report(results) and "nan" not in report(results).lower()
@@ -133,7 +133,7 @@ def test_a_model_that_is_not_scored_everywhere_has_no_mean(results: Results) -> 
     for on in ("one", "two"):
         perplexity(results, "dense", on, [1.0, 2.0])
     perplexity(results, "ghost", "one", [1.5, 2.5])
-    rows = with_means(scores(results)).set_index(["operator", "on"]).value
+    rows = with_means(scores(results)).set_index(["operator", "dataset"]).value
     assert ("dense", "mean") in rows and ("ghost", "mean") not in rows
     assert rows["dense", "mean"] == pytest.approx(math.exp(1.5))
     assert "nan" not in report(results).lower()
@@ -142,7 +142,7 @@ def test_a_model_that_is_not_scored_everywhere_has_no_mean(results: Results) -> 
 def test_a_group_of_tasks_has_a_row_for_each_member(results: Results) -> None:
     quiz(results, "dense", {"a": ([0, 1, 1, 1], None), "b": ([0, 0, 1, 1], None)})
     rows = scores(results)
-    assert rows.on.tolist() == ["a", "b"] and rows.value.tolist() == [0.75, 0.5]
+    assert rows.dataset.tolist() == ["a", "b"] and rows.value.tolist() == [0.75, 0.5]
     assert isinstance(rows.evidence[0], Score) and rows["size"].tolist() == [4, 4]
 
 
@@ -169,7 +169,7 @@ def test_wide_tables_name_what_differs(results: Results) -> None:
 def test_what_was_chosen_and_left_out_is_told(results: Results) -> None:
     losses = {"pruned": 2.0, "ghost": 1.5}
     results.append("choice", layers="2–3", operator="ghost", losses=losses, tokens=48)
-    names = {"layers": "0–1", "operator": "replaceme", "on": ""}
+    names = {"layers": "0–1", "operator": "replaceme", "dataset": ""}
     results.append("skipped", **names, reason="layer 0 is removed")
     row = choices(results).iloc[0]
     assert (row.layers, row.n, row.operator, row.losses) == ("2–3", 2, "ghost", losses)

@@ -16,7 +16,7 @@ BLOCKS = {spell(range(start, start + 7)) for start in range(24)}
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "operator", "on", "seed", "first", "last"),
+    ("name", "layers", "operator", "dataset", "seed", "first", "last"),
     [
         ("grid", "", "dense", "wiki", 0, 2.519789861511246, 2.581635048594236),
         ("starts", "0–6", "pruned", "pydoc", 0, 11.048274269405814, 10.033002948568713),
@@ -24,9 +24,9 @@ BLOCKS = {spell(range(start, start + 7)) for start in range(24)}
         ("ablation", "12–18", "x; 1/|y|", "wiki", 2, 3.064734290201408, 3.2769249782593466),
     ],
 )
-def test_a_few_numbers(name, layers, operator, on, seed, first, last):
-    rows = scores(stored(name)).set_index(["layers", "operator", "on", "seed"])
-    row = rows.loc[(layers, operator, on, seed)]
+def test_a_few_numbers(name, layers, operator, dataset, seed, first, last):
+    rows = scores(stored(name)).set_index(["layers", "operator", "dataset", "seed"])
+    row = rows.loc[(layers, operator, dataset, seed)]
     assert (row.evidence[0], row.evidence[-1]) == (first, last)
     assert row.value == pytest.approx(math.exp(np.mean(row.evidence)))
 
@@ -34,14 +34,14 @@ def test_a_few_numbers(name, layers, operator, on, seed, first, last):
 def test_the_grid_is_whole():
     """Every criterion, depth and operator but the recipe, which has a file of its own."""
     rows = selections(stored("grid")).merge(scores(stored("grid")))
-    whole = rows.set_index(["criterion", "n", "operator", "on"]).value
+    whole = rows.set_index(["criterion", "n", "operator", "dataset"]).value
     for criterion in gl.CRITERIA:
         for n in (3, 5, 7, 9, 11):
             for operator in (*OPERATORS, "ghost sequential"):
                 for corpus in ("wiki", "pydoc"):
                     assert math.isfinite(whole[criterion, n, operator, corpus])
     assert len(whole) == len(gl.CRITERIA) * 5 * 7 * 2
-    assert rows.groupby("on").dense.nunique().tolist() == [1, 1]
+    assert rows.groupby("dataset").dense.nunique().tolist() == [1, 1]
 
 
 def test_every_block_and_the_recipe():
@@ -53,7 +53,7 @@ def test_every_block_and_the_recipe():
     found = selections(stored("beyond")).merge(beyond).set_index(["criterion", "n", "operator"])
     for criterion in SHORTLIST:
         for n in (3, 5, 7, 9, 11):
-            assert set(found.loc[(criterion, n, "auto")].on) >= {"wiki", "pydoc"}
+            assert set(found.loc[(criterion, n, "auto")].dataset) >= {"wiki", "pydoc"}
 
 
 def test_they_are_of_a_specification_that_can_be_run(embedded):
