@@ -1,14 +1,22 @@
 """A specification refuses what cannot be before any model is loaded, and names its windows."""
 
+import re
+import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
+import yaml
 from conftest import tiny_tokenizer
+from papermill import inspect_notebook
 
 import ghostlib as gl
-from ghostlib.experiments import spec
+from ghostlib.cli import _described, parser
+from ghostlib.evaluation.tasks import PAPER_TASKS
+from ghostlib.tutorial.stored import stored
 
 TOKENIZER = tiny_tokenizer(bos=True)
 
@@ -145,7 +153,59 @@ def test_the_identity_is_what_decides_the_numbers(text: str) -> None:
 
 
 def test_every_field_is_described_once() -> None:
-    from ghostlib.cli import _described
-
     names = [name for name, _ in _described()]
-    assert names == [field.name for field in spec.fields(gl.Specification)]
+    assert names == [field.name for field in fields(gl.Specification)]
+
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+def documented(name: str) -> list[str]:
+    """The shell commands of a notebook, continued lines joined."""
+    text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [block.replace("\\\n", " ") for block in blocks]
+
+
+def of_command(line: str) -> gl.Specification:
+    options = vars(parser().parse_args(shlex.split(line, comments=True)[1:]))
+    return gl.Specification(**{f.name: options[f.name] for f in fields(gl.Specification)})
+
+
+def test_notebook_09_has_every_field_as_a_parameter_of_papermill():
+    names = {field.name for field in fields(gl.Specification)} - {"layers", "starts"}
+    found = inspect_notebook(str(NOTEBOOKS / "09_full_model_evaluation.ipynb"))
+    assert set(found) == names | {"output"}
+
+
+def test_the_commands_of_notebook_09_are_of_the_papers_settings():
+    by_cli, by_papermill = documented("09_full_model_evaluation")
+    (models,) = re.findall(r"for model in (.*?);", by_cli)
+    assert len(models.split()) == 3 and "for windows in 32 128;" in by_cli
+    (line,) = re.findall(r"ghostlib experiment .*", by_cli)
+    line = line.replace("$(basename $model)", "some")
+    first = of_command(line.replace("$model", models.split()[1]).replace("$windows", "32"))
+    (parameters,) = re.findall(r"-y '(\{.*\})'", by_papermill, re.DOTALL)
+    given = yaml.safe_load(parameters)
+    parameters = inspect_notebook(str(NOTEBOOKS / "09_full_model_evaluation.ipynb"))
+    assert given.keys() <= parameters.keys()
+    second = gl.Specification(**{name: value for name, value in given.items() if name != "output"})
+    assert first == second
+    assert first.tasks == PAPER_TASKS and first.n == (7, 11)
+    assert (first.windows, first.length, first.calibration) == (32, 2048, ("c4",))
+    assert (first.test_windows, first.perplexity) == (None, ("wikitext2", "ptb", "c4"))
+
+
+def test_the_commands_of_notebooks_11_and_13_are_of_the_stored_results():
+    grid, beyond = documented("13_the_whole_grid")
+    (ablation,) = documented("11_beyond_linear")
+    commands = [line for line in (*grid.splitlines(), beyond, ablation) if line.strip()]
+    names = ("grid", "starts", "beyond", "ablation")
+    for line, name in zip(commands, names, strict=True):
+        found = of_command(line).identity()
+        record = stored(name).of("specification")[0]
+        # C4 and WikiText-2 were read from files.
+        apart = {"calibration"} if name == "ablation" else set()
+        for field in found.keys() - apart:
+            value = list(found[field]) if isinstance(found[field], tuple) else found[field]
+            assert record[field] == value, (name, field)
