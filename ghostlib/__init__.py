@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from ghostlib.statistics.features import Regressor
     from ghostlib.statistics.moments import Moments
     from ghostlib.surgery.cut import install, prune
+    from ghostlib.surgery.saving import save
     from ghostlib.text.corpora import CORPORA, documents, token_windows
     from ghostlib.tutorial.paper import published
 
@@ -117,6 +118,7 @@ __all__ = [
     "ridge_path",
     "run_experiment",
     "runs",
+    "save",
     "select_layers",
     "shard",
     "solve",

@@ -95,7 +95,7 @@ def assert_same_moments(found: gl.Moments, expected: gl.Moments) -> None:
             found.tensors()[name], values, rtol=1e-13, atol=1e-13 * scale, msg=name
         )
     assert found.counts() == pytest.approx(expected.counts(), rel=1e-13)
-    for name in ("regressor", "blocks", "boundary", "model"):
+    for name in ("regressor", "blocks", "bias", "boundary", "model"):
         assert getattr(found, name) == getattr(expected, name), name
 
 
