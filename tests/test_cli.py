@@ -142,9 +142,9 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, capsys, m
     ):
         assert main(["recover", "no-such-model", str(output)]) == 2
         assert message in one_line(capsys)
-    for output, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "a", "cannot be")):
+    for output in (tmp_path, tmp_path / "file" / "a"):
         assert main(["experiment", str(output)]) == 2
-        assert message in one_line(capsys)
+        assert "cannot be written" in one_line(capsys)
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path, capsys):

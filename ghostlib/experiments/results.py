@@ -23,14 +23,14 @@ from ghostlib.common import warn
 
 Record = dict[str, Any]
 
-# Of each kind of record: what names it, and what else a reader counts on.
-_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "specification": (("id",), ("model", "seed")),
-    "environment": (("id",), ("versions",)),
-    "selection": (("specification", "criterion", "n"), ("layers",)),
-    "choice": (("specification", "layers"), ("operator", "losses")),
-    "score": (("specification", "layers", "operator", "measure", "dataset"), ("value",)),
-    "skipped": (("specification", "layers", "operator", "dataset"), ("reason",)),
+# What names a record of each kind.
+_NAMED_BY = {
+    "specification": ("id",),
+    "environment": ("id",),
+    "selection": ("specification", "criterion", "n"),
+    "choice": ("specification", "layers"),
+    "score": ("specification", "layers", "operator", "measure", "dataset"),
+    "skipped": ("specification", "layers", "operator", "dataset"),
 }
 _PACKAGES = ("ghostlib", "torch", "transformers", "datasets", "numpy", "scipy", "lm-eval")
 
@@ -73,9 +73,10 @@ class Results:
                 or one that holds something else.
             OSError: the file could not be written in the end.
         """
-        if self.path.is_dir():
-            raise IsADirectoryError(f"{self.path} is a folder: name a file in it")
-        check_place(self.path)
+        place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        fit = place.is_file() if place == self.path else place.is_dir()
+        if not fit or not os.access(place, os.W_OK):
+            raise PermissionError(f"{self.path} cannot be written ({place}): name another file")
         self.refresh()
         stored, wanted = self.of("specification"), _plain(known)
         differ = [[k for k, v in wanted.items() if other.get(k) != v] for other in stored]
@@ -91,10 +92,10 @@ class Results:
     def begin(self, specification: Mapping[str, Any]) -> None:
         """As `expect`; what is appended from now on is of this specification and environment."""
         self.expect(specification)
-        self._header = [
-            {"kind": kind, "id": _digest(content), **_plain(content)}
-            for kind, content in (("specification", specification), ("environment", environment()))
-        ]
+        self._header = []
+        for kind, content in (("specification", specification), ("environment", environment())):
+            digest = hashlib.sha256(_json(dict(sorted(content.items()))).encode()).hexdigest()
+            self._header.append({"kind": kind, "id": digest[:12], **_plain(content)})
         if self.records:
             self._put(self._header[0])  # where its line was damaged
 
@@ -151,7 +152,7 @@ class Results:
         damaged: list[tuple[int, Exception]] = []
         for number, line in enumerate(data.split(b"\n"), start=self._lines + 1):
             try:
-                record = json.loads(line, parse_constant=_refuse)
+                record = json.loads(line, parse_constant=int)  # which refuses NaN and Infinity
                 self.records.setdefault(_name(record), record)
             except (ValueError, KeyError, TypeError) as error:
                 if line.strip():
@@ -188,11 +189,8 @@ class Results:
         self.read(data)
 
 
-def read_results(*paths: str | os.PathLike[str]) -> Results:
-    """The union of one or more results files, for reading.
-
-    Args:
-        paths: what `run_experiment` wrote; also several such files joined by ``cat``.
+def read_results(path: str | os.PathLike[str]) -> Results:
+    """A results file, for reading; also several that were joined by ``cat``.
 
     Raises:
         ValueError: a file that holds something else.
@@ -201,23 +199,9 @@ def read_results(*paths: str | os.PathLike[str]) -> Results:
     Warns:
         UserWarning: a damaged line, which is left out.
     """
-    union = Results(paths[0])
-    for path in paths:
-        part = Results(path)
-        part.read(part.path.read_bytes())
-        union.records = part.records | union.records
-    return union
-
-
-def check_place(path: Path) -> None:
-    """Refuse a path that could not be written in the end, before the work for it.
-
-    Raises:
-        PermissionError: it could not; the message names what is in the way.
-    """
-    place = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not os.access(place, os.W_OK) or not (place == path or place.is_dir()):
-        raise PermissionError(f"{path} cannot be written, because of {place}: name another path")
+    results = Results(path)
+    results.read(results.path.read_bytes())
+    return results
 
 
 def environment() -> Record:
@@ -248,15 +232,8 @@ def _commit() -> str | None:
 
 
 def _name(record: Record) -> tuple[Any, ...]:
-    """What names a record.
-
-    Raises:
-        KeyError, TypeError: it is none.
-    """
-    names, contents = _KINDS[record["kind"]]
-    for content in contents:
-        record[content]
-    return record["kind"], *(record[name] for name in names)
+    """What names a record; `KeyError` or `TypeError` if it is none."""
+    return record["kind"], *(record[name] for name in _NAMED_BY[record["kind"]])
 
 
 def _plain(value: Any) -> Any:
@@ -275,11 +252,3 @@ def _json(value: Any) -> str:
         )
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"a record must be finite numbers and text ({error})") from None
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_json(dict(sorted(content.items()))).encode()).hexdigest()[:12]
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number of JSON")

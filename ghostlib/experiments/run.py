@@ -221,9 +221,8 @@ class _Run:
             return {}
         if operator == AUTO:
             choice = self._recipe.choose(layers)
-            content = {"operator": choice.repair, **choice.summary}
-            del content["repair"]
-            self.results.append("choice", layers=spell(layers), **content)
+            names = {"layers": spell(layers), "operator": choice.repair}
+            self.results.append("choice", **names, losses=choice.summary["losses"])
             return choice.operators
         family, gaps = family_of(operator), runs(layers, num_layers(self.model))
         if operator.endswith(SEQUENTIAL) and len(gaps) > 1:

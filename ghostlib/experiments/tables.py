@@ -112,28 +112,29 @@ def with_means(rows: pd.DataFrame) -> pd.DataFrame:
     """`scores` of one measure, and one more row for each model that is scored everywhere.
 
     Returns:
-        ``rows`` and those of the dataset ``"mean"``: of perplexities the arithmetic mean, as the paper
-        reports it; of accuracies the mean over tasks, all of one weight, whose errors are taken
-        as independent.
+        ``rows`` and those of the dataset ``"mean"``: of perplexities the arithmetic mean, as the
+        paper reports it; of accuracies the mean over tasks, all of one weight, whose errors are
+        taken as independent.
     """
-    everything = set(rows.loc[rows["operator"] == DENSE, "dataset"])
+    everything = set(rows["dataset"])
     names = [name for name in (*_MODEL, "criterion", "operator", "measure") if name in rows]
     means: list[dict[str, Any]] = []
     for model, part in rows.groupby(names, sort=False, dropna=False):
-        if set(part["dataset"]) >= everything:
-            mean = dict(zip(names, model, strict=True)) | {
-                "dataset": MEAN,
-                "value": part["value"].mean(),
-            }
+        if set(part["dataset"]) == everything:
+            mean = dict(zip(names, model, strict=True))
+            mean |= {"dataset": MEAN, "value": part["value"].mean()}
             if mean["measure"] == ACCURACY:
                 mean |= {"size": part["size"].sum(), "relative": part["relative"].mean()}
-                for prefix in ("", "relative_"):
-                    low, high = part[f"{prefix}low"], part[f"{prefix}high"]
-                    half = np.sqrt(np.square((high - low).to_numpy()).sum()) / len(part) / 2
-                    centre = (low + high).mean() / 2
-                    mean |= {f"{prefix}low": centre - half, f"{prefix}high": centre + half}
+                mean |= _mean_interval(part, "") | _mean_interval(part, "relative_")
             means.append(mean)
     return pd.DataFrame([*rows.to_dict("records"), *means], columns=rows.columns)
+
+
+def _mean_interval(part: pd.DataFrame, prefix: str) -> dict[str, float]:
+    """The interval of the mean of independent numbers, from theirs."""
+    low, high = part[f"{prefix}low"].to_numpy(), part[f"{prefix}high"].to_numpy()
+    centre, half = (low + high).mean() / 2, np.linalg.norm(high - low) / len(part) / 2
+    return {f"{prefix}low": centre - half, f"{prefix}high": centre + half}
 
 
 def wide(rows: pd.DataFrame, form: Callable[[Any], str]) -> pd.DataFrame:
@@ -217,12 +218,9 @@ def mean_interval(
 
     The interval of a single value is NaN.
     """
-    mean, several = float(np.mean(losses)), len(losses) > 1
-    half = (
-        stats.t.ppf((1 + confidence) / 2, len(losses) - 1) * stats.sem(losses)
-        if several
-        else np.nan
-    )
+    mean, count, half = float(np.mean(losses)), len(losses), math.nan
+    if count > 1:
+        half = stats.t.ppf((1 + confidence) / 2, count - 1) * stats.sem(losses)
     with np.errstate(over="ignore"):
         middle, low, high = np.exp([mean, mean - half, mean + half]).tolist()
     return middle, low, high

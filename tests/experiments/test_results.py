@@ -268,7 +268,8 @@ def test_files_of_several_specifications_are_joined(tmp_path: Path) -> None:
         put(opened(path, seed=seed), 4)
     joined = tmp_path / "joined.jsonl"
     joined.write_bytes(b"".join(path.read_bytes() for path in paths))
-    assert read_results(joined).records == read_results(*paths).records
+    parts = [read_results(path).records for path in paths]
+    assert read_results(joined).records == parts[0] | parts[1] | parts[2]
     assert len(read_results(joined).of("score")) == 3
     put(opened(joined, seed=1), 9)
     assert len(read_results(joined).of("score")) == 4
@@ -300,11 +301,11 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(
     tmp_path: Path, unwritable: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match=r"a\.jsonl cannot be written, because of .*fixed"):
+    with pytest.raises(PermissionError, match=r"a\.jsonl cannot be written \(.*fixed\)"):
         opened(unwritable / "a.jsonl")
-    with pytest.raises(PermissionError, match=r"a\.jsonl cannot be written, because of .*file"):
+    with pytest.raises(PermissionError, match=r"a\.jsonl cannot be written \(.*file\)"):
         opened(tmp_path / "file" / "a.jsonl")
-    with pytest.raises(IsADirectoryError, match=r"fixed is a folder: name a file in it"):
+    with pytest.raises(PermissionError, match=r"fixed cannot be written .*: name another file"):
         opened(unwritable)
     with pytest.raises(FileNotFoundError):
         read_results(tmp_path / "none.jsonl")
