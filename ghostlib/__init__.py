@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ghostlib.linalg.gram import SingularGramWarning
     from ghostlib.models.architectures import decoder_layers, receiver
     from ghostlib.models.boundaries import Boundary, contiguous, runs, spell
+    from ghostlib.models.inspect import Inspection, inspect
     from ghostlib.models.loading import load_model
     from ghostlib.models.streams import record, tap
     from ghostlib.operators.families import FAMILIES as OPERATORS
@@ -73,6 +74,7 @@ __all__ = [
     "Boundary",
     "Calibration",
     "Family",
+    "Inspection",
     "MassiveActivationWarning",
     "Moments",
     "Operator",
@@ -103,6 +105,7 @@ __all__ = [
     "flops",
     "gap_closed",
     "generate",
+    "inspect",
     "install",
     "latency",
     "load_model",
