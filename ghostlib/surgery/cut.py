@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostlib.common import GHOSTED
 from ghostlib.models import streams
 from ghostlib.models.architectures import (
-    GHOSTED,
     check_layers,
     hidden_size,
     keep_layers,

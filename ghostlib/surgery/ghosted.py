@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from ghostlib.models.architectures import GHOSTED
+from ghostlib.common import GHOSTED
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
     Pass,
