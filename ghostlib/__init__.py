@@ -48,6 +48,7 @@ from ghostlib.statistics.distributed import calibrate_distributed, shard
 from ghostlib.statistics.features import Regressor
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install, prune
+from ghostlib.surgery.saving import save
 from ghostlib.text.corpora import CORPORA, documents, token_windows
 from ghostlib.tutorial.paper import published
 
@@ -102,6 +103,7 @@ __all__ = [
     "recover",
     "ridge_path",
     "runs",
+    "save",
     "select_layers",
     "shard",
     "solve",

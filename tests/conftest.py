@@ -87,18 +87,16 @@ def tiny_tokenizer(merges: int = 20, bos: bool = False) -> PreTrainedTokenizerFa
     )
 
 
-def assert_same_moments(mine: gl.Moments, theirs: gl.Moments) -> None:
+def assert_same_moments(found: gl.Moments, expected: gl.Moments) -> None:
     """Equal up to the rounding of float64 sums."""
-    assert vars(mine).keys() == vars(theirs).keys()
-    for name, value in vars(theirs).items():
-        found = getattr(mine, name)
-        if isinstance(value, torch.Tensor):
-            scale = float(value.abs().max())
-            torch.testing.assert_close(found, value, rtol=1e-13, atol=1e-13 * scale)
-        elif isinstance(value, float):
-            assert found == pytest.approx(value, rel=1e-13), name
-        else:
-            assert found == value, name
+    for name, values in expected.tensors().items():
+        scale = float(values.abs().max())
+        torch.testing.assert_close(
+            found.tensors()[name], values, rtol=1e-13, atol=1e-13 * scale, msg=name
+        )
+    assert found.counts() == pytest.approx(expected.counts(), rel=1e-13)
+    for name in ("regressor", "blocks", "bias", "boundary", "model"):
+        assert getattr(found, name) == getattr(expected, name), name
 
 
 def saved_and_loaded(model: PreTrainedModel, ids: torch.Tensor, folder: Path) -> PreTrainedModel:

@@ -67,6 +67,9 @@ class _Bench:
 
     def __init__(self, model: PreTrainedModel, index: int) -> None:
         self.part = excerpt(model, index, index + 1)
+        for module in self.part.modules():  # a pass of the model may be watched meanwhile
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
         self.layer = decoder_layers(self.part)[0]
         self.width = hidden_size(model)
         generator = torch.Generator().manual_seed(0)
@@ -408,7 +411,8 @@ def listen(
         return hook
 
     with ExitStack() as stack:
-        for start in starts:
-            handle = mlp_output(model, start - 1).register_forward_hook(hook_for(start))
-            stack.callback(handle.remove)
+        # All are found before the first is watched.
+        modules = {start: mlp_output(model, start - 1) for start in starts}
+        for start, module in modules.items():
+            stack.callback(module.register_forward_hook(hook_for(start)).remove)
         yield

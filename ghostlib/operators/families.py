@@ -417,6 +417,7 @@ _JOINT: dict[str, Any] = {
 
 FAMILIES: Registry[Family] = Registry("operator")
 """Every family of repairs, by name."""
+# fmt: off
 for _family in (
     Family("identity", "{I}", identity, lambda s: 0, install="nothing",
            color="#c0392b", least_squares=False),
@@ -426,8 +427,8 @@ for _family in (
     Family("diagonal", "diag(d)", diagonal, lambda s: s.C, color="#e69f00"),
     Family("linearpatch-d", "diag(d), by mean magnitudes", linearpatch_d, lambda s: s.C,
            color="#d4b106", least_squares=False, options=("pooled",)),
-    Family("linearpatch-r", "H diag(d) H', by mean magnitudes", linearpatch_r,
-           lambda s: s.C, color="#8c7b00", least_squares=False),
+    Family("linearpatch-r", "H diag(d) H', by mean magnitudes", linearpatch_r, lambda s: s.C,
+           color="#8c7b00", least_squares=False),
     Family("hadamard-diagonal", "H diag(d) H'", hadamard_diagonal, lambda s: s.C,
            color="#b8860b"),
     Family("orthogonal", "W'W = I", orthogonal, lambda s: s.C * (s.C - 1) // 2,
@@ -440,19 +441,15 @@ for _family in (
            options=(*_RIDGES, "rank")),
     Family("ghost", "every matrix", ghost, _whole, color="#00876c",
            options=(*_RIDGES, "around")),
-    Family("affine", "every matrix and bias", affine, _whole,
-           color="#004d40", options=_RIDGES),
+    Family("affine", "every matrix and bias", affine, _whole, color="#004d40", options=_RIDGES),
     Family("replaceme", "every matrix on the output of the last MLP before the gap",
            color="#a65628", install="down-projection", **_on("f", options=_RIDGES)),
     Family("refit", "the whole down-projection before the gap", color="#f781bf",
-           install="down-projection",
-           **_on("h", default=(("relative_ridge", 0.1),))),
-    Family("ghost-refit", "a matrix on the stream and the down-projection before the gap, jointly",
-           color="#1b7837", install="module and down-projection",
-           **_on("x, h", **_JOINT)),
+           install="down-projection", **_on("h", default=(("relative_ridge", 0.1),))),
+    Family("ghost-refit", "a matrix on the stream and the down-projection before it, jointly",
+           color="#1b7837", install="module and down-projection", **_on("x, h", **_JOINT)),
     Family("ghost-refit-relative", "the same, tokens weighted by 1/|y|",
-           color="#00441b", install="module and down-projection",
-           **_on("x, h; 1/|y|", **_JOINT)),
+           color="#00441b", install="module and down-projection", **_on("x, h; 1/|y|", **_JOINT)),
     Family("ghost-relative", "every matrix, tokens weighted by 1/|y|", color="#4daf4a",
            **_on("x; 1/|y|")),
     Family("two-branch", "matrices on the stream and its normalised copy", color="#984ea3",
@@ -465,5 +462,6 @@ for _family in (
            **_on("x, n(x), n(prev); 1/|y|")),
     Family("branches", "matrices on any features of the stream", color="#a1558a",
            **_on("x, n(x); 1/|y|")),
-):  # fmt: skip
+):
     FAMILIES[_family.name] = _family
+# fmt: on

@@ -105,10 +105,8 @@ class Trial:
         return made
 
     def solve(self, moments: Moments) -> Operator:
-        """The family's best; too few tokens are meant here, and no reason for a warning."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SingularGramWarning)
-            return solve(moments, self.family, **self.options)
+        """The family's best."""
+        return solve_quietly(moments, self.family, **self.options)
 
     def fit(self, *sequences: Tokens) -> Operator:
         """`solve` of the `moments` of these sequences."""
@@ -141,6 +139,13 @@ class Trial:
     def cuts(self) -> bool:
         """Whether a sequence may be cut or shuffled: not where the token before is read."""
         return not self.family.regressor.reads_previous
+
+
+def solve_quietly(moments: Moments, family: Family | str = "ghost", **options: Any) -> Operator:
+    """`solve`, where too few tokens are meant and no reason for a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SingularGramWarning)
+        return solve(moments, family, **options)
 
 
 def repaired(operator: Operator, tokens: Tokens) -> Tensor:

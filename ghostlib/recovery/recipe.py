@@ -108,7 +108,8 @@ class Choice:
     def __str__(self) -> str:
         """The choice explained in one line."""
         spelt = ", ".join(
-            f"{spell(gap.removed)} (ridge {_spelt(ridge)})" for gap, ridge in self.ridges.items()
+            f"{spell(gap.removed)} (ridge {spelt_ridge(ridge)})"
+            for gap, ridge in self.ridges.items()
         )
         sets = len({layers for layers, _ in self.losses})
         return (
@@ -267,7 +268,8 @@ def _admissible(key: tuple[Layers, str], by_window: Mapping[tuple[Layers, str], 
     return repair in _SAFE or bool((by_window[key] <= torch.stack(safe).amin(0) + _MARGIN).all())
 
 
-def _spelt(ridge: Ridge) -> str:
+def spelt_ridge(ridge: Ridge) -> str:
+    """A ridge, or one for each feature, as text."""
     return "/".join(f"{r:.0e}" for r in (ridge if isinstance(ridge, tuple) else (ridge,)))
 
 

@@ -144,8 +144,8 @@ def calibrate(
     collector = _Collector(model, list(dict.fromkeys(asked)), {STREAM, *extra} if moments else ())
     device = input_device(model)
     with (
-        tap(model, collector.indices, collector.on_stream) as run,
         listen(model, collector.mlps, collector.on_mlp),
+        tap(model, collector.indices, collector.on_stream) as run,
     ):
         starts = range(0, len(windows), batch_size)
         for first in track(starts, "calibrating", unit="batch"):

@@ -190,9 +190,9 @@ class Regressor:
         """
         if isinstance(spelling, Regressor):
             return spelling
-        listed, _, weight = str(spelling).partition("; ")
-        features = tuple(FEATURES[name] for name in listed.split(", "))
-        return cls(features, WEIGHTS[weight or "1"])
+        listed, _, weight = str(spelling).partition(";")
+        features = tuple(FEATURES[name.strip()] for name in listed.split(","))
+        return cls(features, WEIGHTS[weight.strip() or "1"])
 
     def resolve(self, norm: str) -> "Regressor":
         """The same for a model whose layers read through a ``"rms"`` or a ``"layer"`` norm."""

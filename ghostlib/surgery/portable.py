@@ -31,7 +31,7 @@ from {model_module} import {base}
 '''
 
 _FOOTER = """
-class {ghosted_config}({config}):
+class {ghosted_config}(GhostedConfigMixin, {config}):
     model_type = "{model_type}"
 
 

@@ -271,9 +271,10 @@ def _flaw(folder: Path) -> str | None:
     if made != (CONVERSION, ASSETS["smollm2-gguf"].sha256):
         return "made by another version of ghostlib"
     for name, digest in files:
-        if (found := sha256(folder / name)) != digest:
+        found = sha256(folder / name)
+        if found is None or found != digest:
             return f"{name} has sha256 {found} instead of {digest}"
-    return None
+    return None if files else f"{MANIFEST} lists no file"
 
 
 def _convert(work: Path) -> Path:

@@ -56,47 +56,45 @@ def _pydoc(split: str, column: str) -> Iterator[Document]:
 CORPORA: Registry[Corpus] = Registry("corpus")
 CORPORA["wiki"] = Corpus("10,033 introductions of Wikipedia articles", "CC BY-SA 4.0", _wiki)
 CORPORA["pydoc"] = Corpus("help topics of this Python's language reference", "PSF-2.0", _pydoc)
-CORPORA["wikitext2"] = Corpus(
+
+
+def _published(
+    description: str,
+    licence: str,
+    path: str,
+    splits: tuple[str, ...] | None = ("train", "validation", "test"),
+    **reading: Any,
+) -> Corpus:
+    """A dataset of the hub, with the splits it was published with; ``reading`` is `read_hub`'s."""
+    return Corpus(description, licence, partial(read_hub, path, **reading), splits, by_key=False)
+
+
+CORPORA["wikitext2"] = _published(
     "WikiText-2 raw: good and featured Wikipedia articles",
     "CC BY-SA 3.0",
-    partial(
-        read_hub,
-        "Salesforce/wikitext",
-        config="wikitext-2-raw-v1",
-        opens=lambda lines, line: re.fullmatch(r" = [^=].* = \s*", line),
-    ),
-    splits=("train", "validation", "test"),
-    by_key=False,
+    "Salesforce/wikitext",
+    config="wikitext-2-raw-v1",
+    opens=lambda lines, line: re.fullmatch(r" = [^=].* = \s*", line),
 )
-CORPORA["c4"] = Corpus(
+CORPORA["c4"] = _published(
     "C4: English web pages, first shard of each split",
     "ODC-BY 1.0",
-    partial(
-        read_hub,
-        "allenai/c4",
-        files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-            "test": "en/c4-validation.00000-of-00008.json.gz",
-        },
-        streaming=True,
-    ),
-    splits=("train", "validation", "test"),
-    by_key=False,
+    "allenai/c4",
+    files={
+        "train": "en/c4-train.00000-of-01024.json.gz",
+        "validation": "en/c4-validation.00000-of-00008.json.gz",
+        "test": "en/c4-validation.00000-of-00008.json.gz",
+    },
+    streaming=True,
 )
-CORPORA["ptb"] = Corpus(
+CORPORA["ptb"] = _published(
     "Penn Treebank: newspaper sentences, rare words replaced",
     "LDC user agreement",
-    partial(
-        read_hub,
-        "ptb-text-only/ptb_text_only",
-        # The repository's own loader is a script; this branch has the same rows as parquet files.
-        revision="refs/convert/parquet",
-        column="sentence",
-        opens=lambda lines, line: lines >= 64,
-    ),
-    splits=("train", "validation", "test"),
-    by_key=False,
+    "ptb-text-only/ptb_text_only",
+    # The repository's own loader is a script; this branch has the same rows as parquet files.
+    revision="refs/convert/parquet",
+    column="sentence",
+    opens=lambda lines, line: lines >= 64,
 )
 
 
@@ -107,18 +105,21 @@ def find(corpus: str | Path) -> Corpus:
         ValueError: neither a known name, nor a hub name, nor the path of something that is read.
         FileNotFoundError: a path, but nothing is there.
     """
+    name = one_line(corpus)
     if isinstance(corpus, str) and corpus in CORPORA:
         return CORPORA[corpus]
     if isinstance(corpus, Path) or (isinstance(corpus, str) and is_text_path(corpus)):
         path = Path(os.path.expanduser(corpus))
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no such corpus file: {one_line(path)}")
+            raise FileNotFoundError(f"no such corpus file: {name}")
         return local_corpus(path)
-    name = one_line(corpus)
     dataset = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?", name)
     if dataset:
-        read = partial(read_hub, dataset[1], config=dataset[2], streaming=True)
-        return Corpus(f"hub dataset {name}", "see its dataset card", read, None, by_key=False)
+        where, config = dataset.groups()
+        licence = "see its dataset card"
+        return _published(
+            f"hub dataset {name}", licence, where, None, config=config, streaming=True
+        )
     try:
         return CORPORA[name]
     except ValueError as error:
@@ -227,14 +228,15 @@ def tokenised(
     count: int | None,
     seed: int = 0,
     text_column: str = "text",
-    bos: bool | None = None,
+    bos: bool | None = False,
     special_tokens: bool = False,
 ) -> tuple["torch.Tensor", str]:
-    """`token_windows`, and a text that begins with what they cover.
+    """`token_windows`, by default those of published protocols, and a text that begins with theirs.
 
     Args:
-        special_tokens: what the tokenizer adds to a text stands once, at the beginning of the first
-            window, as published protocols have it (with ``bos=False``).
+        bos: whether every window begins with BOS; in published protocols none does.
+        special_tokens: what the tokenizer adds to a text stands once, where the first window
+            begins, as published protocols have it.
     """
     texts = documents(corpus, split=split, seed=seed, text_column=text_column)
     for name, value in (("length", length), ("count", count)):

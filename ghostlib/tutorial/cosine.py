@@ -56,8 +56,8 @@ def mlp_activations(
     seen: dict[int, Tensor] = {}
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with (
-        tap(model, gap, seen.__setitem__) as run,
         listen(model, [gap.start], lambda start, read, output: outputs.append(output)),
+        tap(model, gap, seen.__setitem__) as run,
     ):
         for ids in track(torch.split(windows, 1), "collecting"):
             run(input_ids=ids.to(input_device(model)))

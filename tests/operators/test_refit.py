@@ -153,6 +153,9 @@ def test_choose_ridges_refuses() -> None:
         choose_ridges(train, train, [0.0])
     with pytest.raises(ValueError, match="must have one"):
         choose_ridges(train, moments("x", activations()))
+    for pair in ((train, Moments(C)), (Moments(C), train)):
+        with pytest.raises(ValueError, match="hold no tokens"):
+            choose_ridges(*pair)
 
 
 # --- what the fold needs ----------------------------------------------------------------------

@@ -13,11 +13,12 @@ import ghostlib as gl
 from ghostlib.models.architectures import decoder_layers
 from ghostlib.models.boundaries import spell
 from ghostlib.operators.families import FAMILIES
-from ghostlib.operators.paths import RIDGES, choose_ridge
+from ghostlib.operators.paths import RIDGES, choose_ridge, choose_ridges
 from ghostlib.operators.solve import Operator, solve
-from ghostlib.recovery.recipe import CANDIDATES, PRUNED, SHORTLIST, Choice, Recipe
+from ghostlib.recovery.recipe import BUDGETS, PRUNED, SHORTLIST, Choice, Recipe, spelt_ridge
 from ghostlib.selection.trials import Trials
 
+CANDIDATES = BUDGETS["any"]
 LENGTH = 40
 KEPT_OUT = [1, 3, 5]  # of six short windows, half
 LAYERS_REMOVED = (1, 2, 4)
@@ -47,11 +48,11 @@ def moments(model: PreTrainedModel, ids: Tensor, repair: str) -> dict[gl.Boundar
 def losing(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], other: float = 2.0) -> None:
     """Trials find these losses, by the operator's name."""
 
-    def loss(self, layers, operators) -> float:
+    def on_windows(self, layers, operators) -> Tensor:
         names = {op.name for op in operators.values()} or {PRUNED}
-        return losses.get(names.pop(), other)
+        return torch.full((len(KEPT_OUT),), losses.get(names.pop(), other), dtype=torch.float64)
 
-    monkeypatch.setattr(Trials, "loss", loss)
+    monkeypatch.setattr(Trials, "losses", on_windows)
 
 
 # --- what is kept out -------------------------------------------------------------------------
@@ -70,9 +71,9 @@ def losing(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], other: flo
         (4, 6000, [2]),  # longer windows: one
     ],
 )
-def test_windows_kept_out_are_spread_and_whole(model, count, length, kept_out) -> None:
+def test_windows_kept_out_are_spread_and_whole(count, length, kept_out) -> None:
     ids = torch.arange(count)[:, None].expand(count, length)
-    recipe = gl.Recipe(model, ids)
+    recipe = gl.Recipe(tiny_model("llama", max_position_embeddings=8192), ids)
     assert recipe.judges[:, 0].tolist() == kept_out
     assert recipe.fitted[:, 0].tolist() == [i for i in range(count) if i not in kept_out]
     assert recipe.judges.shape[1] == recipe.fitted.shape[1] == length
@@ -84,29 +85,39 @@ def test_windows_kept_out_are_spread_and_whole(model, count, length, kept_out) -
 def test_every_loss_is_that_of_a_model_recovered_from_the_fitted_windows(model) -> None:
     fitted, judges = parts()
     choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
-    expected = {PRUNED: math.log(gl.perplexity(gl.prune(model, LAYERS_REMOVED), judges))}
+    by_window = {PRUNED: gl.window_losses(gl.prune(model, LAYERS_REMOVED), judges)}
     for repair in CANDIDATES:
         train, held_out = (moments(model, ids, repair) for ids in (fitted, judges))
         operators = {}
         for gap in GAPS:
-            ridge = choose_ridge(train[gap], held_out=held_out[gap])
+            several = len(FAMILIES[repair].regressor.sources) > 1
+            ridge: Any = choose_ridges(train[gap], held_out[gap]) if several else None
+            ridge = ridge or choose_ridge(train[gap], held_out=held_out[gap])
             operators[gap] = solve(train[gap], repair, relative_ridge=ridge)
             best = min(
                 held_out[gap].error(solve(train[gap], repair, relative_ridge=r)) for r in RIDGES
             )
-            assert held_out[gap].error(operators[gap]) == pytest.approx(best, rel=1e-9)
+            error = held_out[gap].error(operators[gap])
+            if several:  # a coarser grid for each feature
+                assert error <= 1.05 * best
+            else:
+                assert error == pytest.approx(best, rel=1e-9)
             if repair == choice.repair:
                 assert choice.ridges[gap] == ridge
         repaired = gl.install(model, operators)
-        expected[repair] = math.log(gl.perplexity(repaired, judges))
+        by_window[repair] = gl.window_losses(repaired, judges)
+    expected = {repair: float(losses.mean()) for repair, losses in by_window.items()}
     assert choice.rivals == pytest.approx(expected, rel=1e-5)
     assert list(choice.rivals) == [PRUNED, *CANDIDATES]
-    assert choice.repair == min(expected, key=lambda repair: expected[repair]) != PRUNED
+    safe = torch.minimum(by_window[PRUNED], by_window["ghost"]) + 0.01
+    admitted = [r for r in expected if r in (PRUNED, "ghost") or (by_window[r] <= safe).all()]
+    assert choice.repair == min(admitted, key=lambda repair: expected[repair]) != PRUNED
     assert choice.layers == LAYERS_REMOVED and choice.tokens == judges.numel() == 120
 
 
 @pytest.mark.parametrize("repair", [*CANDIDATES, "ghost-relative", "three-branch-relative"])
-def test_what_was_chosen_is_solved_again_from_all_windows(model, repair, capsys) -> None:
+def test_what_was_chosen_is_solved_again(model, repair, capsys, monkeypatch) -> None:
+    losing(monkeypatch, {PRUNED: 3.0})
     recovered = gl.recover(
         model, windows(), LAYERS_REMOVED, "auto", candidates=[repair], batch_size=2
     )
@@ -132,7 +143,7 @@ def test_ties_go_to_no_repair_and_then_to_the_first_named(model, monkeypatch) ->
     choice = gl.Recipe(idle, windows()).choose([3])  # which did nothing to the stream
     assert len(set(choice.rivals.values())) == 1 and choice.repair == PRUNED
     losing(monkeypatch, {PRUNED: 3.0})
-    assert gl.Recipe(model, windows()).choose([3]).repair == "ghost"
+    assert gl.Recipe(model, windows()).choose([3]).repair == CANDIDATES[0]
     backwards = gl.Recipe(model, windows(), candidates=CANDIDATES[::-1])
     assert backwards.choose([3]).repair == CANDIDATES[-1]
 
@@ -207,7 +218,7 @@ def test_one_pass_collects_what_several_choices_need(model, monkeypatch) -> None
 
 def test_the_line_says_what_was_chosen_and_why(model) -> None:
     choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
-    line, ridges = str(choice), [f"{choice.ridges[gap]:.0e}" for gap in GAPS]
+    line, ridges = str(choice), [spelt_ridge(choice.ridges[gap]) for gap in GAPS]
     assert "\n" not in line
     assert line.startswith(
         f"auto: {choice.repair} for layers 1–2 (ridge {ridges[0]}), 4 (ridge {ridges[1]}); "
@@ -215,7 +226,7 @@ def test_the_line_says_what_was_chosen_and_why(model) -> None:
     )
     losses = dict(part.split() for part in line.rpartition(": ")[2].split(", "))
     assert losses == {name: f"{loss:.3f}" for name, loss in choice.rivals.items()}
-    assert next(iter(losses)) == choice.repair, "lowest first"
+    assert list(losses.values()) == sorted(losses.values()), "lowest first"
     assert choice.summary == {"repair": choice.repair, "losses": choice.rivals, "tokens": 120}
 
 
@@ -268,13 +279,13 @@ def test_order_of_windows_and_batches_change_no_choice(model) -> None:
 
 
 def test_every_architecture_is_served_or_told_what_serves_it(any_tiny, tmp_path, capsys) -> None:
-    ids, how = windows(), dict[str, Any]()
+    ids = windows()
     if any_tiny.config.model_type == "olmo2":
+        assert set(gl.Recipe(any_tiny, ids).families) == {"ghost", "ghost-relative"}
         remedy = r"without a norm: .* candidates=\('ghost', 'ghost-relative'\)"
         with pytest.raises(ValueError, match=remedy):
-            gl.recover(any_tiny, ids, LAYERS_REMOVED, "auto")
-        how["candidates"] = ("ghost", "ghost-relative")
-    recovered = gl.recover(any_tiny, ids, LAYERS_REMOVED, "auto", **how)
+            gl.recover(any_tiny, ids, LAYERS_REMOVED, "auto", candidates=["two-branch"])
+    recovered = gl.recover(any_tiny, ids, LAYERS_REMOVED, "auto")
     assert recovered.config.num_hidden_layers == LAYERS - 3
     again = saved_and_loaded(recovered, ids, tmp_path)
     text = again.generate(ids[:1, :5], max_new_tokens=4, do_sample=False)
@@ -319,7 +330,7 @@ def test_what_auto_cannot_heed_is_refused(model, changes, message) -> None:
 
 
 def test_choices_are_spelt_without_the_model() -> None:
-    op = Operator(torch.eye(2), "ghost", 4, 2, 1.0, 0.0)
+    op = Operator.of(torch.eye(2))
     gap = gl.Boundary(3, 6)
     losses: dict[tuple[tuple[int, ...], str], float]
     losses = {((3, 4, 5), PRUNED): 4.0, ((3, 4, 5), "ghost"): 2.5, ((1, 2, 3), "ghost"): 3.0}

@@ -1,11 +1,8 @@
-"""One of the processes of `test_distributed`: ranks.py RANK PROCESSES FOLDER."""
+"""What each process of `test_distributed` does."""
 
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds conftest there
 
 import torch
 import torch.distributed as dist
@@ -56,9 +53,8 @@ def cases(rank: int) -> dict[str, Any]:
     return tried
 
 
-def main() -> None:
+def main(rank: int, processes: int, folder: Path) -> None:
     """Try everything and write down what came of it."""
-    rank, processes, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -69,7 +65,3 @@ def main() -> None:
     )
     torch.save(cases(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

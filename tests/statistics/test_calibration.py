@@ -1,14 +1,34 @@
 """The streaming pass against stored activations, and everything it must refuse."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, VOCABULARY, WIDTH, stored_streams, tiny_model, tiny_windows
+from conftest import (
+    LAYERS,
+    VOCABULARY,
+    WIDTH,
+    assert_same_moments,
+    stored_streams,
+    tiny_model,
+    tiny_windows,
+)
 
 import ghostlib as gl
 from ghostlib import Boundary, Moments
-from ghostlib.models.architectures import decoder_layers
+from ghostlib.models.architectures import decoder_layers, receiver
+from ghostlib.models.layers import mlp_output, stream_norm
 from ghostlib.models.streams import tap
+from ghostlib.statistics.calibration import suited
+from ghostlib.statistics.features import STREAM, Regressor
+from ghostlib.statistics.moments import check_moments
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+GAP = Boundary(2, 4)
+READS_RAW = ("olmo2",)
+NORM_AFTER = ("gemma2", "gemma3_text", "olmo2")
 
 
 def hooks_left(model) -> int:
@@ -26,9 +46,10 @@ def test_streamed_moments_equal_stored_activations(any_tiny):
         Y = streams[stop].flatten(0, 1).double()
         m = calibration[Boundary(start, stop)]
         torch.testing.assert_close(m.G, X.T @ X, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(m.cross, X.T @ (Y - X), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(m.B, X.T @ Y, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(m.y2, (Y**2).sum(0), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(m.x1, X.sum(0), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(m.d2, ((Y - X) ** 2).sum(0), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(m.f1, X.sum(0), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(m.y_abs, Y.abs().sum(0), rtol=1e-9, atol=1e-9)
         assert (m.tokens, m.weight, m.sequences) == (100, 100.0, 5)
         ratios = [
@@ -44,8 +65,9 @@ def test_streamed_moments_equal_stored_activations(any_tiny):
         assert similarity.angular == pytest.approx(float(angle), abs=1e-4)
 
 
+@pytest.mark.embedded
 def test_ghost_from_streamed_moments_equals_lstsq_on_stored_activations(embedded, wiki):
-    """The issue's acceptance figure: residuals agree to 1e-8, in float64, on the embedded model."""
+    """Residuals agree to 1e-8, in float64, on the embedded model."""
     model, _ = embedded
     boundary = Boundary(12, 19)
     op = gl.solve(gl.calibrate(model, wiki, [boundary])[boundary], "ghost")
@@ -64,7 +86,7 @@ def test_one_pass_serves_many_boundaries_as_well_as_one_each():
     together = gl.calibrate(model, ids, gl.contiguous(2, LAYERS) + gl.contiguous(1, LAYERS))
     for boundary, moments in together.items():
         alone = gl.calibrate(model, ids, [boundary])[boundary]
-        assert torch.equal(moments.G, alone.G) and torch.equal(moments.B, alone.B)
+        assert torch.equal(moments.G, alone.G) and torch.equal(moments.cross, alone.cross)
     shared = together[Boundary(2, 4)].G
     assert shared is together[Boundary(2, 3)].G  # one Gram matrix a start
 
@@ -76,9 +98,9 @@ def test_halves_add_up_to_the_whole():
     halves = [gl.calibrate(model, part, [boundary])[boundary] for part in ids.split(3)]
     total = halves[0] + halves[1]
     torch.testing.assert_close(total.G, whole.G, rtol=1e-14, atol=0)
-    torch.testing.assert_close(total.B, whole.B, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(total.cross, whole.cross, rtol=1e-13, atol=1e-13)
     assert total.tokens == whole.tokens and total.sequences == whole.sequences
-    assert torch.equal((halves[1] + halves[0]).B, total.B)
+    assert torch.equal((halves[1] + halves[0]).cross, total.cross)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -95,7 +117,7 @@ def test_padding_enters_no_statistic(side):
     total = apart[0] + apart[1]
     assert together[boundary].tokens == 19 == together.tokens
     torch.testing.assert_close(together[boundary].G, total.G, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(together[boundary].B, total.B, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[boundary].cross, total.cross, rtol=1e-5, atol=1e-5)
 
 
 def test_a_window_that_is_all_padding_counts_for_nothing():
@@ -105,8 +127,11 @@ def test_a_window_that_is_all_padding_counts_for_nothing():
     calibration = gl.calibrate(model, ids, [boundary], attention_mask=mask)
     assert calibration[boundary].sequences == 1 and calibration.tokens == 12
     mask[:] = 0
+    begun: list[int] = []
+    model.register_forward_pre_hook(lambda *_: begun.append(1))
     with pytest.raises(ValueError, match="leave no token"):
         gl.calibrate(model, ids, [boundary], attention_mask=mask)
+    assert not begun, "an hour's pass must not end with what was known before it"
 
 
 def test_the_batch_size_changes_only_rounding():
@@ -116,7 +141,7 @@ def test_the_batch_size_changes_only_rounding():
     )
     for other in (two, five):
         torch.testing.assert_close(other.G, one.G, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(other.B, one.B, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other.cross, one.cross, rtol=1e-5, atol=1e-5)
         assert (other.tokens, other.sequences) == (one.tokens, one.sequences)
 
 
@@ -154,6 +179,8 @@ def test_similarities_alone_collect_no_moments():
     assert not bare and set(bare.similarities) == {(1, 3)}
     full = gl.calibrate(model, ids, [(1, 3)])
     assert full.similarities == bare.similarities
+    with pytest.raises(ValueError, match=r"no moments of x were collected: calibrate\(…, regress"):
+        bare.of("x")
 
 
 def test_bfloat16_activations_give_float64_moments():
@@ -172,12 +199,13 @@ def test_hooks_are_removed_whatever_happens():
     assert hooks_left(model) == before
     with pytest.raises(RuntimeError, match="boom"), tap(model, [1, 2], lambda *_: None):
         raise RuntimeError("boom")
-    with pytest.raises(ValueError, match="no final norm"):
-        gl.calibrate(tiny_model("opt", do_layer_norm_before=False), ids, [(1, LAYERS)])
+    with pytest.raises(ValueError, match="normalises, scales or routes what its MLP returns"):
+        gl.calibrate(tiny_model("olmo2"), ids, [(1, 3)], regressors=["f"])
     with torch.no_grad():
         decoder_layers(model)[2].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layer 3 "):
-        gl.calibrate(model, ids, [(1, 3)])
+    for regressors in ([], ["x, h"]):
+        with pytest.raises(ValueError, match="layer 3 "):
+            gl.calibrate(model, ids, [(1, 3)], regressors=regressors)
     assert hooks_left(model) == before
 
 
@@ -206,9 +234,14 @@ def test_bad_activations_name_layer_and_window(value):
         ({"windows": torch.full((1, 8), VOCABULARY)}, "another model's tokenizer"),
         ({"windows": torch.full((1, 8), -1)}, "token ids -1"),
         ({"attention_mask": torch.ones(1, 3, dtype=torch.long)}, "windows' shape"),
-        ({"skip_leading": 24}, "skip_leading must lie in 0 … 23, got 24"),
-        ({"skip_leading": -1}, "skip_leading"),
+        ({"skip_leading": 24}, "mask and skip_leading leave no token to calibrate with"),
+        ({"skip_leading": -1}, "skip_leading must not be negative, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"regressors": ["y"]}, "unknown feature 'y'"),
+        ({"regressors": [None]}, "unknown feature 'None'"),
+        ({"regressors": ["x; 2"]}, "unknown weight '2'"),
+        ({"regressors": ["n(x), n(x)"]}, "names a feature twice"),
+        ({"regressors": ["x, n(x)"], "moments": False}, "leave moments=True"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -226,5 +259,149 @@ def test_moments_from_any_activations_match_the_pass():
     for x, y in zip(streams[2], streams[4], strict=True):
         by_hand.update(x, y)
     streamed = gl.calibrate(model, ids, [boundary])[boundary]
-    for name in ("G", "B", "y2", "ratio", "ratio_rotated"):
-        torch.testing.assert_close(getattr(by_hand, name), getattr(streamed, name))
+    for name, values in streamed.tensors().items():
+        torch.testing.assert_close(by_hand.tensors()[name], values)
+    assert by_hand.counts() == pytest.approx(streamed.counts())
+
+
+# --- other regressors than the stream -----------------------------------------------------------
+
+PREVIOUS = "x, n(x), n(prev); 1/|y|"
+
+
+def stored_mlp(model: Any, ids: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
+    """What the last down-projection before ``start`` read and returned, window by window."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        # OPT flattens the batch before its MLP
+        seen["hidden"] = args[0].reshape(*ids.shape, -1).double()
+        seen["output"] = output.reshape(*ids.shape, -1).double()
+
+    handle = mlp_output(model, start - 1).register_forward_hook(hook)
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("spelling", [PREVIOUS, "x, n(x)", "x, h", "f; 1/|y|^2"])
+def test_streamed_moments_of_features_equal_stored_activations(
+    any_tiny: Any, spelling: str
+) -> None:
+    ids, asked = tiny_windows(3, 20), Regressor.parse(spelling)
+    refusal = None
+    if any_tiny.config.model_type in READS_RAW and asked.normalised:
+        refusal = "read their stream without a norm: .*ghost-relative"
+    if any_tiny.config.model_type in NORM_AFTER and asked.reads_mlp:
+        refusal = "normalises, scales or routes what its MLP returns"
+    if refusal:
+        with pytest.raises(ValueError, match=refusal):
+            gl.calibrate(any_tiny, ids, [GAP], regressors=[spelling])
+        return
+    stats = gl.calibrate(any_tiny, ids, [GAP], batch_size=3, regressors=[spelling])
+    moments = stats.of(asked)[GAP]
+    regressor, streams = suited(any_tiny, asked), stored_streams(any_tiny, ids)
+    mlp = stored_mlp(any_tiny, ids, GAP.start) if asked.reads_mlp else {}
+    hidden = mlp["hidden"].shape[-1] if mlp else None
+    bias = "hidden" in regressor.sources and mlp_output(any_tiny, GAP.start - 1).bias is not None
+    known: dict[str, Any] = {"boundary": GAP, "model": stats.model}
+    expected = Moments(WIDTH, regressor=regressor, hidden=hidden, bias=bias, **known)
+    for row in range(len(ids)):
+        sources = {name: values[row] for name, values in mlp.items()}
+        expected.update(streams[2][row], streams[4][row], **sources)
+    assert_same_moments(moments, expected)
+    assert_same_moments(stats[GAP], gl.calibrate(any_tiny, ids, [GAP], batch_size=3)[GAP])
+
+
+def test_the_norm_a_model_is_said_to_have_is_the_one_it_has(any_tiny: Any) -> None:
+    if any_tiny.config.model_type in READS_RAW:
+        with pytest.raises(ValueError, match="read their stream without a norm"):
+            suited(any_tiny, Regressor.parse("x, n(x)"))
+        assert suited(any_tiny, STREAM) == STREAM
+        return
+    norm = receiver(any_tiny, LAYERS)
+    x = torch.randn(4, WIDTH) + 2
+    blind = torch.allclose(norm(x), norm(x + 3), atol=1e-3)  # to what all channels share
+    assert blind == (stream_norm(any_tiny) == "layer")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_skipped_token_is_still_the_one_before_and_padding_never_is(side: str) -> None:
+    model, ids = tiny_model("llama"), tiny_windows(2, 12)
+    padded, mask = torch.zeros(2, 15, dtype=torch.long), torch.zeros(2, 15, dtype=torch.long)
+    rows = slice(3, None) if side == "left" else slice(0, 12)
+    padded[:, rows], mask[:, rows] = ids, 1
+    how: dict[str, Any] = {"skip_leading": 1, "regressors": [PREVIOUS]}
+    one = gl.calibrate(model, ids, [GAP], **how).of(PREVIOUS)[GAP]
+    other = gl.calibrate(model, padded, [GAP], attention_mask=mask, **how).of(PREVIOUS)[GAP]
+    assert one.tokens == other.tokens == 22
+    torch.testing.assert_close(one.G, other.G, rtol=1e-4, atol=1e-4)
+    streams = stored_streams(model, ids)
+    expected = Moments(WIDTH, regressor=PREVIOUS)
+    for x, y in zip(streams[2], streams[4], strict=True):
+        expected.update(x, y, used=torch.arange(12) > 0)
+    torch.testing.assert_close(one.G, expected.G)
+    torch.testing.assert_close(one.cross, expected.cross)
+
+
+GAPS = [Boundary(1, 2), Boundary(3, LAYERS), Boundary(3, 4)]
+NARROW = ["x; 1/|y|", "x, n(x); 1/|y|", "n(prev); 1/|y|", "n(prev), x; 1/|y|"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_narrower_moments_are_cut_from_the_widest(model_type: str) -> None:
+    """With either kind of norm, padding and skipped tokens."""
+    model, ids = tiny_model(model_type), tiny_windows(3, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    how: dict[str, Any] = {"attention_mask": mask, "skip_leading": 1}
+    together = gl.calibrate(model, ids, GAPS, regressors=[*NARROW, PREVIOUS], **how)
+    kept = {(str(regressor), gap) for regressor, gap in together.collected}
+    assert kept == {(name, gap) for name in ("x", PREVIOUS) for gap in GAPS}, "no others"
+    for name in NARROW:
+        alone, parts = gl.calibrate(model, ids, GAPS, regressors=[name], **how), together.of(name)
+        assert list(parts) == GAPS
+        for gap in GAPS:
+            assert_same_moments(parts[gap], alone.of(name)[gap])
+            assert together.of(name)[gap] is parts[gap], "cut out once"
+    with pytest.raises(ValueError, match=r"no moments of x, n\(x\) were collected: calibrate\("):
+        together.of("x, n(x)")  # weighted otherwise
+
+
+def test_shared_gram_matrices_stay_shared_when_they_are_cut() -> None:
+    stats = gl.calibrate(
+        tiny_model("llama"), tiny_windows(), GAPS, regressors=["x, n(x), n(prev)", "x, h"]
+    )
+    for name in ("x", "x, n(x)", "n(prev)", "x, h", "h"):
+        parts = stats.of(name)
+        assert parts[GAPS[1]].G is parts[GAPS[2]].G
+        assert parts[GAPS[1]].gram is parts[GAPS[2]].gram, "and so are their decompositions"
+        assert parts[GAPS[0]].G is not parts[GAPS[1]].G
+    assert stats.of("x") == dict(stats)
+
+
+def test_nothing_of_the_mlp_is_before_layer_0_but_the_stream_is() -> None:
+    model, ids = tiny_model("llama"), tiny_windows(3, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    gaps = [Boundary(0, 2), Boundary(2, 4), Boundary(2, 5), Boundary(0, 1)]
+    how: dict[str, Any] = {"attention_mask": mask, "batch_size": 2}
+    plain = gl.calibrate(model, ids, gaps, **how)
+    for regressors in (["x, h"], ["f"], ["h", "x, n(x)"], ["x, h", "x, f"]):
+        stats = gl.calibrate(model, ids, gaps, regressors=regressors, **how)
+        assert list(stats) == gaps
+        for gap in gaps:
+            assert_same_moments(stats[gap], plain[gap])
+        for name in regressors:
+            reads_mlp = Regressor.parse(name).reads_mlp
+            assert list(stats.of(name)) == (gaps[1:3] if reads_mlp else gaps)
+            assert all(moments.tokens == 52 for moments in stats.of(name).values())
+        with pytest.raises(ValueError, match="no moments of"):
+            stats.of("n(prev)")
+    alone = gl.calibrate(model, ids, gaps[:1], regressors=["x, h"])
+    assert list(alone) == gaps[:1]
+    with pytest.raises(ValueError, match="no moments of x, h were collected"):
+        alone.of("x, h")
+    for moments in alone.values():
+        check_moments(moments)

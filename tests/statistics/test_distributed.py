@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from conftest import assert_same_moments, tiny_model, tiny_windows
 from ranks import BOUNDARIES
+from torch.multiprocessing import get_context, start_processes
 
 import ghostlib as gl
 from ghostlib.statistics import distributed
@@ -23,22 +25,9 @@ SECONDS = 300
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes got."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("ranks.py")
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(PROCESSES), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, errors
-    finally:
-        for process in running:
-            process.kill()
+    # both are forked from one process that has imported everything
+    get_context("forkserver").set_forkserver_preload(["ghostlib"])
+    start_processes(ranks.main, (PROCESSES, folder), PROCESSES, start_method="forkserver")
     return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(PROCESSES)]
 
 
@@ -118,7 +107,7 @@ def test_refusals_leave_the_processes_in_step(outcomes: list[dict[str, Any]]) ->
 
 def test_one_process_alone_needs_no_group() -> None:
     model, ids = tiny_model("llama"), tiny_windows()
-    assert gl.shard(ids) is not None and torch.equal(gl.shard(ids), ids)
+    assert torch.equal(gl.shard(ids), ids)
     assert_equal_sums(
         gl.calibrate_distributed(model, gl.shard(ids), BOUNDARIES),
         gl.calibrate(model, ids, BOUNDARIES),
@@ -130,24 +119,23 @@ def test_one_process_alone_needs_no_group() -> None:
     assert isinstance(caught.value.__cause__, ValueError)
 
 
-def test_every_dictionary_of_moments_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_of_all_regressors_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for a second process that has the same sums."""
-    richer: dict[str, Any] = {"regressors": ["x, n(x); 1/|y|"]}
-    calibration = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES, **richer)
-    again = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES)
-    of_features = calibration.of("x, n(x); 1/|y|")[gl.Boundary(2, 4)]
-    before, fourth = of_features.G.clone(), of_features.fourth
-    vars(calibration)["others"] = {(2, 4): again[gl.Boundary(2, 4)]}
+    regressor = "x, n(x); 1/|y|"
+    one = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES, regressors=[regressor])
+    before = {key: moments.to("cpu") for key, moments in one.collected.items()}
     monkeypatch.setattr(distributed, "_place", lambda: (0, 2))
     monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(2))
-    distributed.all_reduce(calibration)
-    one, other = calibration[gl.Boundary(2, 4)], again[gl.Boundary(2, 4)]
-    assert torch.equal(one.G, other.G) and one.tokens == other.tokens == calibration.tokens
-    assert torch.equal(of_features.G, 2 * before) and of_features.fourth == 2 * fourth
-    single = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES)
-    assert torch.equal(one.G, 2 * single[gl.Boundary(2, 4)].G)
-    for boundary, similarity in single.similarities.items():
-        assert calibration.similarities[boundary] == pytest.approx(similarity)
+    total = distributed.all_reduce(one)
+    assert total.collected.keys() == one.collected.keys()
+    for key, moments in before.items():
+        assert_same_moments(one.collected[key], moments)  # what was summed stays as it is
+        assert_same_moments(total.collected[key], moments + moments)
+    for name in ("x", regressor):
+        assert list(total.of(name)) == list(one.of(name))
+    assert total.tokens == 2 * one.tokens and list(total) == list(one)
+    for boundary, similarity in one.similarities.items():
+        assert total.similarities[boundary] == pytest.approx(similarity)
 
 
 def test_backends_without_the_cpu_get_tensors_on_the_models_device(

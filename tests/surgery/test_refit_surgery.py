@@ -8,7 +8,8 @@ from conftest import LAYERS, saved_and_loaded, tiny_model, tiny_windows
 from torch import Tensor
 
 import ghostlib as gl
-from ghostlib.models.streams import listen, record
+from ghostlib.models.layers import listen
+from ghostlib.models.streams import record
 from ghostlib.recovery.recipe import BUDGETS, Recipe
 
 GAP = gl.Boundary(2, 4)
@@ -91,10 +92,10 @@ def test_the_joint_repair_costs_what_ghost_costs() -> None:
 @pytest.mark.parametrize("layout", NORMALISED)
 def test_layouts_that_normalise_what_the_mlp_writes_are_refused(layout: str) -> None:
     model = tiny_model(layout)
-    with pytest.raises(ValueError, match="normalises what its MLP returns"):
+    with pytest.raises(ValueError, match="normalises, scales or routes what its MLP"):
         gl.recover(model, tiny_windows(4, 12), [2, 3], "refit")
     assert "refit" not in Recipe(model, tiny_windows(4, 12), budget="any").families
-    with pytest.raises(ValueError, match="normalises what its MLP returns"):
+    with pytest.raises(ValueError, match="normalises, scales or routes what its MLP"):
         Recipe(model, tiny_windows(4, 12), candidates=["refit"])
 
 

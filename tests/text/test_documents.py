@@ -202,7 +202,7 @@ FILES = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(FILES, st.sampled_from(["train", "test", "all"]))
 @example((".jsonl", b"[" * 100_000), "all")
 @example((".jsonl", b'{"text": "half a pair: \\ud800"}'), "all")
