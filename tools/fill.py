@@ -16,6 +16,7 @@ from ghostlib.tutorial import claims
 from notebooks import ROOT, Notebook, NotebookError, code_cells, dump, read, suite, write
 
 BRANCH = "main"
+QUICK = "00_quickstart.ipynb"  # what the README's badges open
 FILLED = ("README.md", "CONTRIBUTING.md", "CITATION.cff")
 CODE = "```bash\n{}\n```"
 REGION = re.compile(
@@ -69,22 +70,22 @@ def addressed(repository: str | None) -> dict[str, str]:
     clone = f"git clone {url} && cd {repository.split('/')[1]}\nmake run"
     pip = CODE.format(f"pip install git+{url}")
     return {
-        "badges": f"[![tests]({workflow}/badge.svg)]({workflow})",
+        "badges": f"[![tests]({workflow}/badge.svg)]({workflow}) {badges(repository, QUICK)}",
         "clone": CODE.format(clone),
         "install": f"To use the package without the notebooks:\n\n{pip}",
         "repository": f'repository-code: "{url}"',
     }
 
 
-def table(notebooks: dict[Path, Notebook], repository: str | None) -> str:
-    """The README's table of notebooks: title, first sentence under "What you'll do", links."""
-    rows = ["| notebook | what you'll do | open |", "|---|---|---|"]
+def table(notebooks: dict[Path, Notebook]) -> str:
+    """The README's table of notebooks: title, and first sentence under "What you'll do"."""
+    rows = ["| notebook | what you'll do |", "|---|---|"]
     for path, nb in notebooks.items():
         heading, _, text = nb.cells[0].source.replace("\u2019", "'").partition("\n")
         text = text.partition("What you'll do")[2].lstrip(" :*.")
         summary = re.split(r"(?<=[.!?])\s|\n\s*\n", text, maxsplit=1)[0].replace("\n", " ")
         name = f"[{path.stem[:2]} · {heading.lstrip('# ')}](notebooks/{path.name})"
-        rows.append(f"| {name} | {summary} | {badges(repository, path.name)} |")
+        rows.append(f"| {name} | {summary} |")
     return "\n".join(rows)
 
 
@@ -116,12 +117,13 @@ def contents(root: Path) -> dict[Path, bytes]:
     measured = [
         claims.Measurement(path.stem, cell.execution_count, facts)
         for path, cell, facts in outputs(notebooks, claims.MIME)
+        if "rule" in facts  # what was stored before claims had one waits for `make notebooks`
     ]
     found = {root / "docs" / "claims.md": claims.ledger(measured).encode()}
     for _, cell, picture in outputs(notebooks, "image/png"):
         if "effect-figure" in cell.metadata.get("tags", []):
             found[root / "docs" / "effect.png"] = base64.b64decode(picture)
-    bodies = {**addressed(repository), "notebooks": table(notebooks, repository)}
+    bodies = {**addressed(repository), "notebooks": table(notebooks)}
     for path in filter(Path.exists, (root / name for name in FILLED)):
         found[path] = replace_regions(path.read_text(encoding="utf-8"), bodies).encode()
     for path, nb in notebooks.items():

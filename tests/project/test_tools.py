@@ -138,7 +138,7 @@ def test_what_is_no_notebook_is_refused_by_name(root, content):
     path = root / "notebooks" / "02_none.ipynb"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(tool.NotebookError, match="02_none.ipynb: not a notebook"):
+    with pytest.raises(tool.NotebookError, match=r"02_none\.ipynb: not a notebook"):
         tool.read(path)
 
 
@@ -198,7 +198,9 @@ def test_the_setup_cell_is_silent_where_all_is_installed(evaluates, capsys, monk
     assert capsys.readouterr() == ("", "")
     missing = "lm_eval" if evaluates else "ghostlib"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
-    with pytest.raises(ImportError, match=r"install the wheel of ghostlib.*, or start from a clone"):
+    with pytest.raises(
+        ImportError, match=r"install the wheel of ghostlib.*, or start from a clone"
+    ):
         exec(compile(source, "setup", "exec"), {})
 
 
