@@ -107,8 +107,8 @@ def check(root: Path, paths: list[Path]) -> list[str]:
     ]
     if address(root) is None:
         for path in [*suite(root), *filter(Path.exists, (root / name for name in FILLED))]:
-            for dead in ADDRESSED.findall(path.read_text(encoding="utf-8")):
-                found.append(f"{path.name}: {dead} needs a public address, and there is none yet")
+            if dead := ADDRESSED.search(path.read_text(encoding="utf-8")):
+                found.append(f"{path.name}: {dead[0]} needs a public address, and there is none")
     return found
 
 

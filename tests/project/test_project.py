@@ -90,7 +90,7 @@ def test_pip_can_fetch_the_embedded_wheels():
 
 def test_every_import_of_the_package_is_a_dependency():
     own = {"ghostlib", "pydoc_data"}
-    names = {"IPython": "ipython", "PIL": "pillow", "lm_eval": "lm-eval", "yaml": "pyyaml"}
+    names = {"IPython": "ipython", "huggingface_hub": "huggingface-hub", "lm_eval": "lm-eval"}
     known = set(RANGES) | {requirement.name for requirement in EXTRAS}
     for path in (ROOT / "ghostlib").rglob("*.py"):
         for module in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE):
