@@ -19,6 +19,7 @@ from ghostlib.experiments.spec import Settings
 from ghostlib.linalg.gram import SingularGramWarning
 from ghostlib.models.architectures import decoder_layers, receiver
 from ghostlib.models.boundaries import Boundary, contiguous, runs, spell
+from ghostlib.models.inspect import Inspection, inspect
 from ghostlib.models.loading import load_model
 from ghostlib.models.streams import record, tap
 from ghostlib.operators.families import FAMILIES as OPERATORS
@@ -59,6 +60,7 @@ __all__ = [
     "Boundary",
     "Calibration",
     "Family",
+    "Inspection",
     "MassiveActivationWarning",
     "Moments",
     "Operator",
@@ -90,6 +92,7 @@ __all__ = [
     "flops",
     "gap_closed",
     "generate",
+    "inspect",
     "install",
     "latency",
     "load_model",
