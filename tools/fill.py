@@ -45,7 +45,8 @@ def setup_source(repository: str | None, evaluates: bool = False) -> str:
     if repository:
         remedy = f'%pip install --quiet "{package} @ git+https://github.com/{repository}"'
     else:
-        remedy = f'raise ImportError("install the wheel of {package}, or start from a clone")'
+        advice = "pip install its wheel, or make lab in a clone"
+        remedy = f'raise ImportError("{package} is missing: {advice}")'
     return f"import importlib.util\n\nif {missing}:  # on Colab, or in a bare kernel\n    {remedy}"
 
 

@@ -199,7 +199,7 @@ def test_the_setup_cell_is_silent_where_all_is_installed(evaluates, capsys, monk
     missing = "lm_eval" if evaluates else "ghostlib"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
     with pytest.raises(
-        ImportError, match=r"install the wheel of ghostlib.*, or start from a clone"
+        ImportError, match=r"ghostlib.* is missing: pip install its wheel, or make lab"
     ):
         exec(compile(source, "setup", "exec"), {})
 
