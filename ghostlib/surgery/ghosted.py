@@ -171,7 +171,8 @@ def install_boundaries(model: PreTrainedModel) -> None:
         )
     for entry in entries:
         module: Any = known[entry["module"]]
-        become(module, _receiving(type(module)))
+        plain: Any = type(module)
+        become(module, _receiving(plain))
         rank = entry["rank"]
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
         shape = {"bias": entry["bias"], "features": entry["features"]}

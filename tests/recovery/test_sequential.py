@@ -249,7 +249,7 @@ def test_streams_of_bad_windows_are_refused() -> None:
 def test_what_has_no_sequential_fit_is_refused():
     model, ids = tiny_model("llama"), tiny_windows()
     stats = gl.calibrate(model, ids, GAPS)
-    with pytest.raises(ValueError, match="'fit' belongs to a pass .* or give token windows"):
+    with pytest.raises(ValueError, match=r"'fit' belongs to a pass .* or give token windows"):
         gl.recover(model, stats, LAYERS_OF, fit="sequential")
     with pytest.raises(ValueError, match=r"boundary \(0, 1\) has no layer before it: keep layer 0"):
         gl.fit_sequential(model, ids, [(0, 1), *GAPS[1:]], "replaceme")
