@@ -30,13 +30,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from ghostlib.models.architectures import GHOSTED
+from ghostlib.common import GHOSTED
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
-    PADDING_MASK,
     Pass,
     current_pass,
     during,
+    handing_on_padding,
     remembering,
     token_before,
 )
@@ -134,8 +134,16 @@ def _receiving(cls: Any) -> Any:
             kwargs["begun"] = current_pass()
         return cls.__call__(self, *args, **kwargs)
 
-    body = {"forward": forward, "__call__": call, "__module__": __name__}
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _empty_receiver, (cls,), vars(self)  # this class is made, not imported
+
+    body = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, "__module__": __name__}
     return type(cls.__name__, (cls,), body)
+
+
+def _empty_receiver(cls: type) -> Any:
+    kind = _receiving(cls)
+    return kind.__new__(kind)
 
 
 _ENTRY = ("module", "receiver", "width", "bias", "rank", "features")
@@ -163,7 +171,8 @@ def install_boundaries(model: PreTrainedModel) -> None:
         )
     for entry in entries:
         module: Any = known[entry["module"]]
-        become(module, _receiving(type(module)))
+        plain: Any = type(module)
+        become(module, _receiving(plain))
         rank = entry["rank"]
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
         shape = {"bias": entry["bias"], "features": entry["features"]}
@@ -212,13 +221,6 @@ class GhostedMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install_boundaries(self)  # type: ignore[arg-type]
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As `GenerationMixin.prepare_inputs_for_generation`."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        if self.looking_back:
-            inputs[PADDING_MASK] = kwargs.get("attention_mask")
-        return inputs
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         # With a static cache, `generate` compiles into CUDA graphs, which reuse the memory that a
@@ -322,6 +324,9 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
         {
             "config_class": config_class,
             "forward": remembering(model_base.forward),
+            "prepare_inputs_for_generation": handing_on_padding(
+                model_base.prepare_inputs_for_generation
+            ),
             "__module__": __name__,
         },
     )
