@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"_?(layer_?(idx|id|index|number|num)|idx|index|block_idx)$
 
 
 def follow(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
-    """Keep of the modules at ``path`` those with the indices ``kept``; all that counts them follows.
+    """Keep the modules at ``path`` with the indices ``kept``, and let all that counts them follow.
 
     Args:
         model: changed in place; weights stay as they are.

@@ -106,8 +106,8 @@ class Moments:
         fourth: sum over tokens of ``(w |Delta|^2)^2``, for `effective_tokens`.
 
     Raises:
-        ValueError: a width below 1, or features of the MLP without its width. TypeError: a width
-            that is not an integer.
+        ValueError: a width below 1, or features of the MLP without its width.
+        TypeError: a width that is not an integer.
 
     >>> X_pre, X_post = torch.randn(2, 100, 8)
     >>> moments = Moments(8).update(X_pre, X_post)
@@ -419,7 +419,7 @@ class Moments:
         float64 additions (relative 1e-15 per addition), and ``a + b`` equals ``b + a`` exactly.
 
         Raises:
-            ValueError: other features, another width, boundary or model.
+            ValueError: other features, another width, boundary or model, or one with a bias.
         """
         if not isinstance(other, Moments):
             return NotImplemented

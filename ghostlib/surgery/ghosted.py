@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from ghostlib.models.architectures import GHOSTED
+from ghostlib.common import GHOSTED
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
     Pass,
@@ -171,7 +171,8 @@ def install_boundaries(model: PreTrainedModel) -> None:
         )
     for entry in entries:
         module: Any = known[entry["module"]]
-        become(module, _receiving(type(module)))
+        plain: Any = type(module)
+        become(module, _receiving(plain))
         rank = entry["rank"]
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
         shape = {"bias": entry["bias"], "features": entry["features"]}

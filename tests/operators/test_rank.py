@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 import ghostlib as gl
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 
 def pair(width: int, tokens: int, seed: int, rank: int | None = None):
     """Moments of training and held-out tokens of one random linear map with noise."""
@@ -58,7 +60,15 @@ def test_bad_ranks_and_moments_are_named():
         gl.choose_rank(train, held_out, ranks=[])
     with pytest.raises(ValueError, match="tolerance must not be negative"):
         gl.choose_rank(train, held_out, tolerance=-0.1)
-    with pytest.raises(ValueError, match=r"one width, got \(6, 6\) and \(5, 5\)"):
+    with pytest.raises(ValueError, match=r"one width, got 6 and 5"):
         gl.rank_path(train, pair(5, 30, 0)[1])
-    with pytest.raises(ValueError, match="no tokens"):
-        gl.rank_path(train, gl.Moments(6))
+    with pytest.raises(ValueError, match=r"one regressor, got x and n\(x\)"):
+        X = torch.ones(9, 6)
+        gl.rank_path(train, gl.Moments(6, regressor="n(x)").update(X, X))
+    for one, other in ((train, gl.Moments(6)), (gl.Moments(6), held_out)):
+        with pytest.raises(ValueError, match="no tokens"):
+            gl.rank_path(one, other)
+    with pytest.raises(TypeError, match="integer"):
+        gl.choose_rank(train, held_out, ranks=[1.5])
+    with pytest.raises(ValueError, match="positive and finite"):
+        gl.choose_rank(train, held_out, relative_ridge=-1.0)

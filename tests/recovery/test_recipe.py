@@ -98,7 +98,10 @@ def test_every_loss_is_that_of_a_model_recovered_from_the_fitted_windows(model) 
                 held_out[gap].error(solve(train[gap], repair, relative_ridge=r)) for r in RIDGES
             )
             error = held_out[gap].error(operators[gap])
-            assert error <= best * (1 + 1e-9) if several else error == pytest.approx(best, rel=1e-9)
+            if several:  # a coarser grid for each feature
+                assert error <= 1.05 * best
+            else:
+                assert error == pytest.approx(best, rel=1e-9)
             if repair == choice.repair:
                 assert choice.ridges[gap] == ridge
         repaired = gl.install(model, operators)

@@ -36,7 +36,7 @@ def test_recovered_models_of_every_architecture(
 ) -> None:
     ids = tiny_windows(4, 40)
     if any_tiny.config.model_type in READS_RAW and name != "ghost-relative":
-        with pytest.raises(ValueError, match="reads its stream without a norm"):
+        with pytest.raises(ValueError, match="read their stream without a norm"):
             gl.recover(any_tiny, ids, layers, name)
         return
     recovered = gl.recover(any_tiny, ids, layers, name, relative_ridge=RIDGE)

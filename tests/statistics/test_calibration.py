@@ -199,12 +199,13 @@ def test_hooks_are_removed_whatever_happens():
     assert hooks_left(model) == before
     with pytest.raises(RuntimeError, match="boom"), tap(model, [1, 2], lambda *_: None):
         raise RuntimeError("boom")
-    with pytest.raises(ValueError, match="no final norm"):
-        gl.calibrate(tiny_model("opt", do_layer_norm_before=False), ids, [(1, LAYERS)])
+    with pytest.raises(ValueError, match="normalises, scales or routes what its MLP returns"):
+        gl.calibrate(tiny_model("olmo2"), ids, [(1, 3)], regressors=["f"])
     with torch.no_grad():
         decoder_layers(model)[2].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layer 3 "):
-        gl.calibrate(model, ids, [(1, 3)])
+    for regressors in ([], ["x, h"]):
+        with pytest.raises(ValueError, match="layer 3 "):
+            gl.calibrate(model, ids, [(1, 3)], regressors=regressors)
     assert hooks_left(model) == before
 
 
@@ -291,9 +292,9 @@ def test_streamed_moments_of_features_equal_stored_activations(
     ids, asked = tiny_windows(3, 20), Regressor.parse(spelling)
     refusal = None
     if any_tiny.config.model_type in READS_RAW and asked.normalised:
-        refusal = "reads its stream without a norm: .*ghost-relative"
+        refusal = "read their stream without a norm: .*ghost-relative"
     if any_tiny.config.model_type in NORM_AFTER and asked.reads_mlp:
-        refusal = "normalises what its MLP returns"
+        refusal = "normalises, scales or routes what its MLP returns"
     if refusal:
         with pytest.raises(ValueError, match=refusal):
             gl.calibrate(any_tiny, ids, [GAP], regressors=[spelling])
@@ -303,7 +304,9 @@ def test_streamed_moments_of_features_equal_stored_activations(
     regressor, streams = suited(any_tiny, asked), stored_streams(any_tiny, ids)
     mlp = stored_mlp(any_tiny, ids, GAP.start) if asked.reads_mlp else {}
     hidden = mlp["hidden"].shape[-1] if mlp else None
-    expected = Moments(WIDTH, regressor=regressor, hidden=hidden, boundary=GAP, model=stats.model)
+    bias = "hidden" in regressor.sources and mlp_output(any_tiny, GAP.start - 1).bias is not None
+    known: dict[str, Any] = {"boundary": GAP, "model": stats.model}
+    expected = Moments(WIDTH, regressor=regressor, hidden=hidden, bias=bias, **known)
     for row in range(len(ids)):
         sources = {name: values[row] for name, values in mlp.items()}
         expected.update(streams[2][row], streams[4][row], **sources)
@@ -313,7 +316,7 @@ def test_streamed_moments_of_features_equal_stored_activations(
 
 def test_the_norm_a_model_is_said_to_have_is_the_one_it_has(any_tiny: Any) -> None:
     if any_tiny.config.model_type in READS_RAW:
-        with pytest.raises(ValueError, match="reads its stream without a norm"):
+        with pytest.raises(ValueError, match="read their stream without a norm"):
             suited(any_tiny, Regressor.parse("x, n(x)"))
         assert suited(any_tiny, STREAM) == STREAM
         return

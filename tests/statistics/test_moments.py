@@ -254,8 +254,9 @@ def test_update_refuses(x: tuple, y: tuple, weight: list[float] | None, message:
 
 def spoil(value: complex) -> Callable[[Tensor], Tensor]:
     def spoiled(values: Tensor) -> Tensor:
-        changed = values.to(torch.complex64 if isinstance(value, complex) else torch.float32)
-        changed[3, 2] = value
+        bad = torch.tensor(value)
+        changed = values.to(bad.dtype)
+        changed[3, 2] = bad
         return changed
 
     return spoiled
@@ -337,6 +338,7 @@ def test_update_leaves_activations_and_earlier_sums_alone() -> None:
         (Moments(8, regressor="n(x)"), "regressor"),
         (Moments(8, regressor="x; 1/|y|"), "regressor"),
         (Moments(8, regressor="x, n(x)"), "blocks"),
+        (Moments(8, bias=True), "bias"),
     ],
 )
 def test_moments_of_different_things_cannot_be_added(other: Moments, what: str) -> None:
@@ -423,7 +425,7 @@ def test_copy_on_a_device_and_repr() -> None:
 @pytest.mark.parametrize("regressor", ["x", "x, z(x); 1/|y|^0.5", "h, f"])
 def test_save_and_load(tmp_path: Path, boundary: Boundary | None, regressor: str) -> None:
     (X, Y), (hidden, output) = pair(10), pair(10, seed=1)
-    kind: dict[str, Any] = {"regressor": regressor, "hidden": 5}
+    kind: dict[str, Any] = {"regressor": regressor, "hidden": 5, "bias": boundary is None}
     moments = Moments(8, boundary=boundary, model="a/b", **kind)
     moments.update(X, Y, torch.rand(10), hidden=hidden[:, :5], output=output)
     path = tmp_path / "m.safetensors"
@@ -432,7 +434,8 @@ def test_save_and_load(tmp_path: Path, boundary: Boundary | None, regressor: str
     loaded = Moments.load(str(path))
     assert_same(loaded, moments, tolerance=0.0)
     assert loaded.counts() == moments.counts()
-    assert (loaded.regressor, loaded.blocks) == (moments.regressor, moments.blocks)
+    for name in ("regressor", "blocks", "bias"):
+        assert getattr(loaded, name) == getattr(moments, name)
     assert (loaded.boundary, loaded.model) == (boundary, "a/b")
     assert loaded.boundary is None or isinstance(loaded.boundary, Boundary)
     assert_same(loaded + moments, moments + moments, tolerance=0.0)
@@ -470,7 +473,7 @@ def test_load_refuses_sums_of_another_precision_or_without_their_counts(tmp_path
     save_file(sums | {"G": sums["G"].float()}, path, metadata=meta)
     with pytest.raises(ValueError, match=r"G is \(8, 8\) torch.float32"):
         Moments.load(path)
-    for wrong in ("tokens", "regressor", "blocks"):
+    for wrong in ("tokens", "regressor", "blocks", "bias"):
         edited = {"moments": meta["moments"].replace(f'"{wrong}"', '"wrong"')}
         save_file(sums, path, metadata=edited)
         with pytest.raises(ValueError, match=f"cannot be read as moments: '{wrong}'"):
@@ -536,6 +539,12 @@ def test_a_part_is_what_is_collected_directly(regressor: str) -> None:
     op = solve(alone, Family.of("branches")) if "h" not in regressor else None
     if op is not None:
         assert part.error(op) == pytest.approx(alone.error(op))
+
+
+def test_a_bias_belongs_to_the_features_of_the_mlp() -> None:
+    wide = Moments(8, regressor="x, h, f", hidden=5, bias=True)
+    parts = {name: wide.part(name).bias for name in ("x", "h", "x, h", "f", "x, f")}
+    assert parts == {"x": False, "h": True, "x, h": True, "f": True, "x, f": True}
 
 
 def test_leading_features_are_views_and_stay_apart_from_the_whole() -> None:
