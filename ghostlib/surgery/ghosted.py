@@ -259,7 +259,7 @@ class GhostedMixin:
             raise FileExistsError(f"output folder {folder} exists and is not empty: name a new one")
         if kwargs.get("push_to_hub"):
             options.setdefault("repo_id", folder.name)
-        with _whole(folder) as fresh:
+        with whole(folder) as fresh:
             super().save_pretrained(fresh, **options)  # type: ignore[misc]
 
     @classmethod
@@ -278,16 +278,21 @@ class GhostedMixin:
         ):
             if lost := sorted(info[kind]):
                 raise ValueError(
-                    f"the saved model {complaint}, such as {lost[0]}: save it again from ghostlib"
+                    f"the saved model {complaint}, such as {lost[0]}: save it again"
                 )
         return (model, info) if wants_info else model
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` once all has been written to it."""
+def whole(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``folder`` once all has been written to it.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
         fresh.mkdir(parents=True)
         yield fresh
         if not folder.exists():
