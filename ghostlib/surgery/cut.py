@@ -157,7 +157,7 @@ def _install_modules(
     factors = {place: _factors(op.M) for place, op in modules.items() if _is_low_rank(op)}
     cls = ghosted_class(recovered.config.model_type)
     become(recovered, cls)
-    recovered.config.__class__ = cls.config_class  # type: ignore[assignment]
+    recovered.config.__class__ = cls.config_class
     names = {module: name for name, module in recovered.named_modules()}
     recovered.config.ghost = [
         {

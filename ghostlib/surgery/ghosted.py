@@ -179,7 +179,7 @@ def install_boundaries(model: PreTrainedModel) -> None:
         module.boundary = kind(entry["width"], entry["receiver"], **shape)
     # Found once: a forward pass should not search all modules for what is rarely there.
     boundaries = [known[path].boundary for path in paths]
-    model.looking_back = tuple(b.place for b in boundaries if b.looks_back)  # type: ignore
+    model.looking_back = tuple(b.place for b in boundaries if b.looks_back)
 
 
 def become(module: Any, cls: type) -> None:
@@ -204,7 +204,8 @@ class GhostedConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """As `PreTrainedConfig.to_dict`, with the weights' file that only ghostlib ignores."""
-        return super().to_dict() | {"transformers_weights": _REFUSAL}  # type: ignore[misc]
+        settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return settings | {"transformers_weights": _REFUSAL}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -220,7 +221,7 @@ class GhostedMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install_boundaries(self)  # type: ignore[arg-type]
+        install_boundaries(self)
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         # With a static cache, `generate` compiles into CUDA graphs, which reuse the memory that a
@@ -344,13 +345,14 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
 def _announce(model_type: str) -> None:
     """Register a name, whose class is made when a configuration of that type is read."""
 
-    def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         made: Any = ghosted_class(model_type).config_class
         return made.from_dict(config_dict, **kwargs)
 
+    method: Any = from_dict
     settings = {
         "model_type": GHOSTED + model_type,
-        "from_dict": classmethod(from_dict),
+        "from_dict": classmethod(method),
         "__module__": __name__,
     }
     AutoConfig.register(
