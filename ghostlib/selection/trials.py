@@ -86,7 +86,8 @@ class Trials:
                     hidden = final_hidden(part, ids)
             else:
                 hidden = final_hidden(variant, ids)
-            losses.append(token_losses(part, hidden, ids).mean(1))
+            # The head is that of every variant, and what it does to logits is found once a model.
+            losses.append(token_losses(self.model, hidden, ids).mean(1))
         return torch.cat(losses)
 
     def loss(
