@@ -33,13 +33,15 @@ class Trials:
         batch_size: windows per forward pass.
 
     Raises:
-        ValueError: windows that do not fit the model, or of one token.
+        ValueError: windows that do not fit the model, or of one token; a batch size below 1.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> None:
         check_windows(model, windows)
         if windows.shape[1] < 2:
             raise ValueError("windows of one token predict nothing: use a length of at least 2")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model = model
         self.batches = windows.split(batch_size)
         self.total = num_layers(model)

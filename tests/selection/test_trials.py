@@ -107,3 +107,7 @@ def test_loss_is_the_mean_and_the_model_stays():
         assert torch.equal(model(ids).logits, before)
     with pytest.raises(ValueError, match="predict nothing"):
         Trials(model, ids[:, :1])
+    with pytest.raises(ValueError, match="do not fit a vocabulary of 97"):
+        Trials(model, ids + 97)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        Trials(model, ids, batch_size=0)
