@@ -1,8 +1,11 @@
 # Everything a reader or a contributor runs. `make` alone lists the targets.
 # Needs a Python >= 3.11 and a package index that pip can reach. To choose one: make run PYTHON=python3.12
+# The versions are those of constraints.txt; for the newest ones: make distclean test CONSTRAINTS=
 
 PYTHON ?=
+CONSTRAINTS ?= --constraint constraints.txt
 VENV   := .venv
+LOWEST := .venv-lowest
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 QUICK  := notebooks/00_quickstart.ipynb
@@ -12,12 +15,13 @@ export GHOSTLIB_PROGRESS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # Two at a time, each with half of the cores: less waiting than one after the other with all of them.
-PAIR   := OMP_NUM_THREADS=$(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 1 ? n / 2 : 1 )))
+PAIR   := OMP_NUM_THREADS=$(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$(( n > 1 ? n / 2 : 1 )))
 TWICE  := -n 2
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test lint unit nbval lab notebooks fill format bench assets clean distclean
+.PHONY: help run test test-interop test-lowest lint unit nbval lab notebooks fill format bench assets clean distclean
 
 # $(call phase,name,command): run the command, say how long it took, fail if it fails
 define phase
@@ -27,7 +31,7 @@ printf '== %s %s in %s s\n' '$(1)' $$word $$(( $$(date +%s) - begin )); exit $$s
 endef
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(STAMP) assets ## install, fetch the embedded model, run the quickstart, print its table
 	@$(PY) tools/notebooks.py run $(QUICK)
@@ -37,13 +41,23 @@ test: ## lint, unit tests and all notebooks, from a fresh state
 	$(MAKE) --no-print-directory lint assets unit nbval && \
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
 
+test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
+	$(call phase,installing the lowest versions,python3.11 -m venv --clear $(LOWEST) && \
+	  $(LOWEST)/bin/python -m pip install -q uv && \
+	  $(LOWEST)/bin/python -m uv pip install --python $(LOWEST) --resolution lowest-direct -e '.[dev]')
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(LOWEST)/bin/python -m pytest -q $(TWICE) -m 'not embedded')
+
+test-interop: $(STAMP) ## a repaired checkpoint in lm-eval, PEFT and CTranslate2 (installs them)
+	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[interop]')
+	$(call phase,interoperability,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q -m interop tests/interop)
+
 lint: $(STAMP) ## formatting, style, types, and the house rules of the notebooks
 	$(call phase,ruff,$(PY) -m ruff format --check . && $(PY) -m ruff check .)
 	$(call phase,mypy,$(PY) -m mypy)
-	$(call phase,house rules,$(PY) tools/notebooks.py check)
+	$(call phase,house rules,$(PY) tools/rules.py)
 
 unit: $(STAMP) ## unit tests and docstring examples, with coverage
-	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --durations=10 --cov)
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not contract_all' --durations=10 --cov)
 
 nbval: $(STAMP) ## every notebook, cell by cell
 	$(call phase,notebooks,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)
@@ -51,11 +65,13 @@ nbval: $(STAMP) ## every notebook, cell by cell
 lab: $(STAMP) ## open JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks
 
-notebooks: $(STAMP) assets fill ## execute all notebooks again and store clean outputs
+notebooks: $(STAMP) assets fill ## execute all notebooks again, store clean outputs, fill and check
 	@$(PY) tools/notebooks.py execute
+	@$(PY) tools/fill.py
+	@$(PY) tools/rules.py
 
-fill: $(STAMP) ## write badges, install cells and tables from the address in pyproject.toml
-	@$(PY) tools/notebooks.py fill
+fill: $(STAMP) ## write what is generated: setup cells, badges, tables, the ledger, the README's picture
+	@$(PY) tools/fill.py
 
 format: $(STAMP) ## let ruff format and fix what it can
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
@@ -72,14 +88,22 @@ clean: ## remove what the other targets made, except the environment
 	find ghostlib tests tools notebooks benchmarks -name __pycache__ -o -name .ipynb_checkpoints \
 	  2>/dev/null | xargs rm -rf
 
-distclean: clean ## … and the environment
-	rm -rf $(VENV)
+distclean: clean ## … and the environments
+	rm -rf $(VENV) $(LOWEST)
 
 # Made once; again only when the list of dependencies changes.
-$(STAMP): pyproject.toml
-	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+$(STAMP): pyproject.toml constraints.txt | $(PY)
+	$(call phase,installing the project and what it needs,$(ALIVE) $(PY) -m pip install -q --progress-bar on $(CONSTRAINTS) -e '.[dev]')
+	@touch $@
+
+# pip -q with bars is quiet on a terminal and shows how far it is. In a log it would say nothing for
+# the minute in which it unpacks: there a sign of life every ten seconds.
+ALIVE = [ -t 1 ] || while sleep 10 && kill -0 $$$$; do echo '  …'; done 2>/dev/null &
+
+$(PY):
+	@$(ALIVE) for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
-	  then "$$python" tools/install.py $(VENV) && touch $@; exit; fi; \
+	  then echo "Making the environment $(VENV)" && exec "$$python" -m venv --clear --upgrade-deps $(VENV); fi; \
 	done; \
 	echo 'Found no Python >= 3.11 with the venv module (tried: $(PYTHON) python3 python3.13 python3.12 python3.11).' >&2; \
 	echo 'Install one, or name it: make run PYTHON=path' >&2; exit 1

@@ -133,6 +133,15 @@ def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the contract's long tail unless it is asked for by its marker."""
+    if "contract_all" in config.option.markexpr:
+        return
+    tail = [item for item in items if item.get_closest_marker("contract_all")]
+    config.hook.pytest_deselected(items=tail)
+    items[:] = [item for item in items if item not in tail]
+
+
 @pytest.fixture
 def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The matrices given to `torch.linalg.eigh` since the test began."""

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ghostlib.common import GHOSTED
 from ghostlib.models.configuration import check_agreement, follow, uniform
 from ghostlib.models.placement import input_device, loaded_parameters
-
-GHOSTED = "ghosted_"  # what `surgery` puts before the model type of a recovered model
 
 
 class Structure(NamedTuple):
@@ -64,6 +63,7 @@ REFUSED: dict[str, str] = {
     "rwkv": "rescales its weights in place, each layer's by its number, while it runs",
     "xlm": "keeps attention and MLP of a layer in separate lists",
     "xlnet": "carries its stream by tokens first, and a second one for what it predicts",
+    "xmod": "looks its languages up in its first layer, so that none of its parts runs alone",
     "zamba2": "has shared blocks that look up the number of the layer they are called in",
     "zaya": "carries a second stream, of its routers, from layer to layer",
 }
@@ -149,8 +149,8 @@ def _find(model: PreTrainedModel) -> Structure:
     lists = _layer_lists(decoder)
     if not lists:
         raise ValueError(
-            f"no list of decoder layers was found in {type(model).__name__}: a causal language model "
-            "of transformers is needed"
+            f"no list of decoder layers was found in {type(model).__name__}: a causal language "
+            "model of transformers is needed"
         )
     # Towers for images or sound are further down.
     layers = max(lists, key=lambda p: (-p.count("."), _weight(decoder.get_submodule(p))))
@@ -185,7 +185,8 @@ def _weight(module: nn.Module) -> int:
 
 
 def _path(model: nn.Module, module: nn.Module) -> str:
-    return next(path for path, part in model.named_modules() if part is module)
+    paths: dict[nn.Module, str] = {part: path for path, part in model.named_modules()}
+    return paths[module]
 
 
 def _join(*parts: str) -> str:
@@ -221,7 +222,8 @@ def _behind(model: PreTrainedModel, layers: str) -> str:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, in the order the residual stream passes them."""
-    layers: Any = model.get_submodule(structure(model).layers)
+    path = structure(model).layers
+    layers: nn.ModuleList = model.get_submodule(path)
     return layers
 
 
@@ -253,7 +255,8 @@ def receiver(model: PreTrainedModel, index: int) -> nn.Module:
             f"{type(model).__name__} has no module that receives the stream after its last layer "
             f"and nothing else: keep layer {len(layers) - 1}"
         )
-    return model.get_submodule(path)
+    last: nn.Module = model.get_submodule(path)
+    return last
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
@@ -294,41 +297,6 @@ _SAME: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _PASSED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
-class Attention(NamedTuple):
-    """One layer's attention: its module, and what sets the size of its products and its cache.
-
-    ``window`` is the number of tokens a query can see, itself included; None where it sees all.
-    """
-
-    module: nn.Module
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None
-
-    def cached(self, tokens: int) -> int:
-        """How many of the last ``tokens`` have their keys and values kept for the next token."""
-        return tokens if self.window is None else min(tokens, self.window - 1)
-
-
-def attentions(model: PreTrainedModel) -> list[Attention]:
-    """The attention of every decoder layer; it is the child that has a place in the cache."""
-    config, found = text_config(model), []
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    for index, layer in enumerate(decoder_layers(model)):
-        module: Any = next(child for child in layer.children() if hasattr(child, "layer_idx"))
-        heads = config.num_attention_heads
-        # A configuration may hold settings its architecture ignores; the module knows better.
-        groups = getattr(module, "num_key_value_groups", 1)
-        head_dim = getattr(module, "head_dim", config.hidden_size // heads)
-        slides = kinds is None or kinds[index] == "sliding_attention"
-        found.append(
-            Attention(module, heads, heads // groups, head_dim, window if slides else None)
-        )
-    return found
-
-
 _PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -343,16 +311,18 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         few = hidden.flatten(0, -2)[:2]
         alone, whole = model.get_output_embeddings()(few), _through(model, few)
         _PLAIN_HEADS[model] = alone.shape == whole.shape and torch.equal(alone, whole)
+    logits: Tensor
     if _PLAIN_HEADS[model]:
-        logits: Tensor = model.get_output_embeddings()(hidden)
+        logits = model.get_output_embeddings()(hidden)
         return logits
-    return _through(model, hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+    logits = _through(model, hidden.flatten(0, -2))
+    return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
 
 def _through(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (tokens, vocabulary) of ``hidden`` (tokens, width), in a pass of the whole model."""
 
-    def hook(module: nn.Module, args: tuple) -> tuple:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (hidden[None], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)

@@ -36,8 +36,8 @@ class Facts(NamedTuple):
     Attributes:
         writers: paths of the modules whose outputs are added to the stream, in order.
         last: path of the linear map that is the last to write, or "" where there is none.
-        norm: ``"rms"`` or ``"layer"``, the norm that all read the entering stream through, or "".
-        scales: whether scaling the stream and all writers scales what leaves the layer, and no more.
+        norm: ``"rms"`` or ``"layer"``, the norm that all read the stream through, or "".
+        scales: whether scaling the stream and all writers does no more than scale what leaves it.
     """
 
     writers: tuple[str, ...]
@@ -89,7 +89,9 @@ class _Bench:
         change = change or {}
 
         def hook(path: str) -> Callable[..., Any]:
-            def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            def after(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+            ) -> Any:
                 first = args[0] if args else kwargs.get("hidden_states")
                 values = output[0] if isinstance(output, tuple) else output
                 if not isinstance(values, Tensor):
@@ -167,7 +169,7 @@ def _added(
     after: Tensor,
     norm_like: Callable[[str], bool],
 ) -> bool:
-    """Whether a nudge to what ``path`` returns arrives unchanged at the next reader of the stream."""
+    """Whether a nudge to what ``path`` returns arrives as it is where the stream is read next."""
     place = max(i for i, (name, *_) in enumerate(seen) if name == path)
     own = seen[place][2].reshape(bench.stream.shape)
     for (name, first, _), (_, changed, _) in zip(
@@ -318,9 +320,10 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
     return found
 
 
-def _is_norm(module: nn.Module, stream: Tensor) -> bool:
+def _is_norm(module: nn.Module, like: Tensor) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randn(like.shape, generator=generator).to(compute_device(module), like.dtype)
     with torch.no_grad():
-        stream = stream.to(compute_device(module))
         try:
             one, other = module(stream), module(stream * _FACTOR)
         except (TypeError, ValueError, RuntimeError):
@@ -376,8 +379,8 @@ def norm_offset(module: nn.Module) -> float:
             torch.func.functional_call(module, {"weight": torch.full_like(weight, value)}, (token,))
             for value in (0.0, 1.0)
         )
-    bias = getattr(module, "bias", None)
-    at_zero, at_one = (out if bias is None else out - bias for out in (at_zero, at_one))
+        if getattr(module, "bias", None) is not None:
+            at_zero, at_one = (out - module.bias for out in (at_zero, at_one))
     step = float((at_one - at_zero).abs().mean())
     return round(float(at_zero.abs().mean()) / step, 3)
 
@@ -403,8 +406,8 @@ def listen(
     """
     owner = threading.get_ident()
 
-    def hook_for(start: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def hook_for(start: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if threading.get_ident() == owner:
                 on_mlp(start, args[0], output)
 

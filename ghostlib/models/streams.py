@@ -9,7 +9,7 @@ every weight with the model it is taken from.
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -64,12 +64,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _hooked(
-    module: nn.Module, hook: Callable[[nn.Module, tuple, dict], Any], *, first: bool = False
+    module: nn.Module,
+    hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+    *,
+    first: bool = False,
 ) -> Iterator[None]:
     """Call ``hook`` before each pass of ``module`` that this thread makes."""
     owner = threading.get_ident()
 
-    def own(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+    def own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         # Between the two steps in which PyTorch registers a hook, another thread may call it
         # without keywords.
         if threading.get_ident() != owner or kwargs is None:
@@ -85,18 +88,15 @@ def _hooked(
 
 def forward_once(model: PreTrainedModel, **inputs: Tensor) -> None:
     """One pass without cache and gradients, in evaluation mode; `EndOfPass` ends it."""
-    with evaluating(model), torch.no_grad():
-        try:
-            model(**inputs, **uncached(model))
-        except EndOfPass:
-            pass
+    with evaluating(model), torch.no_grad(), suppress(EndOfPass):
+        model(**inputs, **uncached(model))
 
 
 def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
     """What the language-model head would receive, (windows, length, hidden), without running it."""
     caught: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append(args[0])
         raise EndOfPass
 
@@ -111,8 +111,10 @@ def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
 def share(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of ``model``'s modules around the very same weights."""
     # Copying the modules but not what is in the memo shares every weight with the model.
-    shared = (*model.parameters(), *model.buffers(), *offload_stores(model))
-    memo: dict[int, Any] = {id(kept): kept for kept in shared}
+    # Some modules keep a tensor of their last pass, which may have a graph and cannot be copied.
+    kept = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor))
+    shared = (*model.parameters(), *model.buffers(), *offload_stores(model), *kept)
+    memo: dict[int, Any] = {id(value): value for value in shared}
     copied: PreTrainedModel = copy.deepcopy(model, memo)
     release_movers(copied, model)
     return copied
@@ -127,11 +129,14 @@ def excerpt(model: PreTrainedModel, start: int, stop: int | None = None) -> PreT
 
 def refusal(model: PreTrainedModel, layers: Iterable[int]) -> str:
     """Why ``layers`` cannot be removed from ``model`` together; empty if they can."""
-    if same_layers(model):
-        return ""
-    part, removed = share(model), set(layers)
+    removed, total = set(layers), num_layers(model)
     try:
-        keep_layers(part, [index for index in range(num_layers(model)) if index not in removed])
+        if total - 1 in removed:
+            receiver(model, total)
+        if same_layers(model):
+            return ""
+        part = share(model)
+        keep_layers(part, [index for index in range(total) if index not in removed])
         check_layers(part, model)
     except ValueError as error:
         return str(error)
@@ -145,7 +150,9 @@ def feed(model: PreTrainedModel, stream: Tensor) -> Iterator[None]:
     So an `excerpt` goes on from where another pass has been before.
     """
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (stream.to(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": stream.to(kwargs["hidden_states"])}
@@ -186,8 +193,8 @@ def tap(
     wanted = sorted(set(indices))
     waiting: list[int] = []
 
-    def hook_for(index: int) -> Callable[[nn.Module, tuple, dict], None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def hook_for(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             if not isinstance(hidden, Tensor) or hidden.ndim != 3:
                 got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
@@ -209,11 +216,32 @@ def tap(
         forward_once(model, **inputs)
 
     last = num_layers(model)
-    watched = {*range(wanted[0], last), *wanted} if wanted else set()
-    if structure(model).receiver and wanted:
-        watched.add(last)
-    with _all(_hooked(receiver(model, index), hook_for(index)) for index in sorted(watched)):
+    watched = range(wanted[0], last) if wanted else ()
+    contexts = [_hooked(receiver(model, index), hook_for(index)) for index in watched]
+    if wanted and structure(model).receiver:
+        contexts.append(_hooked(receiver(model, last), hook_for(last)))
+    elif wanted:
+        contexts.append(_leaving(receiver(model, last - 1), hook_for(last)))
+    with _all(contexts):
         yield run
+
+
+@contextmanager
+def _leaving(
+    module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+) -> Iterator[None]:
+    """Call ``hook`` with what ``module`` returns, in each of its passes that this thread makes."""
+    owner = threading.get_ident()
+
+    def own(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() == owner:
+            hook(module, output if isinstance(output, tuple) else (output,), {})
+
+    handle = module.register_forward_hook(own)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

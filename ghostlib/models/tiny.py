@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 LAYERS, WIDTH, VOCABULARY = 6, 32, 97
 
@@ -154,7 +155,23 @@ def tiny_config(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
     return type(config)(**_shrink(config.to_dict(), changes))
 
 
-def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def tiny_model(config: PretrainedConfig, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A model of `tiny_config`, with random weights so large that every layer matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(config, **changes)).eval()
+        ids = torch.arange(3, 19)[None]
+        for scale in (0.25, 0.08):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:
+                        parameter.normal_(std=scale)
+                if torch.isfinite(model(input_ids=ids).logits).all():
+                    break
+    return model
+
+
+def _shrink(settings: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     depths = {settings.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers")}
     small: dict[str, Any] = {}
     wrapper = any(isinstance(settings.get(name), Mapping) for name in _TEXT)

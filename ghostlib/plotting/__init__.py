@@ -1,41 +1,65 @@
-"""Figures: one function each, from plain data to the `Axes` it drew on.
+"""Plotting: one function for every kind of figure.
 
-In come numbers that a notebook computed; out comes a picture. Nothing here knows a model. An
-operator has the same colour in every notebook: take it from `color`.
+In come numbers that a notebook computed; out comes the `Axes`, with an alternative text made of the
+numbers. Nothing here knows a model. An operator looks the same in every notebook: see `style`.
 """
 
-from ghostlib.plotting.figures import (
-    COLORS,
+from ghostlib.plotting.results import (
+    against_score,
     against_tokens,
-    color,
+    by_start,
+    grid,
     lattice,
     perplexity_bars,
-    plain_numbers,
     published_and_measured,
-    short,
+    ratios,
+    removed_layers,
+    start_by_length,
     through_depth,
     token_depth_heatmap,
     train_and_held_out,
+)
+from ghostlib.plotting.schematic import schematic
+from ghostlib.plotting.style import (
+    LOOKS,
+    Look,
+    alt_text,
+    clip,
+    color,
+    describe,
+    label_points,
+    look,
+    plain_numbers,
+    save,
+    short,
+    style,
     use_style,
 )
-from ghostlib.plotting.layers import against_score, grid, removed_layers, start_by_length
-from ghostlib.plotting.repairs import by_start, ratios
 
 __all__ = [
-    "COLORS",
+    "LOOKS",
+    "Look",
     "against_score",
     "against_tokens",
+    "alt_text",
     "by_start",
+    "clip",
     "color",
+    "describe",
     "grid",
+    "label_points",
     "lattice",
+    "look",
     "perplexity_bars",
     "plain_numbers",
     "published_and_measured",
     "ratios",
     "removed_layers",
+    "save",
+    "schematic",
     "short",
     "start_by_length",
+    "style",
     "through_depth",
     "token_depth_heatmap",
     "train_and_held_out",

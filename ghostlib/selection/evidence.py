@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
@@ -157,8 +157,9 @@ def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
     owner = [layer_of[id(p)] for p in model.parameters() if id(p) in layer_of]
     totals = [torch.zeros_like(weight) for weight in weights.values()]
     for ids in track(windows.to(input_device(model)).split(1), "differentiating"):
-        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
-        loss = functional_call(model, weights, (), inputs).loss / len(windows)
+        inputs = {"input_ids": ids, "use_cache": False}
+        logits = functional_call(model, weights, (), inputs).logits[0, :-1].float()
+        loss = nn.functional.cross_entropy(logits, ids[0, 1:]) / len(windows)
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for total, gradient in zip(totals, gradients, strict=True):
             if gradient is not None:

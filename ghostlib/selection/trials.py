@@ -11,17 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.evaluation.perplexity import token_losses
-from ghostlib.models.architectures import num_layers
+from ghostlib.models.architectures import hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without
 from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
 from ghostlib.operators.solve import Operator
 from ghostlib.surgery.cut import install
 
+KEPT = 2**31
+"""Bytes of streams that are kept at most."""
+
 
 class Trials:
     """Losses of pruned and repaired variants of ``model`` on ``windows``.
 
-    The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype.
+    The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype. They
+    are kept of as many windows as fit in `KEPT` bytes; of the others every trial is a whole pass.
 
     Args:
         model: the dense model; it is not changed, and it is the first base.
@@ -29,13 +33,15 @@ class Trials:
         batch_size: windows per forward pass.
 
     Raises:
-        ValueError: windows that do not fit the model, or of one token.
+        ValueError: windows that do not fit the model, or of one token; a batch size below 1.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> None:
         check_windows(model, windows)
         if windows.shape[1] < 2:
             raise ValueError("windows of one token predict nothing: use a length of at least 2")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model = model
         self.batches = windows.split(batch_size)
         self.total = num_layers(model)
@@ -51,7 +57,12 @@ class Trials:
         places = range(len(kept) + 1)
         keys = [0, *(layer + 1 for layer in kept)]
         self.streams: list[dict[int, Tensor]] = []
+        numbers, held = len(places) * hidden_size(self.model) * self.model.dtype.itemsize, 0
         for ids in self.batches:
+            held += numbers * ids.numel()
+            if held > KEPT:
+                self.streams.append({})
+                continue
             streams = record(variant, ids, places)
             self.streams.append({keys[place]: streams[place] for place in places})
 
@@ -72,9 +83,13 @@ class Trials:
         key = kept[place - 1] + 1 if place else 0
         losses = []
         for ids, streams in zip(self.batches, self.streams, strict=True):
-            with feed(part, streams[key]):
-                hidden = final_hidden(part, ids)
-            losses.append(token_losses(part, hidden, ids).mean(1))
+            if streams:
+                with feed(part, streams[key]):
+                    hidden = final_hidden(part, ids)
+            else:
+                hidden = final_hidden(variant, ids)
+            # The head is that of every variant, and what it does to logits is found once a model.
+            losses.append(token_losses(self.model, hidden, ids).mean(1))
         return torch.cat(losses)
 
     def loss(

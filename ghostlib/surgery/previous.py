@@ -18,8 +18,7 @@ from transformers.cache_utils import Cache
 
 from ghostlib.statistics.features import previous
 
-PADDING_MASK = "padding_mask"
-"""Argument by which `generate` hands on the (batch, tokens) mask that some caches make 4-D."""
+_PADDING_MASK = "padding_mask"
 
 
 class RememberingCache:
@@ -70,8 +69,17 @@ class RememberingCache:
 
 
 @cache
-def _remembering_kind(kind: type) -> type:
-    return type(f"Remembering{kind.__name__}", (RememberingCache, kind), {"__module__": __name__})
+def _remembering_kind(kind: type) -> Any:
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _empty_cache, (kind,), vars(self)  # this class is made, not imported
+
+    body = {"__reduce_ex__": reduce, "__module__": __name__}
+    return type(f"Remembering{kind.__name__}", (RememberingCache, kind), body)
+
+
+def _empty_cache(kind: type) -> Any:
+    remembering_kind = _remembering_kind(kind)
+    return remembering_kind.__new__(remembering_kind)
 
 
 class Pass:
@@ -145,7 +153,7 @@ def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not places:
             return forward(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
-        real = kwargs.pop(PADDING_MASK) if PADDING_MASK in kwargs else _padding(given)
+        real = kwargs.pop(_PADDING_MASK) if _PADDING_MASK in kwargs else _padding(given)
         cache = _cache_in(given.values())
         begin, before = _recall(cache, places)
         this = Pass(None if real is None else real.bool(), begin, before)
@@ -156,11 +164,29 @@ def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
             kept = cache
         if kept is not None:
             if not isinstance(kept, RememberingCache):
-                kept.__class__ = _remembering_kind(type(kept))
+                plain: Any = type(kept)
+                kept.__class__ = _remembering_kind(plain)
             kept.last_tokens, kept.positions = this.last, begin + this.tokens
         return out
 
     return remembering_forward
+
+
+def handing_on_padding(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A model's ``prepare_inputs_for_generation`` that hands on which tokens are real.
+
+    Static caches get a mask of four dimensions there, from which that cannot be told.
+    """
+
+    @wraps(prepare)
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = prepare(self, *args, **kwargs)
+        given = kwargs.get("attention_mask")
+        if self.looking_back and inputs.get("attention_mask") is not given:
+            inputs[_PADDING_MASK] = given
+        return inputs
+
+    return prepare_inputs_for_generation
 
 
 def _padding(given: Mapping[str, Any]) -> Tensor | None:

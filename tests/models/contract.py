@@ -4,17 +4,21 @@
 """
 
 import copy
+import multiprocessing
+import re
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -28,7 +32,7 @@ import ghostlib as gl
 from ghostlib.models.architectures import decoder_layers, hidden_size, structure
 from ghostlib.models.layers import down_projection, embeddings, writers
 from ghostlib.models.streams import record, refusal
-from ghostlib.models.tiny import LAYERS, tiny_config
+from ghostlib.models.tiny import LAYERS, tiny_config, tiny_model
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
@@ -36,11 +40,14 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 CHOICES = ([2, 3], [1, 2], [0, 1], [3, 4], [2], [1], [LAYERS - 2, LAYERS - 1], [LAYERS - 1], [1, 3])
 
 
+OUTCOMES = ("pass", "refused", "not built", "fails")
+
+
 class Verdict(NamedTuple):
     """What became of one type.
 
-    ``outcome`` is ``"pass"``, ``"refused"`` or ``"not built"``; ``why`` the reason of the last two,
-    ``notes`` what a passing type does not have, or what transformers itself does not do with it.
+    ``outcome`` is one of `OUTCOMES`; ``why`` the reason if it is not ``"pass"``; ``notes`` what a
+    passing type does not have, or what transformers itself does not do with it.
     """
 
     outcome: str
@@ -51,17 +58,7 @@ class Verdict(NamedTuple):
 
 def build(model_type: str, **changes: Any) -> PreTrainedModel:
     """A tiny random model whose every layer matters."""
-    torch.manual_seed(0)
-    config = tiny_config(CONFIG_MAPPING[model_type](), **changes)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for scale in (0.25, 0.08):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=scale)
-            if torch.isfinite(model(windows()).logits).all():
-                break
-    return model
+    return tiny_model(CONFIG_MAPPING[model_type](), **changes)
 
 
 def windows(count: int = 4, length: int = 24) -> Tensor:
@@ -96,7 +93,8 @@ def _check(model_type: str) -> tuple[str, str, tuple[str, ...]]:
     try:
         dense = build(model_type)
     except Exception as error:
-        return "not built", f"{type(error).__name__}: {error}".splitlines()[0], ()
+        reason = " ".join(str(error).split())
+        return "not built", f"{type(error).__name__}: {reason[:200]}", ()
     return "pass", "", tuple(_contract(dense))
 
 
@@ -112,6 +110,7 @@ def _contract(dense: PreTrainedModel) -> Iterator[str]:
         assert "cannot be removed" in why
         yield f"removes {gl.spell(removed)}, not {gl.spell(CHOICES[0])}"
     check_pruned(dense, removed, ids)
+    yield from check_cost(gl.prune(dense, removed), ids)
     yield from check_selection(dense, ids)
     models = {"ghost": gl.recover(dense, ids, removed, "ghost", relative_ridge=1e-3)}
     for family, needs in FOLDED.items():
@@ -201,6 +200,21 @@ def check_pruned(dense: PreTrainedModel, removed: list[int], ids: Tensor) -> Non
     shared = {i for i in left if i in lost}  # by layers that stay
     assert {i for i in left if i not in shared} == set(kept)
     assert gl.count_parameters(pruned) == sum(left.values())
+
+
+def check_cost(pruned: PreTrainedModel, ids: Tensor) -> Iterator[str]:
+    """Operations counted without weights are those that PyTorch counts while it computes."""
+    try:
+        claimed = gl.flops(pruned, ids.shape[1], batch_size=len(ids), logits=ids.shape[1]).total
+    except Exception as error:
+        yield f"operations not counted without values ({type(error).__name__})"
+        return
+    pruned.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pruned(ids)
+    share = claimed / counter.get_total_flops()
+    if share != 1:
+        yield f"{share:.2f} times the operations of a pass are counted"
 
 
 def bypass(layer: Any) -> None:
@@ -310,30 +324,42 @@ def table(verdicts: dict[str, Verdict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-OUTCOMES = ("pass", "refused", "not built")
-
-
-def main(names: list[str]) -> None:
+def verdict_of(name: str) -> tuple[str, Verdict]:
+    """As `check`; a broken contract is a verdict of its own."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    verdicts = {}
-    for name in names or TYPES:
-        try:
-            verdicts[name] = check(name)
-        except Exception as error:
-            verdicts[name] = Verdict("FAILS", f"{type(error).__name__}: {str(error)[:300]}", (), 0)
-        v = verdicts[name]
-        print(
-            name,
-            v.outcome,
-            f"{v.seconds:.1f} s",
-            v.why,
-            *dict.fromkeys(v.notes),
-            sep=" | ",
-            flush=True,
-        )
+    torch.set_num_threads(1)
+    try:
+        return name, check(name)
+    except Exception as error:
+        return name, Verdict("fails", f"{type(error).__name__}: {error}".splitlines()[0], (), 0.0)
 
+
+def documented() -> dict[str, str]:
+    """What docs/models.md says of each type; empty for another version of transformers."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}:" not in text:
+        return {}
+    rows = re.findall(r"^\| `(.+?)` \| (.+?) \|", text, re.MULTILINE)
+    return dict(rows)
+
+
+def main(names: list[str]) -> None:
+    """Check ``names``; without any, all types, and write the table."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        verdicts = {}
+        for name, verdict in pool.map(verdict_of, names or TYPES):
+            verdicts[name] = verdict
+            notes = "; ".join(dict.fromkeys(verdict.notes))
+            print(f"{name}: {verdict.outcome} in {verdict.seconds:.1f} s. {verdict.why}{notes}")
+    if not names:
+        before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{table(verdicts)}{END}{after}", encoding="utf-8")
+
+
+BEGIN, END = "<!-- types: begin -->", "<!-- types: end -->"
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-import notebooks as tool
+import fill
+import rules
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RANGES = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
-FILLED = ["README.md", "CONTRIBUTING.md", "CITATION.cff"]
+EXTRAS = [Requirement(r) for group in PROJECT["optional-dependencies"].values() for r in group]
+CONSTRAINTS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()]
+SUITE = sorted((ROOT / "notebooks").glob("*.ipynb"))
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
 def tracked() -> list[Path]:
@@ -43,19 +48,34 @@ def conda(path: str) -> tuple[dict[str, Requirement], list[str]]:
     return {r.name: r for r in map(Requirement, names)}, pip
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run make as a person would: without what an outer make hands down."""
+def targets() -> set[str]:
+    """What `make` alone lists, run as a person would: without what an outer make hands down."""
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
-    command = ["make", "--no-print-directory", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ["make", "--no-print-directory"]
+    listed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
+    return set(re.findall(r"^  make ([a-z-]+) ", listed.stdout, re.MULTILINE))
+
+
+# ---------------------------------------------------------------- versions
 
 
 def test_dependencies_are_ranges_with_a_lower_end():
-    extras = [r for group in PROJECT["optional-dependencies"].values() for r in group]
-    for requirement in map(Requirement, PROJECT["dependencies"] + extras):
+    for requirement in [*RANGES.values(), *EXTRAS]:
         operators = {s.operator for s in requirement.specifier}
         assert requirement.name == "ghostlib" or ">=" in operators, requirement
         assert not operators & {"==", "==="}, requirement
+
+
+def test_exact_versions_lie_within_the_ranges_and_name_no_build():
+    exact = {}
+    for requirement in CONSTRAINTS:
+        (pin,) = requirement.specifier
+        assert pin.operator == "==" and "+" not in pin.version, requirement
+        exact[re.sub(r"[-_.]+", "-", requirement.name).lower()] = pin.version
+    for requirement in [*RANGES.values(), *EXTRAS]:
+        if requirement.name not in ("ghostlib", "pip"):
+            assert exact[requirement.name] in requirement.specifier, requirement
 
 
 @pytest.mark.parametrize("version", ["2.6.0", "2.13.0"])
@@ -70,14 +90,10 @@ def test_pip_can_fetch_the_embedded_wheels():
 
 def test_every_import_of_the_package_is_a_dependency():
     own = {"ghostlib", "pydoc_data"}
-    names = {"IPython": "ipython", "PIL": "pillow", "lm_eval": "lm-eval", "yaml": "pyyaml"}
-    extras = [r for group in PROJECT["optional-dependencies"].values() for r in group]
-    known = set(RANGES) | {Requirement(r).name for r in extras}
-    import sys
-
-    for path in (ROOT / "ghostlib").glob("*.py"):
-        text = path.read_text()
-        for module in re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE):
+    names = {"IPython": "ipython", "huggingface_hub": "huggingface-hub", "lm_eval": "lm-eval"}
+    known = set(RANGES) | {requirement.name for requirement in EXTRAS}
+    for path in (ROOT / "ghostlib").rglob("*.py"):
+        for module in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE):
             if module not in sys.stdlib_module_names and module not in own:
                 assert names.get(module, module) in known, f"{path.name} imports {module}"
 
@@ -99,17 +115,16 @@ def test_binder_installs_the_one_list():
     assert python.version in Requirement(f"x{PROJECT['requires-python']}").specifier
     script = ROOT / "binder" / "postBuild"
     assert os.access(script, os.X_OK)
-    assert "pip install --no-cache-dir -e '.[notebooks]'" in script.read_text()
-    assert "assets.fetch_all()" in script.read_text()
     # a second description would take precedence over, or contradict, this one
     assert {p.name for p in script.parent.iterdir()} == {"environment.yml", "postBuild"}
 
 
-def test_version_stands_once():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == PROJECT["version"]
-    for path in (ROOT / "ghostlib").glob("*.py"):
-        assert not re.search(r"__version__\s*=\s*[\"']", path.read_text()), path.name
+def test_version_stands_once_and_all_follow_it():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == PROJECT["version"]
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", PROJECT["version"]]
+    for path in (ROOT / "ghostlib").rglob("*.py"):
+        assert PROJECT["version"] not in re.findall(r"[\d.]+", path.read_text()), path.name
 
 
 def test_licence_is_stated_alike():
@@ -126,67 +141,41 @@ def test_citation_names_the_paper():
     assert "2605.15491" in paper["url"]
 
 
+# ---------------------------------------------------------------- generated parts
+
+
 def test_house_rules_and_generated_parts():
-    assert tool.check(ROOT) == []
+    assert rules.check(ROOT, SUITE) == []
 
 
-def test_one_address_everywhere(tmp_path):
-    """After a change in the one place and `fill`, the old address is nowhere."""
-    old = tool.address(ROOT)
-    for name in [*FILLED, "pyproject.toml"]:
+def test_setting_the_address_brings_all_that_needs_it_and_taking_it_back_takes_it(tmp_path):
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for name in (*fill.FILLED, "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    if (ROOT / "notebooks").is_dir():
-        shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     project = tmp_path / "pyproject.toml"
-    project.write_text(project.read_text().replace(old, "someone/something"))
-    assert tool.main(["fill"], tmp_path) == 0
-    assert tool.stale(tmp_path) == {}
+    without = project.read_text()
+    line = 'Repository = "https://github.com/someone/something"\n'
+    project.write_text(without.replace("[project.urls]\n", f"[project.urls]\n{line}"))
+    fill.fill(tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "git clone https://github.com/someone/something" in readme
+    assert "pip install git+https://github.com/someone/something" in readme
+    assert "someone/something/actions/workflows/test.yml/badge.svg" in readme
+    citation = yaml.safe_load((tmp_path / "CITATION.cff").read_text())
+    assert citation["repository-code"] == "https://github.com/someone/something"
+    for path in (tmp_path / "notebooks").iterdir():
+        text = path.read_text()
+        assert "git+https://github.com/someone/something" in text, path.name
+        assert (
+            f"colab.research.google.com/github/someone/something/blob/main/notebooks/{path.name}"
+            in text
+        )
+    project.write_text(without)
+    fill.fill(tmp_path)
     for path in tmp_path.rglob("*"):
-        if path.is_file() and path.suffix != ".png":
-            assert old not in path.read_text(), path.name
-    for path in tracked():
-        if path.parent != ROOT / "notebooks" and path.name not in [*FILLED, "pyproject.toml"]:
-            assert old.encode() not in path.read_bytes(), path.relative_to(ROOT)
-
-
-def test_readme_commands_are_targets_and_the_gate_runs_its_test_command():
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    mentioned = set(re.findall(r"\bmake ([a-z]+)", readme.split("## Contributing")[0])) - {"needs"}
-    assert {"run", "test", "lab"} <= mentioned <= targets
-    assert {"lint", "bench", "notebooks", "clean", "help"} <= targets
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_alone_lists_the_targets():
-    listed = make()
-    assert listed.returncode == 0
-    for target in ("run", "test", "lint", "lab", "bench", "notebooks", "clean"):
-        assert f"make {target} " in listed.stdout
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_says_what_it_needs_when_there_is_no_python(tmp_path):
-    (tmp_path / "pyproject.toml").touch()
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name in ("sh", "touch"):
-        (programs / name).symlink_to(shutil.which(name))
-    old = programs / "python3"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
-    result = subprocess.run(
-        [shutil.which("make"), "run"],
-        cwd=tmp_path,
-        env={"PATH": str(programs)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode != 0
-    assert "Python >= 3.11" in result.stderr
+        if path.is_file():
+            assert path.read_bytes() == (ROOT / path.relative_to(tmp_path)).read_bytes(), path.name
 
 
 @pytest.mark.parametrize("path", tracked(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -206,17 +195,46 @@ def test_no_absolute_paths_and_no_registry_hosts(path):
     assert not hosts.search(text)
 
 
-def test_the_workflow_runs_the_gate():
-    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
-    steps = workflow["jobs"]["test"]["steps"]
-    assert steps[-1] == {"run": ".ci/run"}
-    for version in workflow["jobs"]["test"]["strategy"]["matrix"]["python"]:
-        assert version in Requirement(f"x{PROJECT['requires-python']}").specifier
+# ---------------------------------------------------------------- commands
 
 
-def test_pre_commit_runs_what_lint_runs():
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
-    lint = (ROOT / "Makefile").read_text()
-    for hook in hooks:
-        command = hook["entry"].removeprefix(".venv/bin/python ")
-        assert f"$(PY) {command}" in lint, hook["id"]
+@needs_make
+def test_commands_that_are_written_down_are_targets():
+    commands = [(ROOT / "README.md").read_text(), (ROOT / "CONTRIBUTING.md").read_text()]
+    mentioned = set(re.findall(r"`make ([a-z-]+)", "\n".join(commands)))
+    assert {"run", "test", "test-lowest", "lab", "fill"} <= mentioned <= targets()
+
+
+@needs_make
+def test_the_workflow_runs_commands_of_the_project():
+    job = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"]
+    assert job["steps"][-1] == {"run": "${{ matrix.command }}"}
+    matrix = job["strategy"]["matrix"]
+    for command in [*matrix["command"], *(case["command"] for case in matrix["include"])]:
+        program, *rest = command.split()
+        assert rest[0] in targets() if program == "make" else os.access(ROOT / program, os.X_OK)
+    for python in [*matrix["python"], *(case["python"] for case in matrix["include"])]:
+        assert python in Requirement(f"x{PROJECT['requires-python']}").specifier
+
+
+@needs_make
+def test_make_says_what_it_needs_when_there_is_no_python(tmp_path):
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("sh", "touch"):
+        (programs / name).symlink_to(shutil.which(name))
+    old = programs / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    result = subprocess.run(
+        [shutil.which("make"), "run"],
+        cwd=tmp_path,
+        env={"PATH": str(programs)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "Python >= 3.11" in result.stderr

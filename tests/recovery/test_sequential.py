@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from conftest import LAYERS, stored_streams, tiny_model, tiny_windows
+from conftest import LAYERS, VOCABULARY, stored_streams, tiny_model, tiny_windows
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import ghostlib as gl
 from ghostlib import Boundary
-from ghostlib.models.architectures import decoder_layers
+from ghostlib.models.architectures import decoder_layers, receiver
+from ghostlib.models.layers import mlp_output
 from ghostlib.models.streams import tap
+from ghostlib.recovery import sequential
 from ghostlib.recovery.sequential import dense_streams
 
 GAPS = [Boundary(1, 2), Boundary(3, 4), Boundary(5, 6)]
@@ -48,6 +52,102 @@ def test_each_boundary_is_fitted_to_the_repaired_stream(any_tiny):
     first = gl.solve(teacher[GAPS[0]])
     torch.testing.assert_close(fitted[GAPS[0]].W, first.W, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(fitted[GAPS[2]].W, gl.solve(teacher[GAPS[2]]).W, rtol=1e-2, atol=1e-2)
+
+
+def around(model: PreTrainedModel, ids: Tensor, place: int) -> dict[str, Tensor]:
+    """What features are taken of, (windows, tokens, width), where the stream enters ``place``."""
+    found: dict[str, Tensor] = {}
+
+    def on_mlp(module, args, output):
+        shape = (*ids.shape, -1)
+        found["h"], found["f"] = args[0].reshape(shape), output.reshape(shape)
+
+    def on_stream(module, args, kwargs):
+        found["x"] = args[0] if args else kwargs["hidden_states"]
+
+    hooks = [
+        mlp_output(model, place - 1).register_forward_hook(on_mlp),
+        receiver(model, place).register_forward_pre_hook(on_stream, with_kwargs=True),
+    ]
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def design(name: str, kind: str, around: dict[str, Tensor]) -> Tensor:
+    """(tokens, p) features of a family, with what they are of written out."""
+    x = around["x"]
+    centred = x - x.mean(-1, keepdim=True) if kind == "gpt2" else x
+    n = centred / centred.square().mean(-1, keepdim=True).sqrt()
+    before = torch.zeros_like(n)
+    before[:, 1:] = n[:, :-1]
+    features = {
+        "replaceme": [around["f"]],
+        "refit": [around["h"]],
+        "ghost-refit": [x, around["h"]],
+        "three-branch": [x, n, before],
+    }[name]
+    F = torch.cat(features, -1).flatten(0, 1)
+    if kind == "gpt2" and "refit" in name:  # whose down-projection has a bias to be fitted
+        F = torch.cat([F, torch.ones(len(F), 1, dtype=F.dtype)], 1)
+    return F
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["replaceme", "refit", "ghost-refit", "three-branch"])
+def test_every_source_is_that_of_the_model_repaired_by_surgery(kind: str, name: str) -> None:
+    """Least squares on activations of the model that `install` made of the earlier repairs."""
+    model, ids = tiny_model(kind).double(), tiny_windows(6, 24)
+    dense = stored_streams(model, ids)
+    fitted = gl.fit_sequential(model, ids, GAPS, name, batch_size=4, rcond=1e-12)
+    for k, gap in enumerate(GAPS):
+        so_far = gl.install(model, {g: fitted[g] for g in GAPS[:k]}) if k else model
+        seen = around(so_far, ids, gap.start - k)
+        F, x, y = design(name, kind, seen), seen["x"].flatten(0, 1), dense[gap.stop].flatten(0, 1)
+        solution = torch.linalg.lstsq(F, y - x).solution
+        p = fitted[gap].M.shape[0]
+        torch.testing.assert_close(fitted[gap].M, solution[:p], rtol=1e-5, atol=1e-6)
+        # and the repaired stream, as surgery makes it, leaves the residual that was reported
+        repaired = gl.install(model, {g: fitted[g] for g in GAPS[: k + 1]})
+        module = receiver(repaired, gap.start - k)
+        received = {}
+        inside = getattr(module, "boundary", None)
+        if inside is not None:
+            inside.register_forward_hook(lambda m, a, out, r=received: r.update(x=out))
+        after = around(repaired, ids, gap.start - k) | received
+        left = float((after["x"].flatten(0, 1) - y).square().sum())
+        assert left == pytest.approx(fitted[gap].residual, rel=1e-6)
+
+
+def test_a_spelling_fits_as_the_family_it_spells() -> None:
+    model, ids = tiny_model("llama"), tiny_windows()
+    how = {"relative_ridge": 1e-3}
+    named = gl.fit_sequential(model, ids, GAPS, "two-branch-relative", **how)
+    spelt = gl.fit_sequential(model, ids, GAPS, "x, n(x); 1/|y|", **how)
+    for gap in GAPS:
+        assert torch.equal(named[gap].M, spelt[gap].M)
+    recovered = gl.recover(model, ids, LAYERS_OF, "x, n(x); 1/|y|", fit="sequential", **how)
+    with torch.no_grad():
+        assert torch.equal(recovered(ids).logits, gl.install(model, named)(ids).logits)
+
+
+def test_few_tokens_that_own_a_boundary_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model("llama"), tiny_windows(6, 40)
+    text = r"boundary \(3, 4\): 1 of 240 tokens own the squared error that ghost minimises"
+    streams = dense_streams(model, ids, [1, 2, 4, 6])
+    streams[4][2, 7] += 10_000
+    with pytest.warns(gl.MassiveActivationWarning, match=text):
+        gl.fit_sequential(model, ids, GAPS, streams=streams)
+    monkeypatch.setattr(sequential, "dense_streams", lambda *args, **options: streams)
+    with pytest.warns(gl.MassiveActivationWarning, match=text):
+        gl.recover(model, ids, LAYERS_OF, fit="sequential")
+
+
+def test_too_few_tokens_are_reported() -> None:
+    with pytest.warns(gl.SingularGramWarning, match="12 tokens"):
+        gl.fit_sequential(tiny_model("llama"), tiny_windows(1, 12), GAPS)
 
 
 def test_recover_installs_the_sequential_operators():
@@ -109,6 +209,7 @@ def test_streams_at_hand_are_used_and_checked():
         ([(1, 3), (3, 4)], "overlap, touch or are out of order"),
         ([(3, 4), (1, 2)], "overlap, touch or are out of order"),
         ([(1, 9)], "does not fit a model of 6 layers"),
+        ([(1.5, 3)], "layers must be integers, such as 12, got 1.5"),
         ([], "no boundary to fit"),
     ],
 )
@@ -117,10 +218,39 @@ def test_bad_boundaries_are_named(boundaries, message):
         gl.fit_sequential(tiny_model("llama"), tiny_windows(), boundaries)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windows": torch.zeros(2, 4)}, r"must be a \(windows, length\) tensor of token ids"),
+        ({"windows": tiny_windows() + VOCABULARY}, "do not fit a vocabulary of 97"),
+        ({"attention_mask": torch.ones(4, 3)}, r"the windows' shape \(4, 24\), got \(4, 3\)"),
+        ({"attention_mask": torch.full((4, 24), 0.5)}, "must hold 1, and 0 at padding, got 0.5"),
+        ({"attention_mask": torch.zeros(4, 24)}, "leave no token to fit"),
+        ({"skip_leading": 24}, "leave no token to fit"),
+        ({"skip_leading": -1}, "skip_leading must not be negative, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"rank": 3}, "ghost has no option 'rank'"),
+        ({"operator": "gost"}, "unknown operator 'gost'; did you mean 'ghost'"),
+    ],
+)
+def test_bad_input_is_named_before_any_pass(changes, message) -> None:
+    asked = {"windows": tiny_windows(), "boundaries": GAPS} | changes
+    with pytest.raises(ValueError, match=message):
+        gl.fit_sequential(tiny_model("llama"), **asked)
+
+
+def test_streams_of_bad_windows_are_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="do not fit a vocabulary"):
+        dense_streams(model, tiny_windows() + VOCABULARY, [0])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -2"):
+        dense_streams(model, tiny_windows(), [0], batch_size=-2)
+
+
 def test_what_has_no_sequential_fit_is_refused():
     model, ids = tiny_model("llama"), tiny_windows()
     stats = gl.calibrate(model, ids, GAPS)
-    with pytest.raises(ValueError, match="'fit' belongs to a pass .* or give token windows"):
+    with pytest.raises(ValueError, match=r"'fit' belongs to a pass .* or give token windows"):
         gl.recover(model, stats, LAYERS_OF, fit="sequential")
     with pytest.raises(ValueError, match=r"boundary \(0, 1\) has no layer before it: keep layer 0"):
         gl.fit_sequential(model, ids, [(0, 1), *GAPS[1:]], "replaceme")

@@ -1,0 +1,202 @@
+"""What is found in a model before anything is done to it, from its configuration alone."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ghostlib.models.architectures import (
+    decoder_layers,
+    hidden_size,
+    model_type,
+    num_layers,
+    structure,
+    text_config,
+)
+from ghostlib.models.boundaries import spell
+from ghostlib.models.layers import down_projection, embeddings, stream_norm, writers
+from ghostlib.models.loading import EMBEDDED
+from ghostlib.models.streams import refusal
+from ghostlib.models.tiny import tiny_model
+from ghostlib.operators.families import FAMILIES
+from ghostlib.text.assets import embedded_model_dir
+
+_PROMPT = 2  # tokens of the pass from which the cache is measured
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found; printed, it is a short table.
+
+    Attributes:
+        type: model type of its configuration.
+        width: of the residual stream.
+        vocabulary: number of token ids.
+        kinds: of every layer, such as ``"full_attention"`` or ``"sliding_attention, MoE"``.
+        parameters: of every layer.
+        cache: numbers that every layer keeps of one token, or None where that is not known.
+        other: parameters outside the layers.
+        fixed: ``{layer: why it cannot be removed on its own}``.
+        families: ``{family: why it does not fit, or ""}``.
+    """
+
+    type: str
+    width: int
+    vocabulary: int
+    kinds: tuple[str, ...]
+    parameters: tuple[int, ...]
+    cache: tuple[int, ...] | None
+    other: int
+    fixed: Mapping[int, str]
+    families: Mapping[str, str]
+
+    def __str__(self) -> str:
+        total = self.other + sum(self.parameters)
+        lines = [
+            f"{self.type}: {len(self.kinds)} layers, stream of {self.width}, vocabulary of "
+            f"{self.vocabulary:,}, {total / 1e6:,.1f} million parameters",
+            "",
+            f"{'layers':<24} {'kind':<34} {'parameters':>12} {'cached per token':>17}",
+        ]
+        for kind in dict.fromkeys(zip(self.kinds, self.parameters, self._cached(), strict=True)):
+            same = [
+                index
+                for index, other in enumerate(
+                    zip(self.kinds, self.parameters, self._cached(), strict=True)
+                )
+                if other == kind
+            ]
+            name, parameters, cached = kind
+            lines.append(f"{_shortened(same):<24} {name:<34} {parameters:>12,} {cached:>17}")
+        fits = [name for name, why in self.families.items() if not why]
+        lines += ["", f"repairs that fit: {', '.join(fits)}"]
+        for why, count in Counter(why for why in self.families.values() if why).items():
+            names = [name for name, reason in self.families.items() if reason == why]
+            lines.append(f"{', '.join(names)}: {why}" if count else "")
+        if self.fixed:
+            lines.append(f"not on their own: layers {spell(self.fixed)}")
+            lines.append(next(iter(self.fixed.values())))
+        return "\n".join(lines)
+
+    def _cached(self) -> Sequence[int | str]:
+        return ["–"] * len(self.kinds) if self.cache is None else self.cache
+
+
+def _shortened(layers: Sequence[int]) -> str:
+    text = spell(layers)
+    return text if len(text) <= 24 else f"{text[:16]} … ({len(layers)})"
+
+
+def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: Any) -> Inspection:
+    """What `ghostlib` finds in a model, and what can be done to it, without loading its weights.
+
+    Args:
+        model: a model, a configuration, a local folder, or an id of the Hugging Face hub;
+            ``"smollm2"`` is the embedded model.
+        options: passed on to ``AutoConfig.from_pretrained`` (``revision``, …).
+
+    Raises:
+        ValueError: it is no causal language model, or one whose layers cannot be removed.
+        OSError: nothing was found under that name.
+
+    >>> from transformers import LlamaConfig
+    >>> found = inspect(LlamaConfig(num_hidden_layers=4, hidden_size=64, intermediate_size=96))
+    >>> found.kinds[0], found.parameters[0], found.fixed
+    ('attention', 34944, {})
+    """
+    if isinstance(model, str | Path):
+        folder = embedded_model_dir() if str(model) == EMBEDDED else model
+        model = AutoConfig.from_pretrained(folder, **options)
+    if isinstance(model, PretrainedConfig):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model)
+    structure(model)
+    layers = decoder_layers(model)
+    parameters = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    return Inspection(
+        type=model_type(model),
+        width=hidden_size(model),
+        vocabulary=int(text_config(model).vocab_size),
+        kinds=_kinds(model),
+        parameters=parameters,
+        cache=_cache(model),
+        other=sum(p.numel() for p in model.parameters()) - sum(parameters),
+        fixed={i: why for i in range(num_layers(model)) if (why := refusal(model, [i]))},
+        families=_families(model),
+    )
+
+
+def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
+    """Of each layer, what its configuration calls it, and whether it has experts."""
+    named = getattr(text_config(model), "layer_types", None)
+    found = []
+    for index, layer in enumerate(decoder_layers(model)):
+        experts = any("expert" in path.lower() for path, _ in layer.named_modules())
+        kind = named[index] if named and len(named) == num_layers(model) else "attention"
+        found.append(f"{kind}, experts" if experts else str(kind))
+    return tuple(found)
+
+
+def _cache(model: PreTrainedModel) -> tuple[int, ...] | None:
+    """Numbers each layer keeps of a token, from the shapes of a pass without values."""
+    if next(model.parameters()).device.type != "meta":
+        with torch.device("meta"):
+            model = type(model)(model.config)
+    ids = torch.zeros(1, _PROMPT, dtype=torch.long, device="meta")
+    with suppress(Exception), torch.no_grad():  # some types look at values to go on
+        out = model(input_ids=ids, use_cache=True)
+        cache = next(value for value in out.values() if hasattr(value, "layers"))
+        held = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cache.layers]
+        counts = [sum(t.numel() for t in pair if t is not None) // _PROMPT for pair in held]
+        return tuple(counts[: num_layers(model)])
+    return None
+
+
+def _families(model: PreTrainedModel) -> dict[str, str]:
+    """For each family, why it does not fit: tried on a small model of the same kinds."""
+    small = tiny_model(model.config)
+    reasons = {name: _why(needs, small) for name, needs in _NEEDS.items()}
+    found = {}
+    for name, family in FAMILIES.items():
+        needs = []
+        if family.regressor.normalised:
+            needs.append("norm")
+        if family.regressor.reads_mlp or "down-projection" in family.install:
+            needs.append("down-projection")
+        if family.install == "earlier-writes":
+            needs.append("earlier-writes")
+        found[name] = next((reasons[need] for need in needs if reasons[need]), "")
+    return found
+
+
+def _every_layer(find: Callable[[PreTrainedModel, int], Any]) -> Callable[[PreTrainedModel], None]:
+    def find_all(model: PreTrainedModel) -> None:
+        for index in range(num_layers(model)):
+            find(model, index)
+
+    return find_all
+
+
+def _scalable(model: PreTrainedModel) -> None:
+    embeddings(model)
+    _every_layer(writers)(model)
+
+
+_NEEDS: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "norm": stream_norm,
+    "down-projection": _every_layer(down_projection),
+    "earlier-writes": _scalable,
+}
+
+
+def _why(needs: Callable[[PreTrainedModel], Any], model: PreTrainedModel) -> str:
+    try:
+        needs(model)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,634 @@
+"""Figures of results: one function each, from plain data to the `Axes` it drew on.
+
+Every function attaches an alternative text made of its data (`ghostlib.plotting.alt_text`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from ghostlib.operators.families import FAMILIES
+from ghostlib.plotting.style import (
+    LOOKS,
+    NEUTRAL,
+    clip,
+    color,
+    describe,
+    label_points,
+    look,
+    plain_numbers,
+    short,
+    style,
+)
+
+PERPLEXITY = "perplexity (log scale, lower is better)"
+ERROR = "error relative to no repair (lower is better)"
+_OUTSIDE: dict[str, Any] = {
+    "loc": "upper left",
+    "bbox_to_anchor": (1.0, 1.0),
+}  # a legend beside the axes
+
+
+# ---------------------------------------------------------------- perplexities and accuracies
+
+
+def perplexity_bars(
+    table: Mapping[str, Mapping[str, float]],
+    *,
+    reference: str = "dense",
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    names: Mapping[str, str] | None = None,
+    note: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Perplexity of each model on each corpus, on a logarithmic axis that starts at the reference.
+
+    Args:
+        table: ``{model: {corpus: perplexity}}``; model names pick the colours. The model
+            ``reference`` is drawn as a line across its corpus' group, the others as bars from it.
+        intervals: ``{model: {corpus: (low, high)}}``, for some or all bars.
+        names: what readers see in place of names of models and corpora.
+        note: small print below, such as the model and the tokens scored.
+    """
+    ax = ax or plt.gca()
+    shown = {name: name for name in (*table, *table[reference])} | dict(names or {})
+    corpora = list(table[reference])
+    models = [name for name in table if name != reference]
+    width = 0.8 / len(models)
+    handles: dict[str, Any] = {}
+    for group, corpus in enumerate(corpora):
+        floor = table[reference][corpus]
+        for place, name in enumerate(models):
+            x = group + (place - (len(models) - 1) / 2) * width
+            value = table[name][corpus]
+            bar = ax.bar(x, value - floor, width * 0.92, bottom=floor, color=color(name))
+            (dot,) = ax.plot(x, value, look(name).marker, color=color(name), mec="white", ms=8)
+            handles[name] = (bar, dot)
+            top = value
+            if intervals and corpus in intervals.get(name, {}):
+                low, top = intervals[name][corpus]
+                ax.errorbar(x, value, [[value - low], [top - value]], color="#242424", capsize=3)
+            ax.annotate(short(value), (x, top), (0, 8), textcoords="offset points", ha="center")
+        ax.hlines(floor, group - 0.46, group + 0.46, color=color(reference), linewidth=2.5)
+        label = f"{shown[reference]} {short(floor)}"
+        ax.annotate(label, (group - 0.46, floor), (0, -14), textcoords="offset points")
+    values = [v for row in table.values() for v in row.values()]
+    ax.set(yscale="log", ylim=(min(values) * 0.8, max(values) * 1.25), ylabel=PERPLEXITY)
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5)))
+    plain_numbers(ax.yaxis)
+    ax.set_xticks(range(len(corpora)), [shown[corpus] for corpus in corpora])
+    ax.grid(axis="x", visible=False)
+    drawn = [handles[name] for name in models]
+    overlaid: dict[Any, Any] = {tuple: HandlerTuple(ndivide=1)}
+    ax.legend(drawn, [shown[name] for name in models], handler_map=overlaid, **_OUTSIDE)
+    if note:
+        ax.set_xlabel(note, fontsize=10, loc="left")
+    groups = []
+    for corpus in corpora:
+        row = [f"{shown[name]} {short(values[corpus])}" for name, values in table.items()]
+        groups.append(f"{shown[corpus]}: {', '.join(row)}")
+    return describe(ax, f"Bars of perplexity, lower is better. {'; '.join(groups)}. {note}".strip())
+
+
+def published_and_measured(
+    published: Mapping[str, float],
+    measured: Mapping[str, float],
+    *,
+    errors: Mapping[str, float] | None = None,
+    labels: tuple[str, str] = ("published", "measured here"),
+    ylabel: str,
+    log: bool = False,
+    chance: float | None = None,
+    axes: Sequence[Axes] | None = None,
+) -> tuple[Axes, Axes]:
+    """The paper's numbers and ours in two panels, an operator in the same place and colour in both.
+
+    Two panels, because model and tasks differ: what can be compared is the order. Their scale is
+    the same. The dense and the pruned model come first.
+
+    Args:
+        published: ``{operator: value}``.
+        measured: the same; an operator may be in one only.
+        errors: half widths of the measured values' 95 % intervals.
+        labels: titles of the panels, which say the models.
+        ylabel: what a bar means, its unit, and whether lower or higher is better.
+        log: logarithmic axes, for perplexities.
+        chance: accuracy of guessing, drawn as a line in the measured panel.
+        axes: two of them; None to make them in the current figure.
+    """
+    left, right = plt.gcf().subplots(1, 2) if axes is None else axes
+    names = list(dict.fromkeys([*published, *measured]))
+    names.sort(key=lambda name: {"dense": 0, "pruned": 1}.get(name, 2))
+    texts = []
+    for ax, label, table in ((left, labels[0], published), (right, labels[1], measured)):
+        for name, value in table.items():
+            x, half = names.index(name), (errors or {}).get(name) if ax is right else None
+            ax.bar(x, value, color=color(name))
+            if half is not None:
+                ax.errorbar(x, value, half, color="#242424", capsize=4)
+            top = value + (half or 0)
+            ax.annotate(short(value), (x, top), (0, 5), textcoords="offset points", ha="center")
+        if chance is not None and ax is right:
+            ax.axhline(chance, color=NEUTRAL.color, linestyle=":")
+            beside = ax.get_yaxis_transform()  # a fraction of the width, a value
+            ax.text(1.01, chance, f"chance\n{short(chance)}", transform=beside, va="center")
+        ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        ax.grid(axis="x", visible=False)
+        interval = "\n(bars: 95 % interval)" if errors and ax is right else ""
+        ax.set(title=label, ylabel=ylabel + interval, yscale="log" if log else "linear")
+        plain_numbers(ax.yaxis)
+        ax.margins(y=0.12)
+        row = [f"{name} {short(table[name])}" for name in names if name in table]
+        texts.append(f"{ylabel}: {', '.join(row) or 'none'}.")
+    limits = [ax.get_ylim() for ax, table in ((left, published), (right, measured)) if table]
+    for ax, text in zip((left, right), texts, strict=True):
+        ax.set_xlim(-0.6, len(names) - 0.4)
+        ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        describe(ax, text)
+    return left, right
+
+
+def by_start(
+    curves: Mapping[str, Mapping[int, float]],
+    *,
+    most: float | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Perplexity after removing a block, against its first layer; one line a repair.
+
+    Args:
+        curves: ``{repair: {first removed layer: perplexity}}``; the dense model's is one value at
+            every start.
+        most: upper end of the axis; triangles mark what lies above, and the legend says how far.
+    """
+    ax = ax or plt.gca()
+    for name, curve in curves.items():
+        starts = sorted(curve)
+        ax.plot(starts, [curve[start] for start in starts], **style(name), label=name)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    plain_numbers(ax.yaxis)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="first removed layer", ylabel=PERPLEXITY, title=title)
+    if most is not None:
+        clip(ax, 0.8 * min(min(curve.values()) for curve in curves.values()), most)
+    ax.legend(**_OUTSIDE)
+    texts = []
+    for name, curve in curves.items():
+        low, high = min(curve, key=curve.__getitem__), max(curve, key=curve.__getitem__)
+        ends = f"{short(curve[low])} at start {low} to {short(curve[high])} at start {high}"
+        texts.append(f"{name} from {ends}")
+    return describe(ax, f"Perplexity by first removed layer, lower is better. {'; '.join(texts)}.")
+
+
+def ratios(
+    table: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    reference: str = "ghost",
+    names: Mapping[str, str] | None = None,
+    title: str = "",
+    axes: Sequence[Axes] | None = None,
+) -> list[Axes]:
+    """Perplexity relative to a reference: a panel a corpus, a row a repair, a dot for each seed.
+
+    A bar stands at the seeds' geometric mean, which is written beside the panel. The axes are
+    logarithmic where ratios differ by more than a factor of three.
+
+    Args:
+        table: ``{repair: {corpus: one ratio a seed}}``, drawn from top to bottom.
+        names: the operator whose look a row has, where its label is another.
+        title: above all panels.
+        axes: one for each corpus; None to make them in the current figure.
+    """
+    corpora = list(dict.fromkeys(corpus for row in table.values() for corpus in row))
+    if axes is None:
+        axes = list(plt.gcf().subplots(1, len(corpora), sharex=True, sharey=True, squeeze=False)[0])
+    every = [value for row in table.values() for values in row.values() for value in values]
+    log = max(1.0, *every) > 3 * min(1.0, *every)
+    for ax, corpus in zip(axes, corpora, strict=True):
+        means = {}
+        for row, (label, by_corpus) in enumerate(table.items()):
+            values = np.asarray(by_corpus.get(corpus, []), dtype=float)
+            if not len(values):
+                continue
+            name = (names or {}).get(label, label)
+            shade, marker, _ = look(name) if name in {*LOOKS, *FAMILIES} else NEUTRAL
+            means[label] = mean = float(np.exp(np.log(values).mean()))
+            ax.plot([mean, mean], [row - 0.3, row + 0.3], color=shade, linewidth=3)
+            ax.plot(values, np.full(len(values), row), marker, color=shade, alpha=0.7, mec="white")
+            text = short(mean) if mean < 0.1 else f"{mean:.2f}"
+            beside = ax.get_yaxis_transform()  # a fraction of the width, a row
+            ax.text(1.02, row, text, transform=beside, va="center", fontsize=10)
+        ax.axvline(1.0, color=color(reference), linewidth=1.5, zorder=0)
+        ax.set(xscale="log" if log else "linear", title=corpus)
+        plain_numbers(ax.xaxis)
+        ax.set_yticks(range(len(table)), list(table))
+        ax.set_ylim(len(table) - 0.5, -0.5)  # from top to bottom, also where panels share the axis
+        ax.grid(axis="y", visible=False)
+        parts = ", ".join(f"{label} {short(mean)}" for label, mean in means.items())
+        describe(ax, f"Perplexity relative to {reference}, lower is better: {parts}.")
+    figure: Any = axes[0].get_figure()
+    scale = "log scale, " if log else ""
+    label = f"perplexity relative to {reference} ({scale}lower is better)"
+    figure.supxlabel(label, fontsize=12)
+    if title:
+        figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    return list(axes)
+
+
+# ---------------------------------------------------------------- the residual stream
+
+
+def through_depth(
+    curves: Mapping[str, ArrayLike],
+    *,
+    ylabel: str,
+    xlabel: str = "position in the stream (input of layer)",
+    title: str = "",
+    removed: Sequence[int] = (),
+    first: int = 0,
+    log: bool = False,
+    mark: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """One line per curve against the position in the residual stream, or another layer index.
+
+    Args:
+        curves: ``{name: values}``; names of operators get their look. Value ``i`` stands at stream
+            index ``first + i`` (the input of that layer; the layer count is the final norm).
+        removed: layers whose band is shaded.
+        mark: ``"max"`` or ``"min"``: the point of each curve that is marked with its value.
+    """
+    ax = ax or plt.gca()
+    texts = []
+    for name, values in curves.items():
+        y = np.asarray(values, dtype=float)
+        x = first + np.arange(len(y))
+        line_style = style(name) if name in {*LOOKS, *FAMILIES} else {"marker": "o"}
+        (line,) = ax.plot(x, y, **line_style, markersize=5, label=name)
+        low, high = int(np.nanargmin(y)), int(np.nanargmax(y))
+        texts.append(f"{name} from {y[low]:.3g} at {x[low]} to {y[high]:.3g} at {x[high]}")
+        if mark:
+            best = high if mark == "max" else low
+            ax.plot(x[best], y[best], "o", ms=13, mfc="none", mec=line.get_color(), mew=2)
+            where = (0, 12 if mark == "max" else -20)
+            note = f"{x[best]}: {y[best]:.3g}"
+            ax.annotate(note, (x[best], y[best]), where, textcoords="offset points", ha="center")
+            ax.margins(y=0.15)
+    if len(removed):
+        start, stop = min(removed), max(removed) + 1
+        ax.axvspan(start, stop, color=color("pruned"), alpha=0.1, label="removed")
+        texts.append(f"layers {start} to {stop - 1} are removed")
+    if log:
+        ax.set_yscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if len(curves) > 1 or len(removed):
+        ax.legend()
+    return describe(ax, f"{ylabel} by {xlabel}: {'; '.join(texts)}.")
+
+
+def token_depth_heatmap(
+    norms: ArrayLike, tokens: Sequence[str], *, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Norm of the stream for every token (column) at every depth (row), colours on a log scale.
+
+    Args:
+        norms: (depth, tokens).
+        tokens: their texts, as column labels.
+    """
+    ax = ax or plt.gca()
+    values = np.asarray(norms, dtype=float)
+    sns.heatmap(
+        values[::-1],
+        norm=LogNorm(),
+        cmap="mako_r",
+        xticklabels=list(tokens),
+        cbar_kws={"label": "norm of the stream (log scale)"},
+        ax=ax,
+    )
+    _plain_colour_bar(ax)
+    rows = range(0, len(values), 5)
+    ax.set_yticks([len(values) - row - 0.5 for row in rows], [str(row) for row in rows], rotation=0)
+    ax.set_xticklabels(ax.get_xticklabels(), rotation=60, ha="right", fontsize=9)
+    ax.set(xlabel="token", ylabel="position in the stream", title=title)
+    depth, token = divmod(int(values.argmax()), values.shape[1])
+    peak = f"{values.max():,.0f}, of token {tokens[token]!r} at depth {depth}"
+    typical = f"median {np.median(values):,.0f}"
+    return describe(ax, f"Norm of the stream by token and depth: largest {peak}; {typical}.")
+
+
+# ---------------------------------------------------------------- operator families
+
+
+def lattice(
+    places: Mapping[str, tuple[float, float]],
+    inclusions: Sequence[tuple[str, str]],
+    notes: Mapping[str, str] | None = None,
+    *,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Sets of operators as a Hasse diagram: a line leads up from a set to one that contains it.
+
+    Args:
+        places: ``{operator: (x, y)}``, where its box stands.
+        inclusions: (smaller, larger) pairs.
+        notes: a second line for some of the boxes.
+    """
+    ax = ax or plt.gca()
+    for pair in inclusions:
+        (x0, y0), (x1, y1) = (places[name] for name in pair)
+        ax.plot([x0, x1], [y0, y1], color="#b0b0b0", linewidth=1.5, zorder=1)
+    for name, (x, y) in places.items():
+        text = "\n".join(filter(None, [name, (notes or {}).get(name, "")]))
+        box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": color(name), "linewidth": 2.5}
+        ax.text(x, y, text, ha="center", va="center", fontsize=11, bbox=box, zorder=2)
+    xs, ys = zip(*places.values(), strict=True)
+    ax.set(xlim=(min(xs) - 0.6, max(xs) + 0.6), ylim=(min(ys) - 0.5, max(ys) + 0.5), title=title)
+    ax.set_axis_off()
+    steps = ", ".join(f"{smaller} within {larger}" for smaller, larger in inclusions)
+    return describe(ax, f"Sets of operators: {steps}.")
+
+
+def train_and_held_out(
+    errors: Mapping[str, tuple[float, float]],
+    *,
+    xlabel: str = ERROR,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Two horizontal bars for each operator: training tokens (hatched) and held-out ones.
+
+    Args:
+        errors: ``{operator: (training, held out)}``, drawn from top to bottom.
+    """
+    ax = ax or plt.gca()
+    kinds: dict[str, dict[str, Any]] = {
+        "training tokens": {"alpha": 0.45, "hatch": "///"},
+        "held-out tokens": {},
+    }
+    texts = []
+    for row, (name, pair) in enumerate(errors.items()):
+        for y, value, kind in zip((row - 0.2, row + 0.2), pair, kinds.values(), strict=True):
+            ax.barh(y, value, 0.38, color=color(name), edgecolor="white", **kind)
+            ax.text(value, y, f" {value:.2f}", fontsize=10, va="center")
+        texts.append(f"{name} {pair[0]:.2f} and {pair[1]:.2f}")
+    for label, kind in kinds.items():
+        ax.barh(np.nan, np.nan, color="#606060", edgecolor="white", **kind, label=label)
+    ax.set_xlim(0, 1.12 * max(max(pair) for pair in errors.values()))
+    ax.set_yticks(range(len(errors)), list(errors))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel=xlabel, title=title)
+    ax.legend(**_OUTSIDE)
+    return describe(ax, f"{xlabel}, training and held-out tokens: {'; '.join(texts)}.")
+
+
+def against_tokens(
+    curves: Mapping[str, Mapping[int, ArrayLike]],
+    *,
+    width: int | None = None,
+    ylabel: str = ERROR,
+    ylim: tuple[float, float] | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Curves against the number of calibration tokens, both axes logarithmic.
+
+    Args:
+        curves: ``{label: {tokens: values}}``, one value or one for each independent draw: the line
+            is their median, the small dots are the draws. A label is the name of an operator, or
+            ``"name, note"``; with a note markers are hollow, and the line is dashed for the note
+            ``"training"`` and dotted for any other.
+        width: of the model, marked by a vertical line.
+        ylim: ends of the axis; triangles mark what lies beyond, and the legend says how far.
+    """
+    ax = ax or plt.gca()
+    texts = []
+    for label, curve in curves.items():
+        name, _, note = label.partition(", ")
+        line_style = style(name)
+        if note:
+            dash = "--" if note == "training" else ":"
+            line_style |= {"linestyle": dash, "markerfacecolor": "white"}
+        tokens = sorted(curve)
+        draws = [np.atleast_1d(np.asarray(curve[n], dtype=float)) for n in tokens]
+        middle = [float(np.median(values)) for values in draws]
+        ax.plot(tokens, middle, **line_style, markersize=6, label=label)
+        for n, values in zip(tokens, draws, strict=True):
+            if len(values) > 1:
+                ax.plot([n] * len(values), values, ".", color=color(name), alpha=0.5, markersize=5)
+        highest = int(np.argmax(middle))
+        texts.append(
+            f"{label} {middle[0]:.3g} at {tokens[0]:,} tokens, at most {middle[highest]:.3g} at "
+            f"{tokens[highest]:,}, {middle[-1]:.3g} at {tokens[-1]:,}"
+        )
+    if width is not None:
+        ax.axvline(width, color="#404040", linewidth=1, linestyle="-.", label=f"width {width}")
+    ax.set(xscale="log", yscale="log", xlabel="calibration tokens", ylabel=ylabel, title=title)
+    for axis in (ax.xaxis, ax.yaxis):
+        plain_numbers(axis)
+    if ylim is not None:
+        clip(ax, *ylim)
+    ax.legend(**_OUTSIDE)
+    return describe(ax, f"{ylabel} against calibration tokens: {'; '.join(texts)}.")
+
+
+# ---------------------------------------------------------------- choices of layers
+
+
+def start_by_length(
+    values: Mapping[tuple[int, int], float],
+    *,
+    label: str,
+    title: str = "",
+    best: str = "min",
+    log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """A value for every block of layers, first removed layer across, number of layers upward.
+
+    Args:
+        values: ``{(start, stop): value}``, such as by `Boundary`.
+        label: what a colour means.
+        best: ``"min"`` or ``"max"``: the block marked in every row by a dot.
+        log: colours by the logarithm of the value.
+    """
+    ax = ax or plt.gca()
+    rows: dict[int, dict[int, float]] = {}
+    for (start, stop), value in values.items():
+        rows.setdefault(stop - start, {})[start] = value
+    table = pd.DataFrame(rows).T.sort_index(ascending=False).sort_index(axis=1)
+    better = "lower" if best == "min" else "higher"
+    sns.heatmap(
+        table,
+        norm=LogNorm() if log else None,
+        cmap="viridis_r" if best == "min" else "viridis",
+        cbar_kws={"label": f"{label}\n(light: {better}; dot: {best}imum of a row)"},
+        ax=ax,
+    )
+    _plain_colour_bar(ax)
+    texts = []
+    for place, length in enumerate(table.index):
+        row = table.loc[length]
+        start = row.idxmin() if best == "min" else row.idxmax()
+        x = table.columns.get_loc(start) + 0.5
+        ax.plot(x, place + 0.5, "o", color=color("pruned"), mec="white", markersize=6)
+        texts.append(f"{length} layers: {row[start]:.3g} from layer {start}")
+    ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
+    ax.set(xlabel="first removed layer", ylabel="layers removed", title=title)
+    return describe(ax, f"{label} of every block. Best: {'; '.join(texts)}.")
+
+
+def removed_layers(
+    choices: Mapping[str, Iterable[int]], total: int, *, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Which of ``total`` layers each criterion removes: one row a criterion, one cell a layer.
+
+    Args:
+        choices: ``{name: layers}``, drawn from top to bottom.
+    """
+    ax = ax or plt.gca()
+    texts = []
+    for row, (name, layers) in enumerate(choices.items()):
+        removed = set(layers)
+        for layer in range(total):
+            shade = color("pruned") if layer in removed else "#e8e8e8"
+            ax.add_patch(Rectangle((layer - 0.45, row - 0.4), 0.9, 0.8, color=shade))
+        texts.append(f"{name} {', '.join(map(str, sorted(removed)))}")
+    ax.set(xlim=(-0.7, total - 0.3), xlabel="decoder layer (dark: removed)", title=title)
+    ax.set_ylim(len(choices) - 0.5, -0.5)
+    ax.set_yticks(range(len(choices)), list(choices))
+    ax.set_xticks(range(0, total, 2))
+    ax.grid(visible=False)
+    return describe(ax, f"Removed of {total} layers: {'; '.join(texts)}.")
+
+
+def against_score(
+    score: Mapping[int, float],
+    perplexity: Mapping[int, float],
+    *,
+    xlabel: str,
+    best: str = "min",
+    operator: str = "ghost",
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Perplexity of the repaired model against a criterion's score, one dot a block.
+
+    In a corner stands Spearman's rank correlation, with an interval that takes the blocks as
+    independent (overlapping ones are not: it is too narrow, if anything).
+
+    Args:
+        score: ``{first removed layer: value}``; the dots are labelled by the layer.
+        perplexity: the same.
+        xlabel: the criterion, and the unit of its score.
+        best: ``"min"`` or ``"max"``: the end of the axis from which the criterion removes first.
+            It stands on the left.
+        operator: whose perplexities these are.
+    """
+    ax = ax or plt.gca()
+    starts = list(score)
+    x, y = [score[start] for start in starts], [perplexity[start] for start in starts]
+    ax.plot(x, y, look(operator).marker, color=color(operator), markersize=7)
+    ax.set(yscale="log", ylabel=f"perplexity with {operator}\n(log scale, lower is better)")
+    ax.set(xlabel=f"{xlabel}\n← removed first", title=title)
+    if best == "max":
+        ax.invert_xaxis()
+    ax.margins(0.08)
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))
+    plain_numbers(ax.yaxis)
+    sign = 1 if best == "min" else -1
+    rho, low, high = _rank_correlation(np.multiply(sign, x), y)
+    text = f"Spearman {rho:.2f} [{low:.2f}, {high:.2f}]"
+    ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=10)
+    label_points(ax, [(a, b, str(start)) for a, b, start in zip(x, y, starts, strict=True)])
+    least = min(starts, key=perplexity.__getitem__)
+    lowest = f"lowest perplexity {short(perplexity[least])} at start {least}"
+    return describe(ax, f"Perplexity with {operator} against {xlabel}: {text}; {lowest}.")
+
+
+def _rank_correlation(x: ArrayLike, y: ArrayLike) -> tuple[float, float, float]:
+    """Spearman's correlation and its 95 % interval (Bonett and Wright, 2000), NaN for 3 points."""
+    rho, count = float(stats.spearmanr(x, y).statistic), np.size(x)
+    if count < 4:
+        return rho, np.nan, np.nan
+    half = 1.96 * np.sqrt((1 + rho**2 / 2) / (count - 3))
+    middle = np.arctanh(np.clip(rho, -0.9999, 0.9999))
+    return rho, float(np.tanh(middle - half)), float(np.tanh(middle + half))
+
+
+def grid(
+    table: pd.DataFrame,
+    *,
+    label: str = "perplexity",
+    limits: tuple[float, float] | None = None,
+    colour_bar: bool = True,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Perplexities as a heat map with their numbers, on a logarithmic colour scale; light is low.
+
+    Args:
+        table: one row a choice of layers, one column a repair; missing cells stay white. Rows of
+            equal values, such as two criteria that choose the same layers, are drawn as one.
+        label: what a number means.
+        limits: ends of the colour scale, to give several maps the same one.
+        colour_bar: whether to draw it.
+    """
+    ax = ax or plt.gca()
+    rows: dict[bytes, list[Any]] = {}
+    for name, row in table.iterrows():
+        rows.setdefault(row.to_numpy(dtype=float).tobytes(), []).append(name)
+    merged = table.loc[[names[0] for names in rows.values()]]
+    merged.index = pd.Index([" = ".join(map(str, names)) for names in rows.values()])
+    values = merged.to_numpy(dtype=float)
+    texts = np.vectorize(lambda v: "" if np.isnan(v) else short(v))(values)
+    low, high = limits or (np.nanmin(values), np.nanmax(values))
+    sns.heatmap(
+        merged,
+        annot=texts,
+        fmt="",
+        norm=LogNorm(low, high),
+        cmap="viridis_r",
+        cbar=colour_bar,
+        cbar_kws={"label": f"{label}\n(log colours; light: better)"} if colour_bar else None,
+        annot_kws={"fontsize": 9},
+        ax=ax,
+    )
+    if colour_bar:
+        _plain_colour_bar(ax)
+    ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
+    ax.set_xticklabels(ax.get_xticklabels(), rotation=30, ha="right")
+    ax.set(xlabel="", ylabel="", title=title)
+    lines = []
+    for name, row in zip(merged.index, texts, strict=True):
+        cells = [f"{c} {t}" for c, t in zip(merged.columns, row, strict=True) if t]
+        lines.append(f"{name}: {', '.join(cells)}")
+    return describe(ax, f"{label}, lower is better. {'; '.join(lines)}.")
+
+
+def _plain_colour_bar(ax: Axes) -> None:
+    """Numbers beside the colours without powers of ten, and over a wide range only some of them."""
+    bar: Any = ax.collections[0].colorbar
+    low, high = bar.mappable.get_clim()
+
+    def written(value: float, _: object) -> str:
+        return "" if high > 20 * low and f"{value:e}"[0] not in "125" else f"{value:,g}"
+
+    axis = bar.ax.yaxis
+    for write in (axis.set_major_formatter, axis.set_minor_formatter):
+        write(FuncFormatter(written))

@@ -1,0 +1,279 @@
+"""The look of every figure: one palette, alternative text, saving, and labels that stay apart.
+
+An operator has one colour, one marker and one dash in every notebook: take them from `style`. Two
+whose colours are hard to tell apart, in grey or for the colour-blind, have different markers; the
+dense model is always the same line without markers.
+"""
+
+import os
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from IPython.core.getipython import get_ipython
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.transforms import Bbox
+
+from ghostlib.common import Registry
+from ghostlib.operators.families import FAMILIES
+
+
+class Look(NamedTuple):
+    """How a model or operator is drawn.
+
+    Attributes:
+        color: of lines, bars and markers.
+        marker: of points; empty for none.
+        dash: of lines.
+    """
+
+    color: str
+    marker: str
+    dash: Any = "-"
+
+
+LOOKS: Registry[Look] = Registry("operator or model with a look")
+"""Of what is no family; a family's look is on its record."""
+LOOKS |= {
+    "dense": Look("#242424", ""),
+    "pruned": Look("#c11608", "X"),
+    "replaceme-cosine": Look("#876e4f", "D", "-."),
+    "refit-relative": Look("#955262", "v", "--"),
+    "ghost sequential": Look("#50b4a3", "o", ":"),
+    "ghost skip-leading": Look("#ced583", "X", ":"),
+    "auto": Look("#e81b7f", "<", (0, (6, 1, 1, 1, 1, 1))),
+}
+NEUTRAL = Look("#808080", "o")  # what has no look of its own
+
+
+def look(name: str) -> Look:
+    """How a model or operator is drawn.
+
+    A family's is on its record; with the suffix ``" sequential"`` its line is dotted.
+
+    Raises:
+        ValueError: a name without a look; the message lists those that have one.
+    """
+    family = name.removesuffix(" sequential")
+    if name not in LOOKS and family in FAMILIES:
+        record = FAMILIES[family]
+        dash = record.dash if family == name else ":"
+        return Look(record.color, record.marker, dash)
+    return LOOKS[name]
+
+
+def color(name: str) -> str:
+    """The colour of an operator, or of ``"dense"`` and ``"pruned"``, in every figure.
+
+    Raises:
+        ValueError: a name without a look; the message lists those that have one.
+    """
+    return look(name).color
+
+
+def style(name: str) -> dict[str, Any]:
+    """Colour, marker and dash of an operator's line, as ``ax.plot`` takes them.
+
+    Raises:
+        ValueError: a name without a look; the message lists those that have one.
+
+    >>> style("ghost-relative")
+    {'color': '#629947', 'marker': 'p', 'linestyle': '--', 'linewidth': 1.5}
+    """
+    shade, marker, dash = look(name)
+    width = 2.5 if name == "dense" else 1.5
+    return {"color": shade, "marker": marker, "linestyle": dash, "linewidth": width}
+
+
+def use_style() -> None:
+    """Set the look of all figures, and store their alternative text with them in a notebook."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=1.05)
+    plt.rcParams.update(
+        {
+            "figure.figsize": (8.0, 4.2),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+    shell: Any = get_ipython()
+    if shell is None:
+        return
+    plt.switch_backend(plt.get_backend())  # it installs its formatter now, not after ours
+    formatter = shell.display_formatter.formatters["image/png"]
+    try:
+        plain = formatter.lookup_by_type(Figure)
+    except KeyError:  # figures are not shown in this shell
+        return
+
+    def described(figure: Any) -> Any:
+        made = plain(figure)
+        data, metadata = made if isinstance(made, tuple) else (made, {})
+        return data, metadata | {"alt": alt_text(figure)}
+
+    formatter.for_type(Figure, described)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def short(value: float) -> str:
+    """Three significant digits, trailing zeros kept; from a million on with an exponent.
+
+    >>> [short(value) for value in (0.5, 12, 33.04, 2248, 2.34e9)]
+    ['0.500', '12.0', '33.0', '2,248', '2.3e+09']
+    """
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Label an axis without powers of ten, at its major ticks only."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+# ---------------------------------------------------------------- alternative text
+
+_DESCRIPTIONS: WeakKeyDictionary[Axes, str] = WeakKeyDictionary()
+
+
+def describe(ax: Axes, text: str) -> Axes:
+    """Attach to ``ax`` what it shows, in words made of its data; returns ``ax``."""
+    _DESCRIPTIONS[ax] = text
+    return ax
+
+
+def alt_text(drawn: Axes | FigureBase) -> str:
+    """What a figure, or one of its axes, shows: titles, and the numbers in words.
+
+    Axes drawn by hand are described by their labels and the ends of their lines.
+    """
+    if isinstance(drawn, FigureBase):
+        figure: Any = drawn
+        shown = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+        return " ".join(filter(None, map(alt_text, shown)))
+    title = drawn.get_title(loc="left") or drawn.get_title(loc="center")
+    text = _DESCRIPTIONS.get(drawn) or _by_hand(drawn)
+    return f"{title.rstrip('.')}. {text}" if title else text
+
+
+def _by_hand(ax: Axes) -> str:
+    if not ax.has_data():
+        return ""
+    lines = []
+    for line in ax.get_lines():
+        y = np.asarray(line.get_ydata(), dtype=float)
+        y = y[np.isfinite(y)]
+        if len(y) and not str(line.get_label()).startswith("_"):
+            lines.append(f"{line.get_label()} from {y[0]:.3g} to {y[-1]:.3g}")
+    axes = f"{ax.get_ylabel() or 'values'} against {ax.get_xlabel() or 'position'}"
+    return f"{axes[0].upper()}{axes[1:]}{': ' if lines else ''}{'; '.join(lines)}."
+
+
+def save(drawn: Axes | FigureBase, name: str | Path) -> tuple[Path, Path]:
+    """Write a figure as ``name.svg`` and ``name.png``, each with its alternative text inside.
+
+    Args:
+        drawn: the figure, or any of its axes.
+        name: path without an ending; its folder must exist.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    figure: Any = drawn if isinstance(drawn, FigureBase) else drawn.get_figure(root=True)
+    path = Path(name).expanduser()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {path.parent}; make it, or name another")
+    written = []
+    for ending, dated in (("svg", "Date"), ("png", "Software")):
+        target = path.with_name(f"{path.name}.{ending}")
+        partial = target.with_name(f".{target.name}.partial")
+        metadata = {"Description": alt_text(figure), dated: None}
+        with plt.rc_context({"svg.hashsalt": path.name}):  # the same file for the same figure
+            figure.savefig(partial, format=ending, dpi=200, metadata=metadata)
+        os.replace(partial, target)
+        written.append(target)
+    return written[0], written[1]
+
+
+# ---------------------------------------------------------------- labels and limits
+
+
+def label_points(ax: Axes, points: Iterable[tuple[float, float, str]], size: float = 7) -> None:
+    """Write a label beside each point, at the nearest place where it covers nothing.
+
+    A label is nearer to its own point than to any other, or a thin line leads to it.
+
+    Args:
+        points: ``(x, y, label)`` in the units of the axes, whose limits must be set.
+        size: of the markers, in points.
+    """
+    points = list(points)
+    figure: Any = ax.get_figure(root=True)
+    figure.draw_without_rendering()  # the layout decides how far apart points are
+    renderer, pixel = figure.canvas.get_renderer(), figure.dpi / 72
+    spots = ax.transData.transform([(x, y) for x, y, _ in points])
+    taken = [text.get_window_extent(renderer) for text in ax.texts]
+    half = size * pixel / 2
+    taken += [Bbox.from_extents(*(spot - half), *(spot + half)) for spot in spots]
+    angles = np.radians(np.arange(45, 405, 15))
+    for spot, (x, y, text) in zip(spots, points, strict=True):
+        line = {"arrowstyle": "-", "color": "#a0a0a0", "linewidth": 0.7, "shrinkB": size / 2}
+        centred: dict[str, Any] = {"ha": "center", "va": "center", "textcoords": "offset points"}
+        label = ax.annotate(text, (x, y), (0, 0), **centred, fontsize=10, arrowprops=line)
+        for radius, angle in product((11, 14, 18, 24, 32, 42, 56, 75), angles):
+            offset = radius * np.array([np.cos(angle), np.sin(angle)])
+            nearest = np.hypot(*(spots - spot - offset * pixel).T).min()
+            if radius <= 18 and nearest < 0.99 * radius * pixel:
+                continue
+            label.set_position(tuple(offset))
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # without the line
+            if ax.bbox.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
+                break
+        taken.append(box)
+
+
+def clip(ax: Axes, low: float | None = None, high: float | None = None) -> None:
+    """Limit the vertical axis, and mark every value of a labelled line that lies beyond.
+
+    A triangle stands at the edge, and the line's label says how far it goes.
+    """
+    ax.set_ylim(bottom=low, top=high)
+    for line in list(ax.get_lines()):
+        if str(line.get_label()).startswith("_") or line.get_transform() != ax.transData:
+            continue
+        x, y = (np.asarray(values, dtype=float) for values in line.get_data())
+        above = y > (np.inf if high is None else high)
+        below = y < (-np.inf if low is None else low)
+        for out, marker, height in ((above, "^", 0.975), (below, "v", 0.025)):
+            if out.any():
+                farthest = y[out].max() if marker == "^" else y[out].min()
+                way = "up to" if marker == "^" else "down to"
+                line.set_label(f"{line.get_label()} ({way} {short(farthest)})")
+                options: dict[str, Any] = {
+                    "color": line.get_color(),
+                    "markersize": 9,
+                    "label": "_beyond",
+                }
+                at_edge = ax.get_xaxis_transform()  # x of the data, a fraction of the height
+                heights = np.full(out.sum(), height)
+                ax.plot(x[out], heights, marker, transform=at_edge, **options)

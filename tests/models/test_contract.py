@@ -1,0 +1,52 @@
+"""Every causal type of transformers keeps the contract, or is refused with its reason."""
+
+import contract
+import pytest
+
+# One of each kind: norms, positions, experts, state spaces, towers, exceptions, refusals.
+SAMPLE = (
+    "bert",
+    "biogpt",
+    "bloom",
+    "cohere2",
+    "deepseek_v3",
+    "diffllama",
+    "falcon",
+    "gemma3",
+    "gemma4_text",
+    "glm4",
+    "gpt_neo",
+    "gpt_oss",
+    "granite",
+    "jamba",
+    "lfm2",
+    "llama",
+    "mamba",
+    "minicpm3",
+    "mixtral",
+    "nanochat",
+    "nemotron_h",
+    "qwen3_next",
+    "smollm3",
+    "stablelm",
+    "xlm",
+)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=[] if name in SAMPLE else [pytest.mark.contract_all])
+        for name in contract.TYPES
+    ],
+)
+def test_contract(model_type: str) -> None:
+    verdict = contract.check(model_type)
+    expected = contract.documented()
+    assert not expected or verdict.outcome == expected[model_type], verdict
+
+
+def test_the_document_names_every_type() -> None:
+    expected = contract.documented()
+    assert not expected or sorted(expected) == sorted(contract.TYPES)
+    assert set(SAMPLE) <= set(contract.TYPES)

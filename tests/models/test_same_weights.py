@@ -1,0 +1,52 @@
+"""The same weights as other types that compute the same function: only the machinery differs."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+import ghostlib as gl
+
+# What each type needs to compute what a Llama does.
+AS_LLAMA: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "granite": {"attention_multiplier": 64**-0.5},
+    "smollm3": {"no_rope_layers": [1] * 30, "pad_token_id": None},
+    "qwen2": {},  # with biases of zero
+}
+LAYERS = range(12, 19)
+
+
+def rewritten(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
+    """``model``, a Llama, as another type."""
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    kept += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    kept += ("rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+    settings = {name: getattr(model.config, name) for name in kept}
+    config = CONFIG_MAPPING[model_type](**settings | AS_LLAMA[model_type])
+    other = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all(name.endswith("bias") for name in missing)
+    return other
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("model_type", AS_LLAMA)
+def test_another_type_gives_the_same_perplexities(model_type, embedded, wiki) -> None:
+    model, _ = embedded
+    other = rewritten(model, model_type)
+    calibration, held_out = wiki[:2, :256], wiki[2:3, :256]
+    for operator in ("ghost", "refit"):
+        one, two = (
+            gl.perplexity(
+                gl.recover(m, calibration, LAYERS, operator, relative_ridge=1e-3), held_out
+            )
+            for m in (model, other)
+        )
+        assert two == pytest.approx(one, rel=1e-3)
+    assert gl.perplexity(other, held_out) == pytest.approx(gl.perplexity(model, held_out), rel=1e-5)

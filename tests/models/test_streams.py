@@ -1,0 +1,121 @@
+"""Passes see their own thread, leave the training mode alone, and refuse what cannot be right."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import LAYERS, VOCABULARY, tiny_model, tiny_windows
+from contract import build
+from torch import Tensor
+
+import ghostlib as gl
+from ghostlib.models.architectures import decoder_layers
+from ghostlib.models.streams import (
+    check_windows,
+    evaluating,
+    known_positions,
+    record,
+    refusal,
+    tap,
+)
+
+GAP = gl.Boundary(1, 4)
+
+
+def test_threads_that_share_a_model_see_their_own_windows() -> None:
+    model = tiny_model("llama")
+    windows = [tiny_windows(8, 24, seed=seed) for seed in range(4)]
+    alone = [gl.calibrate(model, ids, [GAP])[GAP].G for ids in windows]
+    barrier = threading.Barrier(4)
+
+    def calibrated(ids: Tensor) -> Tensor:
+        barrier.wait()
+        return gl.calibrate(model, ids, [GAP])[GAP].G
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for together, expected in zip(pool.map(calibrated, windows), alone, strict=True):
+                assert torch.equal(together, expected)
+    assert not any(layer._forward_pre_hooks for layer in decoder_layers(model))
+
+
+def test_a_model_in_training_mode_is_passed_without_dropout_and_given_back() -> None:
+    model, ids = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5), tiny_windows()
+    expected = gl.calibrate(model, ids, [GAP])[GAP].G
+    loss = gl.perplexity(model, ids)
+    model.train()
+    decoder_layers(model)[2].eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(gl.calibrate(model, ids, [GAP])[GAP].G, expected)
+    assert gl.perplexity(model, ids) == loss
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_the_last_pass_to_end_restores_the_training_mode() -> None:
+    model = tiny_model("llama").train()
+    with evaluating(model):
+        with evaluating(model):
+            assert not model.training
+        assert not model.training
+    assert all(module.training for module in model.modules())
+
+
+def test_an_error_in_a_pass_leaves_no_hook_and_no_mode_behind() -> None:
+    model = tiny_model("llama").train()
+    with pytest.raises(ZeroDivisionError), tap(model, [1], lambda i, x: 1 / 0) as run:  # type: ignore[arg-type, return-value]
+        run(input_ids=tiny_windows(1, 4))
+    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_windows_longer_than_the_positions_a_model_knows_are_refused(kind: str) -> None:
+    model = tiny_model(kind)
+    check_windows(model, tiny_windows(1, 128))
+    with pytest.raises(ValueError, match="windows of 129 tokens exceed the 128 positions"):
+        gl.calibrate(model, tiny_windows(1, 129), [GAP])
+
+
+def test_a_configuration_may_say_that_positions_have_no_end() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert known_positions(tiny_model("llama", rope_parameters=rope)) is None
+    assert known_positions(build("bloom")) is None
+    assert known_positions(tiny_model("llama")) == 128
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ([[1, 2]], "got list"),
+        (torch.zeros(3, dtype=torch.long), r"got \(3,\)"),
+        (torch.zeros(1, 0, dtype=torch.long), "hold no token"),
+        (torch.full((1, 3), VOCABULARY), f"do not fit a vocabulary of {VOCABULARY}"),
+        (torch.full((1, 3), -1), "do not fit"),
+    ],
+)
+def test_windows_that_are_none_are_refused(windows, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_windows(tiny_model("llama"), windows)
+
+
+def test_several_streams_are_no_stream() -> None:
+    model = tiny_model("llama")
+    layer = decoder_layers(model)[0]
+    layer.register_forward_hook(lambda m, args, output: output.unsqueeze(2))
+    with pytest.raises(ValueError, match=r"layer 1 of a llama receives \(1, 4, 1, 16\), no stream"):
+        record(model, tiny_windows(1, 4), [1])
+
+
+def test_a_layer_that_text_skips_has_the_stream_of_the_next_one() -> None:
+    streams = record(build("mllama"), tiny_windows(1, 8), range(LAYERS))
+    assert torch.equal(streams[3], streams[4]) and not torch.equal(streams[2], streams[3])
+
+
+def test_refusals_name_what_would_differ() -> None:
+    assert refusal(tiny_model("llama"), [0, 3]) == ""
+    differential = build("diffllama")
+    assert "self_attn.lambda_init" in refusal(differential, [2])
+    assert refusal(differential, [LAYERS - 1]) == ""
+    assert gl.select_layers(differential, tiny_windows(1, 12), 1, "cosine") == (LAYERS - 1,)
+    with pytest.raises(ValueError, match="lambda_init"):
+        gl.prune(differential, [2])
