@@ -175,6 +175,24 @@ def test_a_ridge_that_counts_needs_no_spectrum(decomposed: list[Tensor]) -> None
     assert inverse.rank == 6 and len(decomposed) == 1  # for those who ask
 
 
+def test_a_spectrum_in_other_units_is_not_waited_for(decomposed: list[Tensor]) -> None:
+    F = features(30, (4, 2))
+    made, C = Gram(F.T @ F, (4, 2)), F.T @ randn(30, 2)
+    assert made.spectrum.values.all()
+    for options in OPTIONS[4:]:
+        made.regularise(**options).solve(C)
+    assert len(decomposed) == 1
+
+
+def test_the_smallest_of_the_ridges_must_count() -> None:
+    F = features(3, (4, 2))
+    for ridges in ([1.0, 1e-9], [1e-9, 1.0], (1e-9, 1e-9)):
+        inverse = Gram(F.T @ F, (4, 2)).regularise(relative_ridge=ridges)
+        inverse.solve(F.T @ randn(3, 2))
+        assert "3 tokens determine 3 of 6 directions" in (inverse.trouble(3) or "")
+    assert Gram(F.T @ F, (4, 2)).regularise(relative_ridge=[1e-3, 1.0]).trouble(3) is None
+
+
 def wilkinson(p: int) -> Tensor:
     """``R'R`` whose Cholesky pivots are all 1, and which is singular all the same."""
     R = torch.eye(p).double() - torch.triu(torch.ones(p, p).double(), 1)

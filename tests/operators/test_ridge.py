@@ -42,8 +42,8 @@ def test_the_path_is_a_solve_per_value(seed: int, tokens: int) -> None:
     X, _ = activations(seed, tokens)
     for k, ridge in enumerate(ridges):
         op = solve_quietly(train, relative_ridge=ridge)
-        scale = train.t + train.error(torch.eye(WIDTH))
-        assert float(path.train_error[k]) == pytest.approx(op.residual, abs=1e-10 * scale)
+        terms = float(op.M.norm() ** 2 * train.G.norm()) + train.t  # which cancel
+        assert float(path.train_error[k]) == pytest.approx(op.residual, abs=1e-14 * terms)
         assert float(path.held_out_error[k]) == pytest.approx(held_out.error(op), rel=1e-6)
         absolute = ridge * float(train.G.trace()) / WIDTH
         hat = X @ torch.linalg.solve(X.T @ X + absolute * torch.eye(WIDTH).double(), X.T)
