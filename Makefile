@@ -21,7 +21,7 @@ TWICE  := -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-lowest lint unit nbval lab notebooks fill format bench assets clean distclean
+.PHONY: help run test test-interop test-lowest lint unit nbval lab notebooks fill format bench assets clean distclean
 
 # $(call phase,name,command): run the command, say how long it took, fail if it fails
 define phase
@@ -47,13 +47,17 @@ test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (
 	  $(LOWEST)/bin/python -m uv pip install --python $(LOWEST) --resolution lowest-direct -e '.[dev]')
 	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(LOWEST)/bin/python -m pytest -q $(TWICE) -m 'not embedded')
 
+test-interop: $(STAMP) ## a repaired checkpoint in lm-eval, PEFT and CTranslate2 (installs them)
+	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[interop]')
+	$(call phase,interoperability,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q -m interop tests/interop)
+
 lint: $(STAMP) ## formatting, style, types, and the house rules of the notebooks
 	$(call phase,ruff,$(PY) -m ruff format --check . && $(PY) -m ruff check .)
 	$(call phase,mypy,$(PY) -m mypy)
 	$(call phase,house rules,$(PY) tools/rules.py)
 
 unit: $(STAMP) ## unit tests and docstring examples, with coverage
-	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --durations=10 --cov)
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not contract_all' --durations=10 --cov)
 
 nbval: $(STAMP) ## every notebook, cell by cell
 	$(call phase,notebooks,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)

@@ -11,6 +11,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+GHOSTED = "ghosted_"
+"""What stands before the model type of a recovered model."""
+
+DENSE, PRUNED, AUTO, SEQUENTIAL = "dense", "pruned", "auto", " sequential"
+"""Names that stand where an operator is named, and are no families: the model as it was, layers
+removed without repair, what the recipe chooses; and what is written behind an operator that is
+fitted to what the earlier ones let through."""
+
 
 class Registry(dict[str, T]):
     """Names of one kind (operators, criteria, corpora …) and what they stand for.

@@ -1,146 +1,270 @@
 """The command line on a tiny model, and its one-line errors."""
 
 import json
-import runpy
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, VOCABULARY, tiny_model, tiny_windows
+from conftest import LAYERS, tiny_model, tiny_tokenizer, tiny_windows
 from transformers import AutoModelForCausalLM
 
 import ghostlib as gl
+from ghostlib import common
 from ghostlib.cli import main
+from ghostlib.experiments.tables import scores
 from ghostlib.text import assets
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny model with its tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("llama", vocab_size=len(TOKENIZER)).save_pretrained(folder / "tiny")
+    TOKENIZER.save_pretrained(folder / "tiny")
+    text = "\n\n".join(f"Paragraph {i} of the theory of a thing." for i in range(400))
+    (folder / "text.txt").write_text(text)
+    return folder
 
 
 @pytest.fixture
-def folder(tmp_path, embedded):
-    """A tiny model on disk whose vocabulary fits the embedded tokenizer."""
-    _, tokenizer = embedded
-    assert len(tokenizer) > VOCABULARY
-    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    return tmp_path
+def recover(tiny, tmp_path):
+    """``ghostlib recover`` into a new folder, with few and short windows."""
+    usual = ["--corpus", str(tiny / "text.txt"), "--windows", "4", "--length", "32"]
+    usual += ["--test-windows", "2", "--dtype", "float32"]
+
+    def run(*options: str) -> int:
+        return main(["recover", str(tiny / "tiny"), str(tmp_path / "out"), *usual, *options])
+
+    return run
 
 
-def test_recover_saves_a_model_that_loads(folder, capsys):
-    out = folder / "out"
-    options = ["--n", "2", "--windows", "4", "--length", "64", "--test-windows", "2"]
-    options += ["--relative-ridge", "1e-3", "--dtype", "float32"]
-    assert main(["recover", str(folder / "tiny"), str(out), *options]) == 0
+def test_recover_saves_a_model_that_loads(recover, tmp_path, capsys):
+    assert recover("--n", "2", "--relative-ridge", "1e-3") == 0
     printed = capsys.readouterr().out
     assert "removing layers" in printed and printed.count("held-out perplexity") == 3
-    again = AutoModelForCausalLM.from_pretrained(out)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.num_hidden_layers == LAYERS - 2
     assert again.config.ghost[0]["operator"] == "ghost"
+    assert again.config.recovery["removed"]
+    assert "held-out perplexity" in (tmp_path / "out" / "README.md").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
     ("options", "layers"),
-    [([], 2), (["--layers", "1", "3"], [1, 3]), (["--criterion", "taylor"], None)],
+    [(["--n", "2"], 2), (["--layers", "1", "3"], [1, 3]), (["--layers", "2-3"], [2, 3])],
 )
-def test_recover_by_the_recipe(folder, capsys, options, layers):
+def test_recover_by_the_recipe(tiny, recover, tmp_path, capsys, options, layers):
     """Without layers or a criterion it chooses the layers as well."""
-    out = folder / "out"
-    small = ["--n", "2", "--windows", "6", "--length", "64", "--test-windows", "1"]
-    options = [*small, "--operator", "auto", "--dtype", "float32", *options]
-    assert main(["recover", str(folder / "tiny"), str(out), *options]) == 0
+    assert recover("--operator", "auto", *options) == 0
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if line.startswith("auto: ")]
-    again = AutoModelForCausalLM.from_pretrained(out)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.num_hidden_layers == LAYERS - 2
-    model, tokenizer = gl.load_model(str(folder / "tiny"))
-    calib = gl.token_windows("wiki", tokenizer, length=64, count=6)
-    choice = gl.Recipe(model, calib).choose(layers or gl.select_layers(model, calib, 2, "taylor"))
+    model, tokenizer = gl.load_model(str(tiny / "tiny"))
+    calib = gl.token_windows(tiny / "text.txt", tokenizer, length=32, count=4)
+    choice = gl.Recipe(model, calib).choose(layers)
     assert line == str(choice)
     assert f"removing layers {', '.join(map(str, choice.layers))}\n" in printed
-    assert printed.index(line) < printed.index("removing layers")
-    assert printed.count("held-out perplexity") == 3 and "auto: held-out perplexity" in printed
+    assert "auto: held-out perplexity" in printed
     ids = tiny_windows(2, 16)
     with torch.no_grad():
         expected = choice.apply(model)(ids).logits
         torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.startswith("ghostlib: ") and error.count("\n") == 1 and "\r" not in error
+    return error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--operator", "auto"], "give at least 2"),
-        (["--operator", "auto", "--relative-ridge", "1e-3"], "leave out --relative-ridge"),
-        (["--operator", "auto", "--rank", "4"], "leave out --relative-ridge, --rank and --fit"),
-        (["--operator", "auto", "--fit", "sequential"], "leave out --relative-ridge, --rank and"),
-        (["--operator", "gost"], "did you mean 'ghost'"),
-        (["--criterion", "cosin"], "did you mean 'cosine'"),
-        (["--corpus", "wikki"], "wiki"),
-        (["--layers", "99"], "out of range"),
-        (["--n", "0"], "n = 0"),
-        (["--fit", "student"], "'teacher' or 'sequential', got 'student'"),
-        (["--operator", "low-rank"], "rank"),
-        (["--operator", "low-rank", "--rank", "0"], "between 1 and the width"),
+        ("--n 0", "'0' is no whole number of at least 1"),
+        ("--n -1", "argument --n"),
+        ("--n 2.5", "'2.5' is no whole number"),
+        ("--n 99", "n = 99"),
+        ("--layers 99", "out of range"),
+        ("--layers 3-", "layers '3-' are not of the form"),
+        ("--layers 2 3 --n 2", "leave out --n and --criterion"),
+        ("--layers 2 --criterion cosine", "leave out --n and --criterion"),
+        ("--criterion cosin", "did you mean 'cosine'"),
+        ("--operator gost", "did you mean 'ghost'"),
+        ("--operator pruned", "unknown operator 'pruned'"),
+        ("--rank 4", "ghost has no option 'rank'"),
+        ("--operator scalar --relative-ridge 1e-3", "scalar has no option 'relative_ridge'"),
+        ("--operator low-rank", "rank"),
+        ("--operator low-rank --relative-ridge 1e-3", "rank"),
+        ("--operator low-rank --rank 0", "'0' is no whole number"),
+        ("--operator low-rank --rank 999", "between 1 and"),
+        ("--operator auto --windows 1", "give at least 2"),
+        ("--operator auto --relative-ridge 1e-3", "leave out --relative-ridge, --rank and --fit"),
+        ("--operator auto --rank 4", "leave out --relative-ridge, --rank and --fit"),
+        ("--operator auto --fit sequential", "leave out --relative-ridge, --rank and --fit"),
+        ("--fit student", "invalid choice: 'student'"),
+        ("--corpus wikki", "did you mean 'wiki'"),
+        ("--corpus none.txt", "no such corpus file: none.txt"),
+        ("--windows 0", "'0' is no whole number"),
+        ("--test-windows 0", "'0' is no whole number"),
+        ("--length 0", "'0' is no whole number"),
+        ("--seed x", "invalid int value: 'x'"),
+        ("--dtype float33", "unknown dtype 'float33': use float32"),
+        ("--dtype nn", "unknown dtype 'nn'"),
+        ("--device nowhere", "device 'nowhere' cannot be used"),
+        ("--operater ghost", "unrecognized arguments: --operater ghost; see ghostlib"),
     ],
 )
-def test_bad_input_ends_in_one_line(folder, capsys, options, message):
-    options = ["--n", "2", "--windows", "1", "--length", "64", *options]
-    assert main(["recover", str(folder / "tiny"), str(folder / "out"), *options]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("ghostlib: ") and message in error and error.count("\n") == 1
-    assert not (folder / "out").exists()
+def test_bad_input_to_recover_ends_in_one_line(recover, tmp_path, capsys, options, message):
+    assert recover(*options.split()) == 2
+    assert message in one_line(capsys)
+    assert not list(tmp_path.iterdir())
 
 
-def test_grid_prints_its_table_and_goes_on(folder, capsys):
-    out = folder / "grid.json"
-    options = ["--model", str(folder / "tiny"), "--n", "1", "2", "--criteria", "cosine", "taylor"]
-    options += ["--repairs", "none", "magnitude", "--dtype", "float32"]
-    for name, count, length in (("calibration", 2, 64), ("selection", 1, 32), ("test", 1, 64)):
-        options += [f"--{name}-count", str(count), f"--{name}-length", str(length)]
-    assert main(["grid", str(out), *options]) == 0
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_named(recover, capsys):
+    assert recover("--device", "cuda") == 2
+    assert "device 'cuda' cannot be used" in one_line(capsys)
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for output, message in (
+        (tmp_path, "is not empty: name a new one"),
+        (tmp_path / "file", "is a file: name a folder"),
+        (tmp_path / "file" / "out", "file is a file"),
+    ):
+        assert main(["recover", "no-such-model", str(output)]) == 2
+        assert message in one_line(capsys)
+    for output in (tmp_path, tmp_path / "file" / "a"):
+        assert main(["experiment", str(output)]) == 2
+        assert "cannot be written" in one_line(capsys)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
+    for command in (
+        ["recover", "./nope", str(tmp_path / "out")],
+        ["experiment", "--model", "./nope", str(tmp_path / "out")],
+    ):
+        assert main(command) == 2
+        assert "no such model folder: ./nope" in one_line(capsys)
+
+
+@pytest.fixture
+def experiment(tiny, tmp_path):
+    """``ghostlib experiment`` on few and short windows of a local text."""
+    text = str(tiny / "text.txt")
+    usual = ["--model", str(tiny / "tiny"), "--calibration", text, "--perplexity", text]
+    usual += ["--windows", "2", "--length", "32", "--test-windows", "2", "--test-length", "16"]
+
+    def run(*options: str) -> int:
+        return main(["experiment", str(tmp_path / "a.jsonl"), *usual, *options])
+
+    return run
+
+
+def test_an_experiment_prints_its_tables_and_resumes(experiment, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    options = [
+        "--n",
+        "1",
+        "2",
+        "--criteria",
+        "cosine",
+        "residual",
+        "--operators",
+        "pruned",
+        "scalar",
+    ]
+    assert experiment(*options) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("cosine", "taylor", "magnitude", "pydoc", "wiki"))
-    before = out.read_bytes()
-    assert main(["grid", str(out), *options]) == 0
-    assert capsys.readouterr().out == printed and out.read_bytes() == before
-    assert main(["grid", str(out), *options, "--starts", "4"]) == 0
-    assert "cells in" in capsys.readouterr().out
-    cells = json.loads(out.read_text())["cells"]
-    assert sum(key.startswith("magnitude without") and "–" in key for key in cells) >= 3
+    for part in ("bits per byte", "÷ dense", "scalar, n = 2, cosine", "residual, n = 1: "):
+        assert part in printed
+    before = path.read_bytes()
+    assert experiment(*options) == 0
+    assert capsys.readouterr().out == printed and path.read_bytes() == before
+    assert experiment("--starts", "4", "--operators", "pruned") == 0
+    assert "pruned, n = 4, 1–4" in capsys.readouterr().out
+    assert experiment("--layers", "1-2,4", "3", "--operators", "x, n(x)") == 0
+    rows = scores(gl.read_results(path))
+    assert {"1–2, 4", "3", "0–3"} <= set(rows.layers) and "x, n(x)" in set(rows.operator)
 
 
-def test_grid_scores_given_layers_on_other_corpora(folder, capsys):
-    out, text = folder / "grid.json", folder / "mine.txt"
-    text.write_text("\n\n".join(f"Paragraph {i} of a text of my own." for i in range(400)))
-    options = ["--model", str(folder / "tiny"), "--layers", "1-2,4", "3", "--dtype", "float32"]
-    options += ["--repairs", "none", "auto", "x, n(x)", "--test-corpora", str(text)]
-    options += ["--calibration-count", "2", "--calibration-length", "64"]
-    options += ["--test-count", "2", "--test-length", "32"]
-    assert main(["grid", str(out), *options]) == 0
-    assert "9 cells in" in capsys.readouterr().out
-    whole = json.loads(out.read_text())
-    assert whole["settings"]["test_corpora"] == ["mine.txt"]
-    keys = {f"{r} without {ls}" for r in ("none", "auto", "x, n(x)") for ls in ("1–2, 4", "3")}
-    choices = {"choice for 1–2, 4", "choice for 3"}
-    assert whole["cells"].keys() == {"dense"} | keys | choices
-    assert all(list(whole["cells"][key]) == ["mine.txt"] for key in keys)
-    assert main(["grid", str(folder / "new.json"), *options, "--layers", "3-"]) == 2
-    assert "layers '3-' are not of the form 12-15,17,25-26" in capsys.readouterr().err
-    assert not (folder / "new.json").exists()
+def test_shards_on_the_command_line_are_one_run(experiment, tmp_path, capsys):
+    options = ["--n", "1", "2", "--operators", "pruned", "scalar"]
+    counts = []
+    for shard in ("1/2", "2/2"):
+        assert experiment(*options, "--shard", shard) == 0
+        counts.append(len(scores(gl.read_results(tmp_path / "a.jsonl"))))
+    assert 0 < counts[0] < counts[1] == 1 + 2 * 2
+    before = (tmp_path / "a.jsonl").read_bytes()
+    assert experiment(*options) == 0 and (tmp_path / "a.jsonl").read_bytes() == before
 
 
-def test_grid_refuses_a_file_of_other_settings(folder, capsys):
-    out = folder / "grid.json"
-    options = ["--model", str(folder / "tiny"), "--starts", "5", "--repairs", "none"]
-    options += ["--test-count", "1", "--test-length", "16"]
-    assert main(["grid", str(out), *options]) == 0
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--operators gost", "did you mean 'ghost'"),
+        ("--operators low-rank", "rank"),
+        ("--criteria cosin", "did you mean 'cosine'"),
+        ("--layers 1-2 --n 2", "give criteria and n, or the layers"),
+        ("--layers 3-", "layers '3-' are not of the form"),
+        ("--layers 99", "out of range"),
+        ("--n 0", "n = 0"),
+        ("--n two", "invalid int value: 'two'"),
+        ("--test-windows 0", "test_windows = 0"),
+        ("--limit -1", "limit = -1"),
+        ("--dtype float33", "unknown dtype 'float33'"),
+        ("--device-map nowhere", "device 'nowhere' cannot be used"),
+        ("--tasks quiz.jsonl", "no such task file: quiz.jsonl"),
+        ("--shard 3/2", "shard '3/2' is not of the form"),
+        ("--repairs ghost", "unrecognized arguments: --repairs ghost"),
+    ],
+)
+def test_bad_input_to_an_experiment_leaves_nothing(experiment, tmp_path, capsys, options, message):
+    assert experiment(*options.split()) == 2
+    assert message in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_specification_is_refused(experiment, tmp_path, capsys):
+    assert experiment("--n", "1", "--operators", "pruned") == 0
+    before = (tmp_path / "a.jsonl").read_bytes()
     capsys.readouterr()
-    assert main(["grid", str(out), *options, "--seed", "1"]) == 2
-    assert "other settings: seed = 0 there, 1 now" in capsys.readouterr().err
-    assert main(["grid", str(folder / "new.json"), "--criteria", "cosin"]) == 2
-    assert "did you mean 'cosine'" in capsys.readouterr().err
-    assert not (folder / "new.json").exists()
+    assert experiment("--n", "1", "--operators", "pruned", "--seed", "1") == 2
+    assert "another specification: seed = 0 there, 1 now" in one_line(capsys)
+    assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
-def test_an_output_folder_in_use_is_refused_before_any_work(folder, capsys):
-    assert main(["recover", "no-such-model", str(folder)]) == 2
-    assert "not empty" in capsys.readouterr().err
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_an_error_under_a_progress_bar_leaves_one_line(experiment, capsys, monkeypatch, error):
+    from ghostlib.experiments import run
+
+    def failing(*_):
+        for _ in common.track(range(3), "inner"):
+            raise error("went wrong\nand more of it")
+
+    monkeypatch.setattr(common, "shown", lambda: True)
+    monkeypatch.setattr(run._Run, "_score", failing)
+    assert experiment("--n", "1", "--operators", "pruned") == 2
+    shown = capsys.readouterr().err
+    last = re.split(r"[\r\n]", shown.rstrip("\n"))[-1]
+    assert last == "ghostlib: went wrong" and "and more of it" not in shown
+
+
+def test_an_interrupt_ends_in_one_line(experiment, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ghostlib.experiments.run.run_experiment", interrupted)
+    assert experiment() == 130
+    assert one_line(capsys) == "ghostlib: interrupted\n"
 
 
 def test_fetch_names_the_files(capsys, monkeypatch, tmp_path):
@@ -149,10 +273,49 @@ def test_fetch_names_the_files(capsys, monkeypatch, tmp_path):
     assert "wiki.json" in capsys.readouterr().out
 
 
-def test_help_and_module_entry(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["ghostlib", "recover", "--help"])
+def test_names_lists_what_options_may_name(capsys):
+    assert main(["names"]) == 0
+    printed = capsys.readouterr().out
+    for name in (*gl.OPERATORS, *gl.CRITERIA, *gl.CORPORA, "wiki-topic", "arc_easy"):
+        assert re.search(rf"^\w+ +{re.escape(name)}\b", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["fetch", "names", "recover", "experiment"])
+def test_help_has_three_examples_that_can_be_read(capsys, command):
+    from ghostlib.cli import parser
+
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("ghostlib.cli", run_name="__main__")
+        main([command, "--help"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--operator" in shown and "linearpatch-d" in shown and "auto: a recipe" in shown
+    _, _, examples = capsys.readouterr().out.partition("examples:\n")
+    lines = examples.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        found = re.search(r"ghostlib (.+?)(?:   .*| \|.*)?$", line)
+        assert parser().parse_args(found[1].split()).command == command
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["recover", "a", "b", "--oper"], ["grid"]]
+)
+def test_help_version_and_typing_errors_need_no_torch(arguments):
+    """Importing it takes seconds, and these answer at once."""
+    code = (
+        "import sys; from ghostlib.cli import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit as stop: status = stop.code\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'datasets', 'scipy'} & sys.modules.keys()\n"
+        "print(heavy or 'light'); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout.endswith("light\n")
+    assert done.returncode == (0 if arguments[0].startswith("--") else 2)
+    assert done.stderr.count("\n") == bool(done.returncode)
+    if arguments == ["--version"]:
+        assert re.match(r"ghostlib \d+\.\d+", done.stdout)
+
+
+def test_json_is_finite(experiment, tmp_path):
+    assert experiment("--n", "1", "--operators", "pruned") == 0
+    for line in (tmp_path / "a.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)

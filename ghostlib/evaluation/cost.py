@@ -6,7 +6,6 @@ met every key in reach of the cache, masked or not, which is what a plain implem
 kernels that skip the masked half do less.
 """
 
-import copy
 import inspect
 import statistics
 import time
@@ -20,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from ghostlib.common import track
-from ghostlib.evaluation.perplexity import evaluating
-from ghostlib.models.architectures import decoder_layers, hidden_size
+from ghostlib.models.architectures import decoder_layers, text_config
+from ghostlib.models.configuration import twin
 from ghostlib.models.placement import input_device
+from ghostlib.models.streams import evaluating, known_positions
 from ghostlib.surgery.ghosted import BoundaryModule
 
 
@@ -70,12 +70,11 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     _at_least(1, batch_size=batch_size)
     if tokens == 0:
         return 0
-    twin, cache = _without_weights(model), DynamicCache(config=model.config)
-    _read(twin, tokens, batch_size, cache)
+    cache: Any = DynamicCache(config=model.config)
+    _read(_without_weights(model), tokens, batch_size, cache)
     kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    last_tokens = batch_size * len(getattr(model, "looking_back", ())) * hidden_size(model)
-    numbers = sum(t.numel() for t in kept) + last_tokens
-    return int(numbers * model.dtype.itemsize)
+    kept += getattr(cache, "last_tokens", {}).values()
+    return sum(t.numel() * t.itemsize for t in kept)
 
 
 def flops(
@@ -106,35 +105,34 @@ def flops(
     _at_least(0, context=context, logits=logits)
     if logits > tokens:
         raise ValueError(f"logits must be at most tokens = {tokens}, got {logits}")
-    twin = _without_weights(model)
-    cache = DynamicCache(config=twin.config)
+    copied = _without_weights(model)
+    cache = DynamicCache(config=model.config)
     if context:
-        _read(twin, context, batch_size, cache)
+        _read(copied, context, batch_size, cache)
     with FlopCounterMode(display=False) as counter:
-        _read(twin, tokens, batch_size, cache)
+        _read(copied, tokens, batch_size, cache)
     counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    names = {module: f"{type(twin).__name__}.{name}" for name, module in twin.named_modules()}
+    root = type(copied).__name__
+    names = {module: f"{root}.{name}" for name, module in copied.named_modules()}
 
     def spent(modules: Iterable[Any]) -> int:
         return sum(counted.get(names[module], 0) for module in modules)
 
     # A layer's attention is its child that has a place in the cache.
-    children = [child for layer in decoder_layers(twin) for child in layer.children()]
+    children = [child for layer in decoder_layers(copied) for child in layer.children()]
     attention = spent(child for child in children if hasattr(child, "layer_idx"))
     boundary = spent(module for module in names if isinstance(module, BoundaryModule))
-    head = spent([twin.get_output_embeddings()])
+    head = spent([copied.get_output_embeddings()])
     mlp = counter.get_total_flops() - attention - boundary - head
     return Flops(attention, mlp, boundary, logits * head)  # one position was counted
 
 
 def _without_weights(model: PreTrainedModel) -> Any:
     """A model of the same modules and dtype, all on the meta device, with plain attention."""
-    config = copy.deepcopy(model.config)
-    config.pad_token_id = None  # or else some models look for padding among the ids
-    with torch.device("meta"):
-        twin: Any = type(model)(config)
-    twin.set_attn_implementation("eager")  # the counter does not look into fused kernels
-    return twin.to(model.dtype).eval()
+    copied: Any = twin(model)
+    copied.config.pad_token_id = None  # or else some models look for padding among the ids
+    copied.set_attn_implementation("eager")  # the counter does not look into fused kernels
+    return copied.to(model.dtype).eval()
 
 
 @torch.no_grad()
@@ -214,13 +212,13 @@ def latency(
     )
     _at_least(0, warmup=warmup)
     for name, model in models.items():
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = known_positions(model)
         if positions is not None and prompt_tokens + new_tokens > positions:
             raise ValueError(
                 f"{prompt_tokens} + {new_tokens} tokens exceed the {positions} positions of "
                 f"{name!r}: shorten the prompt"
             )
-    words = min(model.config.vocab_size for model in models.values())
+    words = min(text_config(model).vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(words, (batch_size, prompt_tokens), generator=generator)
     rounds: dict[str, list[tuple[float, float, int]]] = {name: [] for name in models}

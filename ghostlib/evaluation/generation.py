@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.evaluation.perplexity import evaluating
 from ghostlib.models.placement import input_device
+from ghostlib.models.streams import evaluating
 
 Message = dict[str, str]  # {"role": "user", "content": …}
 

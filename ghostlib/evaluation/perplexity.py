@@ -1,8 +1,7 @@
 """Perplexity: on windows of tokens, and on a corpus by the protocol that papers report."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,13 @@ from ghostlib.common import track
 from ghostlib.models.architectures import head
 from ghostlib.models.streams import check_windows, final_hidden
 from ghostlib.text.corpora import CORPORA, tokenised
-from ghostlib.text.tokens import SEPARATOR
+from ghostlib.text.tokens import SEPARATOR, bos_token, encode
 
 NOT_FINITE = (
     "a weight or an operator of the model is not finite, or its activations overflow its dtype: "
     "check the weights, or load the model in float32"
 )
 _CHUNK = 256  # tokens whose logits exist at once: 256 x 150,000 words x 4 bytes = 150 MB
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Keep ``model`` in evaluation mode (no dropout); afterwards every module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> Tensor:
@@ -70,9 +57,8 @@ def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     losses = []
-    with evaluating(model):
-        for ids in track(torch.split(windows, batch_size), "scoring", unit="batch"):
-            losses.append(token_losses(model, final_hidden(model, ids), ids).mean(1))
+    for ids in track(torch.split(windows, batch_size), "scoring", unit="batch"):
+        losses.append(token_losses(model, final_hidden(model, ids), ids).mean(1))
     found = torch.cat(losses)
     if not found.isfinite().all():
         bad = int(found.isfinite().logical_not().nonzero()[0])
@@ -158,7 +144,8 @@ class Perplexity:
         tokens: scored ones, ``windows * (length - 1)``.
         bytes: covered by the scored tokens.
         separator: between documents.
-        special_tokens: what the tokenizer added to the text, as text, once for the whole corpus.
+        bos: the token that every window begins with, which is not scored; None for none.
+        special_tokens: what the tokenizer added to the text, once for the whole corpus, as text.
         window_nll: ``nll`` of each window, to compare models window by window.
     """
 
@@ -173,6 +160,7 @@ class Perplexity:
     tokens: int
     bytes: int | None
     separator: str
+    bos: str | None
     special_tokens: Sequence[str]
     window_nll: Sequence[float]
 
@@ -186,13 +174,15 @@ class ScoredText:
         split: of the corpus.
         windows: (windows, length) token ids.
         bytes: UTF-8 bytes that the scored tokens cover; None where the tokenizer does not say.
-        special_tokens: what the tokenizer added to the text, as text.
+        bos: the token that every window begins with; None for none.
+        special_tokens: what the tokenizer added to the text, once for the whole corpus, as text.
     """
 
     corpus: str
     split: str
     windows: Tensor
     bytes: int | None
+    bos: str | None
     special_tokens: Sequence[str]
 
     def perplexity(self, losses: Tensor) -> Perplexity:
@@ -210,6 +200,7 @@ class ScoredText:
             tokens=tokens,
             bytes=self.bytes,
             separator=SEPARATOR,
+            bos=self.bos,
             special_tokens=self.special_tokens,
             window_nll=losses.tolist(),
         )
@@ -224,11 +215,12 @@ def scored_text(
     count: int | None = None,
     seed: int = 0,
     text_column: str = "text",
-    special_tokens: bool = True,
+    bos: bool | None = False,
 ) -> ScoredText:
     """The windows of a corpus that `corpus_perplexity` scores; its arguments and errors."""
     published_split, published_count = PUBLISHED.get(str(corpus), ("test", None))
     split = split or published_split
+    first = bos_token(tokenizer, bos)
     windows, text = tokenised(
         corpus,
         tokenizer,
@@ -237,16 +229,21 @@ def scored_text(
         count=published_count if count is None else count,
         seed=seed,
         text_column=text_column,
-        special_tokens=special_tokens,
+        bos=bos,
+        special_tokens=first is None,
     )
-    sizes = token_bytes(tokenizer, text, special_tokens=special_tokens)
-    covered = None
-    if sizes is not None:
-        covered = int(sizes[: windows.numel()].reshape(windows.shape)[:, 1:].sum())
-    added: list[str] = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
+    added: list[str] = []
+    if first is None:
+        added = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
+    sizes, covered = token_bytes(tokenizer, text), None
+    if sizes is not None and first is None:
+        laid = np.concatenate([np.zeros(len(added), dtype=int), sizes])[: windows.numel()]
+        covered = int(laid.reshape(windows.shape)[:, 1:].sum())
+    elif sizes is not None:  # every token but the first of a window is one of the text's
+        covered = int(sizes[: windows[:, 1:].numel()].sum())
     local = str(corpus) not in CORPORA and Path(corpus).expanduser().exists()
     name = Path(corpus).name if local else str(corpus)
-    return ScoredText(name, split, windows, covered, added if special_tokens else [])
+    return ScoredText(name, split, windows, covered, first, added)
 
 
 def corpus_perplexity(
@@ -274,8 +271,9 @@ def corpus_perplexity(
         count: the first so many windows; by default as in `PUBLISHED`, and all of other corpora.
         seed: see `ghostlib.documents`.
         text_column: see `ghostlib.documents`.
-        special_tokens: let the tokenizer add its own (a BOS for Llama, nothing for SmolLM2), once,
-            at the beginning of the corpus and not of every window, as published.
+        bos: False, as published: what the tokenizer adds (a BOS for Llama, nothing for SmolLM2)
+            stands once, at the beginning of the corpus. True: every window begins with BOS, which
+            a model trained with one needs. None: every window, if the tokenizer adds one.
 
     Raises:
         ValueError: less text than one window, and whatever `ghostlib.token_windows` and
@@ -286,10 +284,8 @@ def corpus_perplexity(
     return text.perplexity(window_losses(model, text.windows, batch_size=batch_size))
 
 
-def token_bytes(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool = False
-) -> np.ndarray | None:
-    """UTF-8 bytes of ``text`` that each of its tokens covers, 0 for one the tokenizer adds.
+def token_bytes(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray | None:
+    """UTF-8 bytes of ``text`` that each of its tokens covers.
 
     They add up to the bytes of the text: what no token covers, such as white space that is dropped,
     goes to the token before it, and a character that several tokens share, to the last of them.
@@ -299,18 +295,9 @@ def token_bytes(
     """
     if not getattr(tokenizer, "is_fast", False):
         return None
-    found = tokenizer(
-        text,
-        add_special_tokens=special_tokens,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
-    spans = np.array(found["offset_mapping"], dtype=int).reshape(-1, 2)
-    added = np.array(found["special_tokens_mask"], dtype=bool) & (spans[:, 0] == spans[:, 1])
+    spans = encode(tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
     characters = [len(character.encode("utf-8", "surrogatepass")) for character in text]
     before = np.concatenate([[0], np.cumsum(characters)]).astype(int)  # each character, in bytes
-    starts = before[spans[~added, 0]]
-    sizes = np.zeros(len(spans), dtype=int)
-    sizes[~added] = np.diff(np.concatenate([[0], starts[1:], before[-1:]]))
-    return sizes
+    starts = before[[start for start, _ in spans]]
+    edges = np.concatenate([[0], starts[1:], before[-1:]])
+    return np.diff(edges[: len(spans) + 1])  # of an empty text the first edge alone

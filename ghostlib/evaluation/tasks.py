@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.common import Registry, quiet
 from ghostlib.evaluation.items import Item, descriptions, read_items, topics
-from ghostlib.evaluation.perplexity import NOT_FINITE, evaluating
+from ghostlib.evaluation.perplexity import NOT_FINITE
+from ghostlib.models.streams import evaluating
 
 
 @dataclass(frozen=True)

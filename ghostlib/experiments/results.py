@@ -1,52 +1,221 @@
-"""Results of a long run in one JSON file, kept cell by cell, so that a stopped run goes on.
+"""Results: an append-only file of JSON lines, one for each finished cell, that any run can resume.
 
-A run is a loop over cells, each under a name and each too dear to compute twice:
-
-    results = Results.open("grid.json", {"model": "smollm2", "windows": 16, "seed": 0})
-    for n in (3, 5, 7):
-        for operator in ("identity", "ghost"):
-            results.cell(f"{operator} {n}", partial(score, operator, n))
-
-Killed and started again, it computes the cells that are missing. Settings are whatever decides the
-numbers; a file of other settings is refused, never mixed. One process at a time writes to a file.
+A line of kind ``"specification"`` says what decides the numbers, one of kind ``"environment"`` what
+they were computed with; the other lines name both by their ids. So files of several runs, shards or
+seeds are joined by ``cat``, and `read_results` takes their union.
 """
 
-import dataclasses
+import errno
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock
 
+from ghostlib.common import warn
+
+Record = dict[str, Any]
+
+# What names a record of each kind.
+_NAMED_BY = {
+    "specification": ("id",),
+    "environment": ("id",),
+    "selection": ("specification", "criterion", "n"),
+    "choice": ("specification", "layers"),
+    "score": ("specification", "layers", "operator", "measure", "dataset"),
+    "skipped": ("specification", "layers", "operator", "dataset"),
+}
 _PACKAGES = ("ghostlib", "torch", "transformers", "datasets", "numpy", "scipy", "lm-eval")
 
 
-def environment() -> dict[str, Any]:
+class Results:
+    """What a results file holds, and the way to append to it; see `read_results` for reading.
+
+    Several processes may append to one file: each takes a lock, reads what the others appended
+    and writes whole lines, but no cell that is there by now. The first append makes the file, so
+    that a run that is refused leaves nothing behind.
+
+    Attributes:
+        path: the file; it need not exist yet.
+        records: ``{name: record}``, in the order of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.records: dict[tuple[Any, ...], Record] = {}
+        self._header: list[Record] = []
+        self._offset = self._lines = 0
+        self._lock_file = self.path.with_name(f".{self.path.name}.lock")
+
+    def of(self, kind: str) -> list[Record]:
+        """The records of one kind: ``"score"``, ``"selection"``, ``"choice"``, ``"skipped"`` …"""
+        return [record for name, record in self.records.items() if name[0] == kind]
+
+    def get(self, kind: str, *names: Any) -> Record | None:
+        """A record of the specification that is appended for, by what names it."""
+        return self.records.get((kind, self._header[0]["id"], *names))
+
+    def expect(self, known: Mapping[str, Any]) -> None:
+        """Read what there is, and refuse a file of another specification.
+
+        Args:
+            known: the specification, or as much of it as is known before the model is loaded.
+
+        Raises:
+            ValueError: a file of another specification (the message names the first difference),
+                or one that holds something else.
+            OSError: the file could not be written in the end.
+        """
+        place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        fit = place.is_file() if place == self.path else place.is_dir()
+        if not fit or not os.access(place, os.W_OK):
+            raise PermissionError(f"{self.path} cannot be written ({place}): name another file")
+        self.refresh()
+        stored, wanted = self.of("specification"), _plain(known)
+        differ = [[k for k, v in wanted.items() if other.get(k) != v] for other in stored]
+        if differ and all(differ):
+            name, *more = differ[0]
+            raise ValueError(
+                f"{self.path} has results of another specification: {name} = "
+                f"{stored[0].get(name)!r} there, {wanted[name]!r} now"
+                + f" and {len(more)} more" * bool(more)
+                + "; name another file"
+            )
+
+    def begin(self, specification: Mapping[str, Any]) -> None:
+        """As `expect`; what is appended from now on is of this specification and environment."""
+        self.expect(specification)
+        self._header = []
+        for kind, content in (("specification", specification), ("environment", environment())):
+            digest = hashlib.sha256(_json(dict(sorted(content.items()))).encode()).hexdigest()
+            self._header.append({"kind": kind, "id": digest[:12], **_plain(content)})
+        if self.records:
+            self._put(self._header[0])  # where its line was damaged
+
+    def append(self, kind: str, **content: Any) -> None:
+        """Write one finished record, unless the file has it by now.
+
+        Raises:
+            ValueError: a number that is not finite, or anything else that JSON cannot hold.
+            OSError: the file cannot be written, as on a full disk; it stays as it was.
+        """
+        ids = {header["kind"]: header["id"] for header in self._header}
+        self._put(_plain({"kind": kind, **ids, **content}))
+
+    def _put(self, record: Record) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            if _name(record) not in self.records:
+                wanted = {_name(each): each for each in (*self._header, record)}
+                self._write([each for name, each in wanted.items() if name not in self.records])
+
+    def refresh(self) -> None:
+        """Read what has been appended, by this process or another."""
+        if self.path.exists():
+            with self._locked():
+                pass
+
+    def close(self) -> None:
+        """Remove the lock file, all that a run leaves beside its results."""
+        # A process waiting for it just now may then write beside another. Lines are appended
+        # whole, so the worst is a cell that stands twice, of which readers take the first.
+        with suppress(OSError):
+            self._lock_file.unlink()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone with the file, all of it read."""
+        with FileLock(self._lock_file):
+            if self.path.exists():
+                with self.path.open("rb") as file:
+                    file.seek(self._offset)
+                    self.read(file.read())
+            yield
+
+    def read(self, data: bytes) -> None:
+        """Take in lines of a results file.
+
+        Raises:
+            ValueError: it is something else.
+
+        Warns:
+            UserWarning: a damaged or torn line; it is left out, and its cell computed again.
+        """
+        self._offset += len(data)
+        damaged: list[tuple[int, Exception]] = []
+        for number, line in enumerate(data.split(b"\n"), start=self._lines + 1):
+            try:
+                record = json.loads(line, parse_constant=int)  # which refuses NaN and Infinity
+                self.records.setdefault(_name(record), record)
+            except (ValueError, KeyError, TypeError) as error:
+                if line.strip():
+                    damaged.append((number, error))
+        if damaged and not self.records and not data.startswith(b'{"kind":'):
+            raise ValueError(f"{self.path} is no results file: name another path")
+        for number, reason in damaged:
+            warn(
+                f"{self.path}, line {number} is damaged ({reason!r}): it is left out, and its cell "
+                "computed again"
+            )
+        self._lines += data.count(b"\n")
+
+    def _write(self, records: list[Record]) -> None:
+        """Append records in one piece, or leave the file as it was."""
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(file).st_size
+            torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+            lines = "\n" * torn + "".join(_json(record) + "\n" for record in records)
+            data = lines.encode("utf-8")
+            if os.write(file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file)
+        except OSError as error:
+            os.ftruncate(file, size)
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: {self.path} could not be written and stays as it was; make "
+                "room and run again to resume",
+            ) from error
+        finally:
+            os.close(file)
+        self.read(data)
+
+
+def read_results(path: str | os.PathLike[str]) -> Results:
+    """A results file, for reading; also several that were joined by ``cat``.
+
+    Raises:
+        ValueError: a file that holds something else.
+        OSError: no such file, or one that cannot be read.
+
+    Warns:
+        UserWarning: a damaged line, which is left out.
+    """
+    results = Results(path)
+    results.read(results.path.read_bytes())
+    return results
+
+
+def environment() -> Record:
     """Versions, hardware and, in a git checkout of this package, the commit of this very run."""
+    import torch
+
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):  # an extra that is not installed
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # an extra that is not installed
-            continue
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    hardware = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {"versions": versions, "hardware": hardware | {"gpus": gpus}, "commit": _commit()}
-
-
-def _cpu() -> str:
-    """Name of the processor, where the system tells it."""
-    try:
-        listed = re.search(r"model name\s*: *(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        listed = None
-    return listed[1] if listed else platform.processor() or platform.machine()
+    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
+    hardware["threads"] = torch.get_num_threads()
+    return {"versions": versions, "hardware": hardware, "commit": _commit()}
 
 
 def _commit() -> str | None:
@@ -62,127 +231,24 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-_FORMAT = "ghostlib-results-1"
+def _name(record: Record) -> tuple[Any, ...]:
+    """What names a record; `KeyError` or `TypeError` if it is none."""
+    return record["kind"], *(record[name] for name in _NAMED_BY[record["kind"]])
 
 
-class Results:
-    """Cells of one run; made by `Results.open`.
-
-    Attributes:
-        path: the file. settings: what decides the numbers, as JSON gives it back.
-        environments: versions, hardware and commit of every run that wrote to the file, in order.
-        cells: ``{key: value}``, finished ones.
-    """
-
-    def __init__(self, path: Path, settings: Any, environments: Any, cells: Any) -> None:
-        self.path = path
-        self.settings: dict[str, Any] = settings
-        self.environments: list[dict[str, Any]] = environments
-        self.cells: dict[str, Any] = cells
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> "Results":
-        """Start a file of results, or go on with one of the same settings.
-
-        Args:
-            path: the file; folders above it are made.
-            settings: anything JSON can hold, ``"seed"`` among it (None where nothing is drawn).
-
-        Raises:
-            ValueError: no seed, settings that are no JSON, a file of other settings (the message
-                names the first difference), or a file that holds something else.
-            OSError: the file cannot be written.
-        """
-        path = Path(path)
-        if "seed" not in settings:
-            raise ValueError("settings must name the seed: add seed=None where nothing is drawn")
-        wanted = _plain(dict(settings), "settings")
-        found = cls(path, wanted, [], {})
-        if path.exists():
-            found = cls(path, *_read(path))
-            _same(path, found.settings, wanted)
-        here = environment()
-        if here not in found.environments:
-            found.environments.append(here)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found._write()
-        return found
-
-    def cell(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The value under ``key``: the stored one, or else ``compute()``, stored at once.
-
-        The value comes back as JSON keeps it, the first time too: tuples and arrays as lists,
-        dataclasses as dictionaries.
-
-        Raises:
-            ValueError: a value that is no valid JSON, such as NaN; it is not stored.
-            OSError: the file cannot be written, as on a full disk; the old one stays as it was.
-        """
-        if key not in self.cells:
-            value = _plain(compute(), f"cell {key!r}")
-            self.cells[key] = value
-            try:
-                self._write()
-            except BaseException:
-                del self.cells[key]
-                raise
-        return self.cells[key]
-
-    def _write(self) -> None:
-        names = ("settings", "environments", "cells")
-        whole = {"format": _FORMAT} | {name: getattr(self, name) for name in names}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(whole, file, indent=1, ensure_ascii=False, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: {self.path} could not be written and stays as it was; "
-                "make room (or open another path) and run again to go on",
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+def _plain(value: Any) -> Any:
+    """``value`` as JSON gives it back: tuples, arrays and tensors as lists."""
+    return json.loads(_json(value))
 
 
-def _plain(value: Any, what: str) -> Any:
-    """``value`` as JSON gives it back."""
-
-    def convert(other: Any) -> Any:
-        if dataclasses.is_dataclass(other) and not isinstance(other, type):
-            return dataclasses.asdict(other)
-        return other.tolist()  # NumPy's and torch's
-
+def _json(value: Any) -> str:
     try:
-        return json.loads(json.dumps(value, default=convert, allow_nan=False))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{what} is no valid JSON ({error}): return finite numbers and text"
-        ) from None
-
-
-def _read(path: Path) -> tuple[Any, Any, Any]:
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        if whole["format"] != _FORMAT:
-            raise ValueError(f"format {whole['format']!r}")
-        return whole["settings"], whole["environments"], whole["cells"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no results file ({type(error).__name__}: {error}): name another path"
-        ) from None
-
-
-def _same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    missing = "(absent)"
-    differ = [k for k in {**old, **new} if old.get(k, missing) != new.get(k, missing)]
-    if differ:
-        key, more = differ[0], f" and {len(differ) - 1} more" if len(differ) > 1 else ""
-        raise ValueError(
-            f"{path} has results of other settings: {key} = {old.get(key, missing)!r} there, "
-            f"{new.get(key, missing)!r} now{more}; name another path, or delete the file"
+        return json.dumps(
+            value,
+            default=lambda array: array.tolist(),  # NumPy's and torch's
+            ensure_ascii=False,
+            allow_nan=False,
+            separators=(",", ":"),
         )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"a record must be finite numbers and text ({error})") from None

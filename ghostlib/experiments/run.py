@@ -1,145 +1,252 @@
-"""A whole evaluation, as the paper's tables are made: every repair, every corpus, every task.
+"""The runner: computes the cells of a specification that its results file lacks.
 
-    settings = Settings(n=(5, 7, 9), operators=("pruned", "linearpatch-d", "ghost"), limit=100)
-    model, tokenizer = settings.load()
-    results = evaluate(model, tokenizer, settings, "evaluation.json")
-    print(report(results.cells))  # of ghostlib.tables
+    specification = Specification(n=(5, 7, 9), operators=("pruned", "ghost"), tasks=("arc_easy",))
+    print(report(run_experiment(specification, "results.jsonl")))
 
-Every number is a cell of a `Results` file: a run that was stopped goes on, and a finished one can
-be asked for more repairs, depths, corpora or tasks.
+A cell is one model (layers removed, an operator in their place) on one corpus or task. Cells depend
+on nothing but the specification, so that any number of processes may compute them in any order, and
+a run that was stopped resumes with the first that is missing.
 """
 
+import hashlib
+import json
+import math
 import os
-from collections.abc import Callable
-from functools import cached_property, partial
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import product
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import track
-from ghostlib.evaluation.perplexity import PUBLISHED, corpus_perplexity
+from ghostlib.common import AUTO, DENSE, PRUNED, SEQUENTIAL, track, warn
+from ghostlib.evaluation.perplexity import ScoredText
 from ghostlib.evaluation.tasks import check_tasks, zero_shot
 from ghostlib.experiments.results import Results
-from ghostlib.experiments.spec import DENSE, PRUNED, SEQUENTIAL, Settings, named
+from ghostlib.experiments.spec import Specification, base_name, family_of
+from ghostlib.experiments.tables import ACCURACY, PERPLEXITY, mean_interval
 from ghostlib.models.architectures import num_layers
-from ghostlib.models.boundaries import contiguous, runs
-from ghostlib.operators.families import FAMILIES
-from ghostlib.recovery.recipe import AUTO, Recipe
-from ghostlib.recovery.recover import recover
-from ghostlib.selection.criteria import CRITERIA, Layers, needed, select_several
+from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
+from ghostlib.operators.solve import Operator, solve
+from ghostlib.recovery.recipe import Recipe
+from ghostlib.recovery.sequential import dense_streams, fit_sequential
+from ghostlib.selection.criteria import CRITERIA, needed, searched, select_several
+from ghostlib.selection.evidence import Layers
+from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate
-from ghostlib.surgery.cut import prune
-
-_FEW = 8  # windows of a corpus for which nothing is published
+from ghostlib.surgery.cut import install
 
 
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
+def run_experiment(
+    specification: Specification,
     output: str | os.PathLike[str],
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shard: str = "1/1",
 ) -> Results:
-    """Compute the cells that ``output`` lacks, the dense model's first, and return all.
+    """Compute the cells of ``specification`` that the file ``output`` lacks, and return all.
 
-    Layers are chosen in one pass and all repairs computed from another; of the repaired models,
-    which share the dense one's weights, one exists at a time.
+    Layers are chosen in one pass and all operators solved from another. Operators that read the
+    layer before a gap are left out where layer 0 is removed, and a cell whose loss is not finite
+    has no score: records of kind ``"skipped"`` say so.
 
     Args:
-        model: the dense model, such as `Settings.load` gives; it is not changed.
+        output: a results file, made or resumed; several processes may append to one file.
+        model: the dense model that ``specification.load()`` gives, where it is at hand.
         tokenizer: its tokenizer.
-        output: a results file, made or gone on with.
-
-    Returns:
-        Its `Results`. Cells hold the ``layers`` removed for an n, or an ``operator``, its ``n`` (0
-        for the dense model) and either a ``perplexity`` or the ``scores`` of a task's parts. What
-        ``"auto"`` chose for an n is printed, and kept under ``"choice n=…"``.
+        shard: ``"3/8"`` computes the third eighth of the cells, which their content decides, alike
+            in every process; the files of all shards are joined by ``cat``.
 
     Raises:
-        ValueError: a file of other settings, unknown tasks, and what the steps refuse.
-        ModuleNotFoundError: tasks are asked for and lm-eval is not installed.
+        ValueError: a file of another specification (the message names the difference), layers that
+            the model does not have, a shard that is none, and what the steps refuse.
+        OSError: the file cannot be written.
         ConnectionError: a hub corpus or task that cannot be reached.
+
+    Warns:
+        UserWarning: a loss that is not finite, or a damaged line of the file.
     """
-    results = Results.open(output, settings.identity(model))
-    _Evaluation(model, tokenizer, settings, results).run()
+    part = read_shard(shard)
+    results = Results(output)
+    try:
+        results.expect(specification.identity())
+        check_tasks(specification.tasks)  # not after hours
+        if model is None or tokenizer is None:
+            model, tokenizer = specification.load()
+        results.begin(specification.identity(model))
+        _Run(specification, results, model, tokenizer).run(*part)
+    finally:
+        results.close()
     return results
 
 
-class _Evaluation:
-    """The cells still to be computed, and what they share."""
+def read_shard(text: str) -> tuple[int, int]:
+    """(3, 8) of ``"3/8"``.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: Settings,
-        results: Results,
-    ) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.results = results
-        for n in settings.n:
-            contiguous(n, num_layers(model))  # checks n
-        self.measures: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
-            **{
-                f"perplexity of {named(c)}": partial(self._perplexity, c)
-                for c in settings.perplexity
-            },
-            **{f"accuracy on {named(t)}": partial(self._accuracy, t) for t in settings.tasks},
-        }
-        repaired = [(name, n) for n in settings.n for name in settings.operators]
-        self.todo = [variant for variant in [(DENSE, 0), *repaired] if self._missing(*variant)]
+    Raises:
+        ValueError: anything that is not the n-th of so many.
+    """
+    index, _, total = text.partition("/")
+    if not (index.isdecimal() and total.isdecimal() and 1 <= int(index) <= int(total)):
+        raise ValueError(f"shard {text!r} is not of the form 3/8, the third of eight")
+    return int(index), int(total)
 
-    def run(self) -> None:
-        if not self.todo:
-            return
-        check_tasks(self.settings.tasks)  # not after hours
-        if any(name == AUTO for name, _ in self.todo):
-            _ = self._recipe  # refuses models without a norm to read
-        for operator, n in track(self.todo, "evaluating", unit="model"):
-            if operator == DENSE:
-                self._measure(self.model, operator, n)
+
+@dataclass
+class _Run:
+    """The cells still to be computed, by model and by what is measured, and what they share."""
+
+    specification: Specification
+    results: Results
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    todo: dict[tuple[Layers, str], list[tuple[str, str]]] = field(default_factory=dict)
+
+    def run(self, index: int, total: int) -> None:
+        """Choose layers, plan, and compute cell by cell."""
+        measures = [
+            *product([PERPLEXITY], self.specification.perplexity),
+            *product([ACCURACY], self.specification.tasks),
+        ]
+        models = [((), DENSE), *product(self._removed(), self.specification.operators)]
+        for (layers, operator), (measure, dataset) in product(models, measures):
+            name = json.dumps([_spell(layers), operator, measure, base_name(dataset)])
+            digest = hashlib.sha256(name.encode()).digest()
+            if int.from_bytes(digest[:8], "big") % total == index - 1:
+                self._plan(layers, operator, measure, dataset)
+        if chosen := [layers for layers, operator in self.todo if operator == AUTO]:
+            self._recipe.collect(chosen)
+        for (layers, operator), missing in track(self.todo.items(), "scoring", unit="model"):
+            self.results.refresh()
+            if left := [m for m in missing if not self._is_known(layers, operator, *m)]:
+                self._score(layers, operator, left)
+
+    def _removed(self) -> list[Layers]:
+        """Every set of layers to remove: those given, and those that criteria choose."""
+        specification, total = self.specification, num_layers(self.model)
+        starts = contiguous(specification.starts, total) if specification.starts else []
+        given = [*specification.layers, *(tuple(gap.removed) for gap in starts)]
+        for layers in given:
+            runs(layers, total)  # refuses what the model does not have
+        asked = list(product(specification.criteria, specification.n))
+        missing: dict[str, list[int]] = {}
+        for criterion, n in asked:
+            contiguous(n, total)
+            if not self.results.get("selection", criterion, n):
+                missing.setdefault(criterion, []).append(n)
+        self._select(missing)
+        records = [self.results.get("selection", *pair) for pair in asked]
+        chosen = [read_layers(record["layers"]) for record in records if record]
+        return list(dict.fromkeys([*given, *chosen]))
+
+    def _select(self, missing: Mapping[str, list[int]]) -> None:
+        """Let criteria choose so many layers each; one pass serves all of them."""
+        total = num_layers(self.model)
+        known: Tensor | Calibration | None = None
+        if boundaries := {b for c, ns in missing.items() for b in needed(c, ns, total)}:
+            moments = any("moments" in CRITERIA[c].needs for c in missing)
+            known = calibrate(self.model, self._windows, sorted(boundaries), moments=moments)
+        for criterion, ns in track(missing.items(), "selecting", unit="criterion"):
+            begin = time.perf_counter()
+            scored = self._selection if "windows" in CRITERIA[criterion].needs else None
+            source = self._windows if known is None else known
+            selected = select_several(self.model, source, ns, criterion, windows=scored)
+            seconds = (time.perf_counter() - begin) / len(searched(criterion, ns))
+            for n, layers in selected.items():
+                content = {"criterion": criterion, "n": n, "layers": spell(layers)}
+                self.results.append("selection", **content, seconds=round(seconds, 2))
+
+    def _plan(self, layers: Layers, operator: str, measure: str, dataset: str) -> None:
+        """Note what is missing, and record what is left out."""
+        fitted = operator not in (DENSE, PRUNED, AUTO)
+        if 0 in layers and fitted and family_of(operator).regressor.reads_mlp:
+            names = {"layers": _spell(layers), "operator": operator, "dataset": ""}
+            reason = f"{operator} reads the layer before a gap, and layer 0 is removed"
+            self.results.append("skipped", **names, reason=reason)
+        elif not self._is_known(layers, operator, measure, dataset):
+            self.todo.setdefault((layers, operator), []).append((measure, dataset))
+
+    def _is_known(self, layers: Layers, operator: str, measure: str, dataset: str) -> bool:
+        names = (_spell(layers), operator)
+        scored = self.results.get("score", *names, measure, base_name(dataset))
+        return bool(scored or self.results.get("skipped", *names, base_name(dataset)))
+
+    def _score(self, layers: Layers, operator: str, measures: list[tuple[str, str]]) -> None:
+        """Solve the operators of one model, and append a record for each of its measures."""
+        begin = time.perf_counter()
+        operators = self._operators(layers, operator)
+        for measure, dataset in measures:
+            take = self._perplexity if measure == PERPLEXITY else self._accuracy
+            content = take(dataset, layers, operators)
+            names = {"layers": _spell(layers), "operator": operator, "dataset": base_name(dataset)}
+            seconds, begin = time.perf_counter() - begin, time.perf_counter()
+            if math.isfinite(content["value"]):
+                content |= names | {"measure": measure, "seconds": round(seconds, 2)}
+                self.results.append("score", **content)
             else:
-                self._measure(self._build(operator, n), operator, n)
+                reason = f"{operator} without layers {names['layers']} has no finite loss on "
+                reason += f"{names['dataset']}: try a wider dtype (bfloat16 or float32)"
+                warn(reason)
+                self.results.append("skipped", **names, reason=reason)
 
-    def _missing(self, operator: str, n: int) -> list[str]:
-        return [m for m in self.measures if _key(operator, n, m) not in self.results.cells]
+    def _perplexity(
+        self, corpus: str, layers: Layers, operators: Mapping[Boundary, Operator]
+    ) -> dict[str, Any]:
+        text = self._texts[corpus]
+        losses = self._trials[corpus].losses(layers, operators)
+        value, *interval = mean_interval(losses.numpy())
+        low, high = interval if len(losses) > 1 else (None, None)
+        count, length = text.windows.shape
+        sizes = {"windows": count, "length": length, "tokens": count * (length - 1)}
+        scored = {"split": text.split, **sizes, "bytes": text.bytes, "losses": losses}
+        return {"value": value, "low": low, "high": high, **scored}
 
-    def _measure(self, variant: PreTrainedModel, operator: str, n: int) -> None:
-        def value(measure: str) -> dict[str, Any]:
-            return {"operator": operator, "n": n} | self.measures[measure](variant)
+    def _accuracy(
+        self, task: str, layers: Layers, operators: Mapping[Boundary, Operator]
+    ) -> dict[str, Any]:
+        gaps = gaps_without(layers, num_layers(self.model))
+        variant = install(self.model, {g: operators.get(g) for g in gaps}) if gaps else self.model
+        limit, batch_size = self.specification.limit, self.specification.batch_size
+        parts = zero_shot(variant, self.tokenizer, task, limit=limit, batch_size=batch_size)
+        scores = [asdict(part) for part in parts.values()]
+        return {"value": fmean(score["acc"] for score in scores), "scores": scores}
 
-        for measure in self._missing(operator, n):
-            self.results.cell(_key(operator, n, measure), partial(value, measure))
-
-    def _perplexity(self, corpus: str, variant: PreTrainedModel) -> dict[str, Any]:
-        count = self.settings.test_windows or (None if corpus in PUBLISHED else _FEW)
-        length, seed = self.settings.test_length, self.settings.seed
-        how: dict[str, Any] = {"length": length, "count": count, "seed": seed}
-        return {"perplexity": corpus_perplexity(variant, self.tokenizer, corpus, **how)}
-
-    def _accuracy(self, task: str, variant: PreTrainedModel) -> dict[str, Any]:
-        limit, batch_size = self.settings.limit, self.settings.batch_size
-        scores = zero_shot(variant, self.tokenizer, task, limit=limit, batch_size=batch_size)
-        return {"scores": list(scores.values())}
-
-    def _build(self, operator: str, n: int) -> PreTrainedModel:
-        layers = self._layers[n]
-        if operator == PRUNED:
-            return prune(self.model, layers)
+    def _operators(self, layers: Layers, operator: str) -> Mapping[Boundary, Operator]:
+        if operator in (DENSE, PRUNED):
+            return {}
         if operator == AUTO:
-            self._recipe.collect(self._layers[n] for name, n in self.todo if name == AUTO)
             choice = self._recipe.choose(layers)
-            print(f"n = {n}, {choice}")
-            self.results.cell(f"choice n={n}", lambda: choice.summary)
-            return choice.apply(self.model)
-        name = operator.removesuffix(SEQUENTIAL)
-        if name != operator:
-            return recover(self.model, self._windows, layers, name, fit="sequential")
-        return recover(self.model, self._statistics, layers, name)
+            names = {"layers": spell(layers), "operator": choice.repair}
+            self.results.append("choice", **names, losses=choice.summary["losses"])
+            return choice.operators
+        family, gaps = family_of(operator), runs(layers, num_layers(self.model))
+        if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
+            return fit_sequential(self.model, self._windows, gaps, family, streams=self._streams)
+        moments = self._statistics.of(family.regressor)
+        return {gap: solve(moments[gap], family) for gap in gaps}
 
     @cached_property
     def _windows(self) -> Tensor:
-        return self.settings.calibration_windows(self.tokenizer)
+        return self.specification.draw_calibration(self.tokenizer)
+
+    @cached_property
+    def _selection(self) -> Tensor:
+        return self.specification.draw_selection(self.tokenizer)
+
+    @cached_property
+    def _texts(self) -> dict[str, ScoredText]:
+        corpora = self.specification.perplexity
+        return {c: self.specification.draw_test(self.tokenizer, c) for c in corpora}
+
+    @cached_property
+    def _trials(self) -> dict[str, Trials]:
+        """What all models have in common on each corpus."""
+        return {c: Trials(self.model, text.windows) for c, text in self._texts.items()}
 
     @cached_property
     def _recipe(self) -> Recipe:
@@ -147,35 +254,23 @@ class _Evaluation:
 
     @cached_property
     def _statistics(self) -> Calibration:
-        """What all repairs that are to be built are computed from."""
-        fitted = [(name, n) for name, n in self.todo if name in FAMILIES]
-        total = num_layers(self.model)
-        gaps = {gap for _, n in fitted for gap in runs(self._layers[n], total)}
-        regressors = {FAMILIES[name].regressor for name, _ in fitted}
+        """Moments that all operators are solved from, of one pass."""
+        fitted = [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
+        # Also of sequential fits: of one gap they are the teacher's.
+        gaps = {gap for ls, _ in fitted for gap in runs(ls, num_layers(self.model))}
+        regressors = {family_of(operator).regressor for _, operator in fitted}
         return calibrate(self.model, self._windows, sorted(gaps), regressors=regressors)
 
     @cached_property
-    def _layers(self) -> dict[int, Layers]:
-        """What is removed for each n that is to be built, chosen in one pass."""
-        criterion = self.settings.criterion
-        ns = sorted({n for _, n in self.todo if n})
-        lacking = [n for n in ns if _chosen(n) not in self.results.cells]
-        if lacking:
-            count = self.settings.selection_windows or len(self._windows)
-            windows = self._windows[[i * len(self._windows) // count for i in range(count)]]
-            known: Tensor | Calibration = windows
-            if wanted := needed(criterion, lacking, num_layers(self.model)):
-                moments = "moments" in CRITERIA[criterion].needs
-                known = calibrate(self.model, windows, wanted, moments=moments)
-            found = select_several(self.model, known, lacking, criterion, windows=windows)
-            for n, layers in found.items():
-                self.results.cell(_chosen(n), partial(dict, layers=list(layers)))
-        return {n: tuple(self.results.cells[_chosen(n)]["layers"]) for n in ns}
+    def _streams(self) -> dict[int, Tensor]:
+        """The dense model's streams that all sequential fits need, of one pass."""
+        places: set[int] = set()
+        for layers, operator in self.todo:
+            if operator.endswith(SEQUENTIAL):
+                gaps = runs(layers, num_layers(self.model))
+                places.update((layers[0], *(gap.stop for gap in gaps)))
+        return dense_streams(self.model, self._windows, places)
 
 
-def _key(operator: str, n: int, measure: str) -> str:
-    return f"{operator} n={n} / {measure}" if n else f"{operator} / {measure}"
-
-
-def _chosen(n: int) -> str:
-    return f"layers n={n}"
+def _spell(layers: Layers) -> str:
+    return spell(layers) if layers else ""

@@ -1,135 +1,261 @@
-"""The settings of an evaluation: which model, which repairs, on which corpora and tasks."""
+"""The specification of an experiment: which model, which layers, which operators, on which text.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Importing this module imports neither torch nor transformers: the command line takes its options
+from here, and answers at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from ghostlib.common import AUTO, PRUNED, SEQUENTIAL
 
-from ghostlib.evaluation.tasks import EMBEDDED
-from ghostlib.models.architectures import fingerprint
-from ghostlib.models.loading import load_model
-from ghostlib.operators.families import Family
-from ghostlib.recovery.recipe import AUTO, TOO_FEW
-from ghostlib.selection.criteria import CRITERIA
-from ghostlib.text.corpora import find, token_windows
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DENSE, PRUNED, SEQUENTIAL = "dense", "pruned", " sequential"
+    from ghostlib.evaluation.perplexity import ScoredText
+    from ghostlib.operators.families import Family
+
+_FEW = 8  # windows of a corpus for which nothing is published
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is evaluated, and on what. A single value serves for a list of one.
+class Specification:
+    """What is compared, and on what; a single value serves for a list of one.
 
     Attributes:
-        model: ``"smollm2"``, a local folder, or a hub id. dtype: such as ``"bfloat16"``; by default
-            as the model was saved. device_map: as for transformers; by default ``"auto"`` where
-            there is a GPU.
-        criterion: how layers are chosen, from `CRITERIA`. n: how many, one or several.
-        operators: from `FAMILIES`; ``"pruned"`` is no repair, ``"ghost sequential"`` is fitted to
-            what the earlier repairs let through, and ``"auto"`` is what a `Recipe` chooses.
-        calibration: corpora; their train splits share the windows evenly.
-        windows, length: how many calibration windows in all, of how many tokens.
-        selection_windows: how many of these choose the layers, from all corpora; None for all.
-        perplexity: corpora that are scored. test_windows, test_length: how many windows of each, of
-            how many tokens; by default as published (`PUBLISHED`), and 8 of other corpora.
-        tasks: for `zero_shot`. limit: the first so many items of each; None for all.
+        model: smollm2 (embedded), a local folder, or a hub id.
+        dtype: float32, bfloat16, float16; by default as the model was saved.
+        device_map: as for transformers; by default auto where there is a GPU.
+        criteria: ways of choosing layers; by default cosine.
+        n: how many layers to remove, each in turn; by default 7.
+        layers: remove these instead of choosing, such as 12-18 or 12-15,17.
+        starts: remove every block of this many layers instead.
+        operators: families, regressors such as "x, n(x); 1/|y|", these with " sequential" behind
+            them; pruned (no repair); auto (the recipe).
+        calibration: corpora that operators are fitted on.
+        split: part of the calibration corpora.
+        windows: calibration windows of each corpus.
+        length: tokens of a calibration window.
+        selection_windows: windows of each corpus, behind those, that searches score.
+        selection_length: the first so many tokens of these; by default 1024, or all.
+        perplexity: corpora that are scored.
+        test_split: part of the scored corpora; by default as published, or test.
+        test_windows: scored windows of each corpus; by default as published, or 8.
+        test_length: tokens of a scored window.
+        tasks: zero-shot tasks that are scored: embedded, of lm-eval, or .jsonl files.
+        limit: the first so many items of each task; by default all.
         batch_size: sequences in a forward pass of a task.
         seed: which windows are drawn.
 
     Raises:
-        ValueError: an unknown dtype, criterion, operator or corpus, nothing to do, or counts that
-            cannot be; the message names the value.
-        FileNotFoundError: a corpus file that is not there.
+        ValueError: an unknown name, a count that cannot be, arguments that contradict each other,
+            or nothing to do; the message names the value.
+        FileNotFoundError: a model folder, corpus or task file that is not there.
+        ModuleNotFoundError: tasks of lm-eval, which is not installed.
     """
 
     model: str = "smollm2"
     dtype: str | None = None
     device_map: str | None = None
-    criterion: str = "cosine"
-    n: Sequence[int] = (7,)
+    criteria: Sequence[str] = ()
+    n: Sequence[int] = ()
+    layers: Sequence[Any] = ()
+    starts: int | None = None
     operators: Sequence[str] = (PRUNED, "linearpatch-d", "linearpatch-r", "replaceme", "ghost")
     calibration: Sequence[str] = ("wiki", "pydoc")
-    windows: int = 32
+    split: str = "train"
+    windows: int = 8
     length: int = 2048
-    selection_windows: int | None = None
+    selection_windows: int = 1
+    selection_length: int | None = None
     perplexity: Sequence[str] = ("wiki", "pydoc")
+    test_split: str | None = None
     test_windows: int | None = None
     test_length: int = 2048
-    tasks: Sequence[str] = tuple(EMBEDDED)
+    tasks: Sequence[str] = ()
     limit: int | None = None
     batch_size: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n", "operators", "calibration", "perplexity", "tasks"):
-            value: Any = getattr(self, name)
-            several = tuple([value] if isinstance(value, str | int) else value)
-            object.__setattr__(self, name, several)
-            names = [named(str(entry)) for entry in several]
-            if twice := [entry for entry in names if names.count(entry) > 1]:
-                raise ValueError(f"{name} has {twice[0]!r} twice: name each once")
-        if self.dtype and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"unknown dtype {self.dtype!r}: use float32, bfloat16 or float16")
-        CRITERIA[self.criterion]
-        for operator in self.operators:
-            if operator not in (PRUNED, AUTO):
-                name = operator.removesuffix(SEQUENTIAL)
-                Family.of(operator if name == AUTO else name)
-        for corpus in (*self.calibration, *self.perplexity):
-            find(corpus)
-        if not self.calibration or not (self.perplexity or self.tasks):
-            raise ValueError("name at least one calibration corpus, and a corpus or task to score")
-        least = len(self.calibration)
-        for name in ("windows", "selection_windows"):
-            count = getattr(self, name)
-            if count is not None and not least <= count <= self.windows:
-                raise ValueError(
-                    f"{name} = {count} must lie between {least} (a window of each corpus) and "
-                    f"{max(self.windows, least)}"
-                )
-        if AUTO in self.operators and self.windows < 2:
-            raise ValueError(f"windows = {self.windows}: {TOO_FEW}")
+        from ghostlib.evaluation.tasks import check_names
+        from ghostlib.models.loading import check_source
+        from ghostlib.text.corpora import documents
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model, in its dtype and place, and its tokenizer; see `load_model`."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple):
+                listed = [value] if isinstance(value, str | int | Path) else value
+                self._set(field.name, [_READ.get(field.name, str)(each) for each in listed])
+            elif "int" in str(field.type) and not (value is None and field.default is None):
+                whole_number(value, field.name, _LEAST.get(field.name, 1))
+        if not (self.layers or self.starts):
+            self._set("criteria", self.criteria or ["cosine"])
+            self._set("n", self.n or [7])
+        elif self.criteria or self.n:
+            raise ValueError("give criteria and n, or the layers (layers, starts), and not both")
+        part = self.selection_length or min(1024, self.length)
+        object.__setattr__(self, "selection_length", part)
+        if part > self.length:
+            raise ValueError(f"selection_length = {part}: at most length = {self.length}")
+        check_source(self.model, self.dtype, self.device_map)
+        for corpus in self.calibration:
+            documents(corpus, split=self.split)
+        for corpus in self.perplexity:
+            documents(corpus, split=self.test_split or "test")
+        check_names(self.tasks)
+        if not self.calibration:
+            raise ValueError("name at least one calibration corpus, such as 'wiki'")
+        if not (self.perplexity or self.tasks or self.criteria):
+            raise ValueError("nothing to do: name a corpus or task to score, or a criterion")
+        if AUTO in self.operators and self.windows * len(self.calibration) < 2:
+            raise ValueError(f"windows = {self.windows}: the recipe needs at least 2 in all")
+
+    def _set(self, name: str, values: Sequence[Any]) -> None:
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{name} has {twice[0]!r} twice: name each once")
+        object.__setattr__(self, name, tuple(values))
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """The model, in its dtype and place, and its tokenizer; see `ghostlib.load_model`."""
+        import torch
+
+        from ghostlib.models.loading import load_model
+
         placed = self.device_map or ("auto" if torch.cuda.is_available() else None)
         return load_model(self.model, dtype=self.dtype, device_map=placed)
 
-    def identity(self, model: PreTrainedModel) -> dict[str, Any]:
+    def identity(self, model: "PreTrainedModel | None" = None) -> dict[str, Any]:
         """Everything that decides the number in a cell, and no path of this machine.
 
-        Lists of what is computed are not among it, nor is the place of the weights.
+        Neither what is computed is among it nor the place of the weights. Without the model it is
+        what is known before that is loaded.
         """
-        same = ("criterion", "windows", "length", "selection_windows", "test_windows")
-        return {
-            "model": named(self.model),
-            "fingerprint": fingerprint(model),
-            "dtype": str(model.dtype),
-            "calibration": [named(corpus) for corpus in self.calibration],
-            **{name: getattr(self, name) for name in (*same, "test_length", "limit", "seed")},
+        apart = {"device_map", "dtype", "criteria", "n", "layers", "starts", "operators"}
+        apart |= {"perplexity", "tasks", "batch_size"}
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        known |= {
+            "model": base_name(self.model),
+            "calibration": [*map(base_name, self.calibration)],
         }
+        if model is not None:
+            from ghostlib.models.architectures import fingerprint
 
-    def calibration_windows(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """(windows, length) token ids, corpus after corpus; the first ones take what is over."""
-        each, over = divmod(self.windows, len(self.calibration))
-        return torch.cat(
-            [
-                token_windows(
-                    corpus,
-                    tokenizer,
-                    length=self.length,
-                    count=each + (place < over),
-                    seed=self.seed,
-                )
-                for place, corpus in enumerate(self.calibration)
-            ]
-        )
+            dtype = str(model.dtype).removeprefix("torch.")
+            known |= {"fingerprint": fingerprint(model), "dtype": dtype}
+        return known
+
+    def draw_calibration(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
+        """(corpora x windows, length) token ids, corpus after corpus."""
+        import torch
+
+        return torch.cat([self._draw(c, tokenizer, self.windows) for c in self.calibration])
+
+    def draw_selection(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
+        """(corpora x selection_windows, selection_length) ids, of windows behind those."""
+        import torch
+
+        count = self.windows + self.selection_windows
+        drawn = [self._draw(c, tokenizer, count)[self.windows :] for c in self.calibration]
+        return torch.cat(drawn)[:, : self.selection_length]
+
+    def _draw(self, corpus: str, tokenizer: "PreTrainedTokenizerBase", count: int) -> "Tensor":
+        from ghostlib.text.corpora import token_windows
+
+        drawn: dict[str, Any] = {"split": self.split, "length": self.length, "seed": self.seed}
+        return token_windows(corpus, tokenizer, count=count, **drawn)
+
+    def draw_test(self, tokenizer: "PreTrainedTokenizerBase", corpus: str) -> "ScoredText":
+        """The held-out windows of a corpus."""
+        from ghostlib.evaluation.perplexity import PUBLISHED, scored_text
+
+        count = self.test_windows or (None if corpus in PUBLISHED else _FEW)
+        drawn: dict[str, Any] = {
+            "split": self.test_split,
+            "length": self.test_length,
+            "seed": self.seed,
+        }
+        return scored_text(tokenizer, corpus, count=count, **drawn)
 
 
-def named(name: str) -> str:
+def base_name(name: str) -> str:
     """A local path by its last part, any other name as it is."""
     return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def whole_number(value: Any, name: str = "n", least: int = 1) -> int:
+    """``value``, if it is a whole number of at least ``least``.
+
+    Raises:
+        ValueError: it is not; the message names both.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} = {value!r}: give a whole number of at least {least}")
+    return int(value)
+
+
+def family_of(operator: str) -> "Family":
+    """The family behind an operator's name, however it is fitted; `ValueError` if there is none."""
+    from ghostlib.operators.families import Family
+
+    name = operator.removesuffix(SEQUENTIAL)
+    return Family.of(operator if name in (PRUNED, AUTO) else name)
+
+
+def canonical(operator: str) -> str:
+    """An operator as results name it, a regressor in its one spelling.
+
+    Raises:
+        ValueError: an unknown one, one that needs an option, or a sequential fit of one that reads
+            more than the stream.
+    """
+    import torch
+
+    from ghostlib.operators.families import FAMILIES
+    from ghostlib.operators.solve import solve
+    from ghostlib.statistics.features import STREAM
+    from ghostlib.statistics.moments import Moments
+
+    if operator in (PRUNED, AUTO):
+        return operator
+    family, name = family_of(operator), operator.removesuffix(SEQUENTIAL)
+    if name != operator and family.regressor.reads_mlp:
+        raise ValueError(
+            f"{operator!r}: {name} reads more than the stream, leave out{SEQUENTIAL!r}"
+        )
+    if family.regressor == STREAM:
+        eye = torch.eye(4, dtype=torch.float64)  # one that needs an option says so of any moments
+        solve(Moments(4).update(eye, eye), family)
+    known = name if name in FAMILIES else str(family.regressor)
+    return known + operator.removeprefix(name)
+
+
+def _layers(layers: Any) -> tuple[int, ...]:
+    from ghostlib.models.boundaries import read_layers, runs
+
+    if isinstance(layers, int):
+        raise ValueError(f"layers = {layers}: give sets of layers, such as '12-18' or [(12, 13)]")
+    listed = read_layers(layers) if isinstance(layers, str) else layers
+    whole = tuple(sorted(whole_number(layer, "layer", 0) for layer in listed))
+    runs(whole, max(whole, default=0) + 2)  # refuses none, and one named twice
+    return whole
+
+
+def _criterion(name: str) -> str:
+    from ghostlib.selection.criteria import CRITERIA
+
+    CRITERIA[name]
+    return name
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "n": whole_number,
+    "layers": _layers,
+    "criteria": _criterion,
+    "operators": canonical,
+}
+_LEAST = {"test_length": 2, "selection_length": 2, "seed": 0}

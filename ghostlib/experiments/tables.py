@@ -1,197 +1,226 @@
-"""Tables of an evaluation: from the cells of a results file to rows, and to text."""
+"""Tables: from the records of results files to typed data frames, and to text."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ghostlib.common import AUTO, DENSE
 from ghostlib.evaluation.tasks import Score, paired
+from ghostlib.experiments.results import Record, Results
+from ghostlib.models.boundaries import read_layers
 
-MEAN = "mean"
-
-
-def perplexities(cells: Mapping[str, Any], *, confidence: float = 0.95) -> pd.DataFrame:
-    """Perplexity of every model on every corpus, and how many times that of the dense model it is.
-
-    The ratio's interval comes from the differences of the windows' losses (Student's t): all models
-    read the same windows, so what makes a window hard for both does not widen it.
-
-    Args:
-        cells: of the `Results` that `ghostlib.experiments.run.evaluate` returns.
-
-    Returns:
-        Columns ``operator, n, corpus, perplexity, bits_per_byte, windows, tokens, ratio, low,
-        high``. A row of corpus ``"mean"`` has the arithmetic mean of the perplexities, as the paper
-        reports it, where a model is scored on all corpora.
-    """
-    rows = []
-    models = _models(cells, "perplexity", lambda cell: {cell["corpus"]: cell})
-    dense = models.get(("dense", 0), {})
-    for (operator, n), measured in models.items():
-        for corpus, found in measured.items():
-            low = high = ratio = math.nan
-            if corpus in dense:
-                ratio, low, high = _ratio(
-                    found["window_nll"], dense[corpus]["window_nll"], confidence
-                )
-            kept = ("perplexity", "bits_per_byte", "windows", "tokens")
-            rows.append(
-                {"operator": operator, "n": n, "corpus": corpus}
-                | {name: found[name] for name in kept}
-                | {"ratio": ratio, "low": low, "high": high}
-            )
-        if measured.keys() >= dense.keys():
-            mean = float(np.mean([found["perplexity"] for found in measured.values()]))
-            rows.append({"operator": operator, "n": n, "corpus": MEAN, "perplexity": mean})
-    return pd.DataFrame(rows)
+PERPLEXITY, ACCURACY, MEAN = "perplexity", "accuracy", "mean"
+_MODEL = {"model": str, "seed": "int64", "layers": str, "n": "int64"}
+_SCORE = {
+    **_MODEL,
+    **dict.fromkeys(("operator", "measure", "dataset"), str),
+    **dict.fromkeys(("value", "low", "high", "bits_per_byte"), "float64"),
+    "size": "int64",
+    **dict.fromkeys(("dense", "relative", "relative_low", "relative_high"), "float64"),
+    "evidence": object,
+}
 
 
-def accuracies(
-    cells: Mapping[str, Any], *, normed: bool = False, confidence: float = 0.95
-) -> pd.DataFrame:
-    """Accuracy of every model on every task, and its difference to the dense model, item by item.
+def scores(results: Results, *, normed: bool = False, confidence: float = 0.95) -> pd.DataFrame:
+    """Every score, with its interval, and beside the dense model's on the same text or items.
+
+    Models are compared window by window, or item by item: what makes a window hard for both does
+    not widen the interval of their ratio (Student's t of the differences of losses), and what both
+    answer alike not that of their difference (see `paired`).
 
     Args:
-        cells: of the `Results` that `ghostlib.experiments.run.evaluate` returns.
         normed: ``acc_norm`` of tasks that have it.
+        confidence: of the intervals of ``relative``.
 
     Returns:
-        Columns ``operator, n, task, acc, se, items, difference, low, high``, see `paired`. A row of
-        task ``"mean"`` has the mean over tasks, all of one weight, where a model is scored on all;
-        the tasks' errors are taken as independent.
+        A row for each model (``model, seed, layers, n, operator``), ``measure`` (``"perplexity"``,
+        ``"accuracy"``) and ``dataset``: a corpus, a task, or a member of a group of tasks.
+        ``layers`` are those removed, as `ghostlib.models.boundaries.spell` writes them, and ``n``
+        is their number. ``value, low, high``: the score and its 95 % interval; ``bits_per_byte``;
+        ``size``: predicted tokens, or items; ``dense``: the dense model's score; ``relative``: the
+        ratio of perplexities to it or the difference of accuracies, with ``relative_low,
+        relative_high``; ``evidence``: the losses of the windows, or a `Score`.
     """
+    records = [part for record in results.of("score") for part in _parts(record, normed)]
+    dense = {(r["specification"], r["dataset"]): r for r in records if r["operator"] == DENSE}
+    for record in records:
+        if reference := dense.get((record["specification"], record["dataset"])):
+            record["dense"] = reference["value"]
+            if record["measure"] == PERPLEXITY:
+                differences = np.subtract(record["evidence"], reference["evidence"])
+                compared = mean_interval(differences, confidence)
+            else:
+                pair = record["evidence"], reference["evidence"]
+                by = paired(*pair, normed=record["normed"], confidence=confidence)
+                compared = by.difference, by.low, by.high
+            record |= zip(("relative", "relative_low", "relative_high"), compared, strict=True)
+    return _frame(results, records, _SCORE)
+
+
+def _parts(record: Record, normed: bool) -> list[Record]:
+    """A perplexity; or the accuracy of each part of a task."""
+    if record["measure"] == PERPLEXITY:
+        bits = float(np.mean(record["losses"])) / math.log(2)
+        per_byte = bits * record["tokens"] / record["bytes"] if record["bytes"] else math.nan
+        more = {"size": record["tokens"], "evidence": record["losses"], "bits_per_byte": per_byte}
+        return [record | more]
+    parts = []
+    for score in (Score(**part) for part in record["scores"]):
+        value, error, norm = score.acc, score.acc_se, False
+        if normed and score.acc_norm is not None:
+            value, error, norm = score.acc_norm, score.acc_norm_se, True
+        half = math.nan if error is None else stats.norm.ppf(0.975) * error
+        more = {"dataset": score.task, "value": value, "low": value - half, "high": value + half}
+        parts.append(
+            record | more | {"size": len(score.correct), "evidence": score, "normed": norm}
+        )
+    return parts
+
+
+def selections(results: Results) -> pd.DataFrame:
+    """What each criterion removes: a row for each, ``model, seed, layers, n, criterion``.
+
+    ``selections(results).merge(scores(results))`` is the grid of criteria and operators.
+    """
+    return _frame(results, results.of("selection"), {**_MODEL, "criterion": str})
+
+
+def choices(results: Results) -> pd.DataFrame:
+    """What ``"auto"`` chose: a row for each set of layers, ``model, seed, layers, n, operator``,
+    and ``losses``, those of all candidates, in nats per calibration token that was held out."""
+    columns = {**_MODEL, "operator": str, "losses": object}
+    return _frame(results, results.of("choice"), columns)
+
+
+def _frame(results: Results, records: Sequence[Record], columns: dict[str, Any]) -> pd.DataFrame:
+    """Typed columns of records and of their specifications."""
+    known = {record["id"]: record for record in results.of("specification")}
     rows = []
-    models = _models(cells, "scores", lambda parts: {p["task"]: Score(**p) for p in parts})
-    dense = models.get(("dense", 0), {})
-    for (operator, n), measured in models.items():
-        mine = []
-        for task, score in measured.items():
-            norm = normed and score.acc_norm is not None
-            acc, se = (score.acc_norm, score.acc_norm_se) if norm else (score.acc, score.acc_se)
-            row = {"operator": operator, "n": n, "task": task, "acc": acc, "se": se}
-            row |= {"items": len(score.correct)}
-            if task in dense:
-                by = paired(score, dense[task], normed=norm, confidence=confidence)
-                row |= {"difference": by.difference, "low": by.low, "high": by.high}
-            mine.append(row)
-        rows += mine
-        if mine and measured.keys() >= dense.keys():
-            rows.append({"operator": operator, "n": n, "task": MEAN} | _mean(mine))
-    return pd.DataFrame(rows)
+    for record in records:
+        n = len(read_layers(record["layers"])) if record["layers"] else 0
+        # The line of a specification may be damaged: what it is of is unknown then.
+        if specification := known.get(record["specification"]):
+            rows.append({"n": n} | {k: specification[k] for k in ("model", "seed")} | record)
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
 
-def wide(rows: pd.DataFrame, columns: str, form: Callable[[Any], str]) -> pd.DataFrame:
+def with_means(rows: pd.DataFrame) -> pd.DataFrame:
+    """`scores` of one measure, and one more row for each model that is scored everywhere.
+
+    Returns:
+        ``rows`` and those of the dataset ``"mean"``: of perplexities the arithmetic mean, as the
+        paper reports it; of accuracies the mean over tasks, all of one weight, whose errors are
+        taken as independent.
+    """
+    everything = set(rows["dataset"])
+    names = [name for name in (*_MODEL, "criterion", "operator", "measure") if name in rows]
+    means: list[dict[str, Any]] = []
+    for model, part in rows.groupby(names, sort=False, dropna=False):
+        if set(part["dataset"]) == everything:
+            mean = dict(zip(names, model, strict=True))
+            mean |= {"dataset": MEAN, "value": part["value"].mean()}
+            if mean["measure"] == ACCURACY:
+                mean |= {"size": part["size"].sum(), "relative": part["relative"].mean()}
+                mean |= _mean_interval(part, "") | _mean_interval(part, "relative_")
+            means.append(mean)
+    return pd.DataFrame([*rows.to_dict("records"), *means], columns=rows.columns)
+
+
+def _mean_interval(part: pd.DataFrame, prefix: str) -> dict[str, float]:
+    """The interval of the mean of independent numbers, from theirs."""
+    low, high = part[f"{prefix}low"].to_numpy(), part[f"{prefix}high"].to_numpy()
+    centre, half = (low + high).mean() / 2, np.linalg.norm(high - low) / len(part) / 2
+    return {f"{prefix}low": centre - half, f"{prefix}high": centre + half}
+
+
+def wide(rows: pd.DataFrame, form: Callable[[Any], str]) -> pd.DataFrame:
     """A line for each n and operator, a column for each corpus or task, both in order of ``rows``.
 
+    Lines name the model, the seed, the criterion and the layers as well where these differ.
+
     Args:
-        columns: ``"corpus"`` or ``"task"``.
-        form: the text of a row, such as `perplexity_text` or `difference_text`.
+        rows: `scores` of one measure, also merged with `selections`.
+        form: the text of a row, such as `value_text` or `relative_text`.
     """
+    differ = ("model", "seed", "criterion")
+    lines = [name for name in differ if name in rows and rows[name].nunique() > 1]
+    lines += ["n", "operator"]
+    if rows.duplicated([*lines, "dataset"]).any():
+        lines.insert(-2, "layers")
     texts = rows.assign(text=[form(row) for row in rows.itertuples()])
-    order = list(dict.fromkeys(zip(rows["n"], rows["operator"], strict=True)))
-    order.sort(key=lambda line: line[0])
-    names = sorted(dict.fromkeys(rows[columns]), key=lambda name: name == MEAN)
-    return texts.pivot(index=["n", "operator"], columns=columns, values="text").loc[order, names]
+    if "criterion" in lines:
+        texts["criterion"] = texts["criterion"].fillna("")  # the dense model's
+    order = list(dict.fromkeys(texts[lines].itertuples(index=False, name=None)))
+    order.sort(key=lambda line: line[-2])
+    names = sorted(dict.fromkeys(rows["dataset"]), key=lambda name: name == MEAN)
+    return texts.pivot(index=lines, columns="dataset", values="text").loc[order, names]
 
 
-def report(cells: Mapping[str, Any], *, normed: bool = False) -> str:
-    """All tables as text."""
-
-    def repaired(rows: pd.DataFrame) -> pd.DataFrame:
-        return rows[rows["operator"] != "dense"]
-
+def report(results: Results, *, normed: bool = False) -> str:
+    """All tables as text; which layers were removed, what ``"auto"`` chose, what was left out."""
+    rows = selections(results).merge(scores(results, normed=normed), how="right")
     parts = []
-    if len(rows := perplexities(cells)):
-        parts += [
-            ("Perplexity (bits per byte)", wide(rows, "corpus", perplexity_text)),
-            (
-                "Perplexity ÷ dense [95 % interval]",
-                wide(repaired(rows[rows["corpus"] != MEAN]), "corpus", ratio_text),
-            ),
-        ]
-    if len(rows := accuracies(cells, normed=normed)):
-        parts += [
-            ("Zero-shot accuracy, % ± standard error", wide(rows, "task", accuracy_text)),
-            (
-                "Difference to dense, points [95 % interval]",
-                wide(repaired(rows), "task", difference_text),
-            ),
-        ]
-    return "\n\n".join(f"{title}\n{_text(table)}" for title, table in parts)
+    for measure, part in rows.groupby("measure", sort=False):
+        title, compared = _TITLES[str(measure)]
+        repaired = with_means(part)
+        parts.append(f"{title}\n{_lines(wide(repaired, value_text))}")
+        repaired = repaired[(repaired["operator"] != DENSE) & repaired["relative"].notna()]
+        if len(repaired):
+            parts.append(f"{compared} [95 % interval]\n{_lines(wide(repaired, relative_text))}")
+    notes = [f"{r['criterion']}, n = {r['n']}: {r['layers']}" for r in results.of("selection")]
+    notes += [f"{AUTO} without {r['layers']}: {r['operator']}" for r in results.of("choice")]
+    for record in results.of("skipped"):
+        notes.append(f"left out: {record['reason']}")
+    return "\n\n".join([*parts, "\n".join(notes)]).strip()
 
 
-def _models(
-    cells: Mapping[str, Any], kind: str, read: Callable[[Any], dict[str, Any]]
-) -> dict[tuple[str, int], dict[str, Any]]:
-    """``{(operator, n): {corpus or task: what was measured}}``."""
-    models: dict[tuple[str, int], dict[str, Any]] = {}
-    for cell in cells.values():
-        if kind in cell:
-            models.setdefault((cell["operator"], cell["n"]), {}).update(read(cell[kind]))
-    return models
+_TITLES = {
+    PERPLEXITY: ("Perplexity (bits per byte)", "Perplexity ÷ dense"),
+    ACCURACY: ("Zero-shot accuracy, % ± standard error", "Difference to dense, points"),
+}
 
 
-def _ratio(
-    mine: Sequence[float], dense: Sequence[float], confidence: float
-) -> tuple[float, float, float]:
-    """Ratio of perplexities and its interval, from losses of the same windows."""
-    differences = np.subtract(mine, dense)
-    mean, count = differences.mean(), len(differences)
-    if count < 2:
-        return math.exp(mean), math.nan, math.nan
-    half = stats.t.ppf((1 + confidence) / 2, count - 1) * differences.std(ddof=1) / count**0.5
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
-
-
-def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of tasks: of accuracies, and of differences where all have one."""
-    mean: dict[str, Any] = {
-        "acc": np.mean([row["acc"] for row in rows]),
-        "se": _together([row["se"] if row["se"] is not None else math.nan for row in rows]),
-        "items": sum(row["items"] for row in rows),
-    }
-    if all("difference" in row for row in rows):
-        middle = np.mean([(row["low"] + row["high"]) / 2 for row in rows])
-        half = _together([(row["high"] - row["low"]) / 2 for row in rows])
-        difference = np.mean([row["difference"] for row in rows])
-        mean |= {"difference": difference, "low": middle - half, "high": middle + half}
-    return mean
-
-
-def _together(errors: Sequence[float]) -> float:
-    """The error of a mean of independent numbers."""
-    return float(np.sqrt(np.sum(np.square(errors))) / len(errors))
-
-
-def perplexity_text(row: Any) -> str:
-    """Perplexity and, in brackets, bits per byte."""
-    bits = "" if pd.isna(row.bits_per_byte) else f" ({row.bits_per_byte:.3f})"
-    return f"{row.perplexity:,.2f}{bits}"
-
-
-def ratio_text(row: Any) -> str:
-    """Perplexity ÷ that of the dense model, and its interval."""
-    return f"{row.ratio:.3g}" + _interval(row.low, row.high, ".3g")
-
-
-def accuracy_text(row: Any) -> str:
-    """Accuracy ± its standard error, in per cent."""
-    return f"{100 * row.acc:.1f}" + ("" if pd.isna(row.se) else f" ± {100 * row.se:.1f}")
-
-
-def difference_text(row: Any) -> str:
-    """Accuracy less that of the dense model, and its interval, in points."""
-    return f"{100 * row.difference:+.1f}" + _interval(100 * row.low, 100 * row.high, "+.1f")
-
-
-def _interval(low: float, high: float, form: str) -> str:
-    return "" if pd.isna(low) else f" [{low:{form}}, {high:{form}}]"
-
-
-def _text(table: pd.DataFrame) -> str:
-    """Lines of a `wide` table; the dense model's n is left out."""
-    names = [f"{operator}, n = {n}" if n else operator for n, operator in table.index]
+def _lines(table: pd.DataFrame) -> str:
+    """A `wide` table with the names of its lines in one column, without the dense model's n."""
+    names = []
+    for *others, n, operator in table.index:
+        parts = [operator, f"n = {n}" if n else "", *map(str, others)]
+        names.append(", ".join(filter(None, parts)))
     return str(table.set_axis(names).rename_axis(columns=None).fillna("").to_string())
+
+
+def value_text(row: Any) -> str:
+    """Perplexity and, in brackets, bits per byte; accuracy ± its standard error, in per cent."""
+    if row.measure == PERPLEXITY:
+        bits = "" if pd.isna(row.bits_per_byte) else f" ({row.bits_per_byte:.3f})"
+        return f"{row.value:,.2f}{bits}"
+    error = (row.high - row.low) / 2 / stats.norm.ppf(0.975)
+    return f"{100 * row.value:.1f}" + ("" if pd.isna(error) else f" ± {100 * error:.1f}")
+
+
+def relative_text(row: Any) -> str:
+    """Perplexity ÷ the dense model's, or accuracy less that, in points; and the interval."""
+    scale, form = (1, ".3g") if row.measure == PERPLEXITY else (100, "+.1f")
+    text = f"{scale * row.relative:{form}}"
+    if pd.isna(row.relative_low):
+        return text
+    return f"{text} [{scale * row.relative_low:{form}}, {scale * row.relative_high:{form}}]"
+
+
+def mean_interval(
+    losses: Sequence[float] | np.ndarray, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """``exp`` of a mean of losses, or of their differences, and its interval by Student's t.
+
+    The interval of a single value is NaN.
+    """
+    mean, count, half = float(np.mean(losses)), len(losses), math.nan
+    if count > 1:
+        half = stats.t.ppf((1 + confidence) / 2, count - 1) * stats.sem(losses)
+    with np.errstate(over="ignore"):
+        middle, low, high = np.exp([mean, mean - half, mean + half]).tolist()
+    return middle, low, high

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ghostlib.common import GHOSTED
 from ghostlib.models.configuration import check_agreement, follow, uniform
 from ghostlib.models.placement import input_device, loaded_parameters
-
-GHOSTED = "ghosted_"  # what `surgery` puts before the model type of a recovered model
 
 
 class Structure(NamedTuple):

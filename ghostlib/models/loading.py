@@ -17,6 +17,37 @@ from ghostlib.models.architectures import structure
 from ghostlib.text.assets import embedded_model_dir
 
 EMBEDDED = "smollm2"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def check_source(
+    name: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | dict[str, Any] | None = None,
+) -> None:
+    """Refuse what `load_model` cannot load, before it is tried.
+
+    Args:
+        name: as for `load_model`.
+        dtype: likewise.
+        device: likewise, or a ``device_map``.
+
+    Raises:
+        FileNotFoundError: a name that is spelt as a path, and no such folder.
+        ValueError: a dtype that no weights have, or a device that is not there.
+    """
+    spelt_as_path = isinstance(name, Path) or name.startswith((".", "/", "~", "\\"))
+    if spelt_as_path and not Path(name).is_dir():
+        raise FileNotFoundError(f"no such model folder: {name}")
+    if isinstance(dtype, str) and dtype not in (*DTYPES, "auto"):
+        raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if isinstance(device, str) and device not in STRATEGIES:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {device!r} cannot be used ({reason}): name another") from None
 
 
 def load_model(
@@ -37,9 +68,12 @@ def load_model(
         options: passed on to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, …).
 
     Raises:
-        ValueError: the architecture is not supported; the message lists those that are.
+        ValueError: the architecture is not supported (the message lists those that are), a dtype
+            that no weights have, or a device that is not there.
         OSError: nothing was found under that name.
+        FileNotFoundError: a path, and there is no such folder.
     """
+    check_source(name, dtype, device or options.get("device_map"))
     if not shown():
         disable_progress_bar()
     folder = embedded_model_dir() if str(name) == EMBEDDED else name

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from ghostlib.operators.families import FAMILIES
 from ghostlib.plotting.style import (
     LOOKS,
     NEUTRAL,
@@ -25,6 +26,7 @@ from ghostlib.plotting.style import (
     color,
     describe,
     label_points,
+    look,
     plain_numbers,
     short,
     style,
@@ -71,7 +73,7 @@ def perplexity_bars(
             x = group + (place - (len(models) - 1) / 2) * width
             value = table[name][corpus]
             bar = ax.bar(x, value - floor, width * 0.92, bottom=floor, color=color(name))
-            (dot,) = ax.plot(x, value, LOOKS[name].marker, color=color(name), mec="white", ms=8)
+            (dot,) = ax.plot(x, value, look(name).marker, color=color(name), mec="white", ms=8)
             handles[name] = (bar, dot)
             top = value
             if intervals and corpus in intervals.get(name, {}):
@@ -138,7 +140,7 @@ def published_and_measured(
             top = value + (half or 0)
             ax.annotate(short(value), (x, top), (0, 5), textcoords="offset points", ha="center")
         if chance is not None and ax is right:
-            ax.axhline(chance, color=NEUTRAL, linestyle=":")
+            ax.axhline(chance, color=NEUTRAL.color, linestyle=":")
             beside = ax.get_yaxis_transform()  # a fraction of the width, a value
             ax.text(1.01, chance, f"chance\n{short(chance)}", transform=beside, va="center")
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
@@ -221,8 +223,8 @@ def ratios(
             values = np.asarray(by_corpus.get(corpus, []), dtype=float)
             if not len(values):
                 continue
-            look = LOOKS.get((names or {}).get(label, label))
-            shade, marker = (look.color, look.marker) if look else (NEUTRAL, "o")
+            name = (names or {}).get(label, label)
+            shade, marker, _ = look(name) if name in {*LOOKS, *FAMILIES} else NEUTRAL
             means[label] = mean = float(np.exp(np.log(values).mean()))
             ax.plot([mean, mean], [row - 0.3, row + 0.3], color=shade, linewidth=3)
             ax.plot(values, np.full(len(values), row), marker, color=shade, alpha=0.7, mec="white")
@@ -274,8 +276,8 @@ def through_depth(
     for name, values in curves.items():
         y = np.asarray(values, dtype=float)
         x = first + np.arange(len(y))
-        look = style(name) if name in LOOKS else {"marker": "o"}
-        (line,) = ax.plot(x, y, **look, markersize=5, label=name)
+        line_style = style(name) if name in {*LOOKS, *FAMILIES} else {"marker": "o"}
+        (line,) = ax.plot(x, y, **line_style, markersize=5, label=name)
         low, high = int(np.nanargmin(y)), int(np.nanargmax(y))
         texts.append(f"{name} from {y[low]:.3g} at {x[low]} to {y[high]:.3g} at {x[high]}")
         if mark:
@@ -380,12 +382,12 @@ def train_and_held_out(
     }
     texts = []
     for row, (name, pair) in enumerate(errors.items()):
-        for y, value, look in zip((row - 0.2, row + 0.2), pair, kinds.values(), strict=True):
-            ax.barh(y, value, 0.38, color=color(name), edgecolor="white", **look)
+        for y, value, kind in zip((row - 0.2, row + 0.2), pair, kinds.values(), strict=True):
+            ax.barh(y, value, 0.38, color=color(name), edgecolor="white", **kind)
             ax.text(value, y, f" {value:.2f}", fontsize=10, va="center")
         texts.append(f"{name} {pair[0]:.2f} and {pair[1]:.2f}")
-    for label, look in kinds.items():
-        ax.barh(np.nan, np.nan, color="#606060", edgecolor="white", **look, label=label)
+    for label, kind in kinds.items():
+        ax.barh(np.nan, np.nan, color="#606060", edgecolor="white", **kind, label=label)
     ax.set_xlim(0, 1.12 * max(max(pair) for pair in errors.values()))
     ax.set_yticks(range(len(errors)), list(errors))
     ax.invert_yaxis()
@@ -418,14 +420,14 @@ def against_tokens(
     texts = []
     for label, curve in curves.items():
         name, _, note = label.partition(", ")
-        look = style(name)
+        line_style = style(name)
         if note:
             dash = "--" if note == "training" else ":"
-            look |= {"linestyle": dash, "markerfacecolor": "white"}
+            line_style |= {"linestyle": dash, "markerfacecolor": "white"}
         tokens = sorted(curve)
         draws = [np.atleast_1d(np.asarray(curve[n], dtype=float)) for n in tokens]
         middle = [float(np.median(values)) for values in draws]
-        ax.plot(tokens, middle, **look, markersize=6, label=label)
+        ax.plot(tokens, middle, **line_style, markersize=6, label=label)
         for n, values in zip(tokens, draws, strict=True):
             if len(values) > 1:
                 ax.plot([n] * len(values), values, ".", color=color(name), alpha=0.5, markersize=5)
@@ -541,7 +543,7 @@ def against_score(
     ax = ax or plt.gca()
     starts = list(score)
     x, y = [score[start] for start in starts], [perplexity[start] for start in starts]
-    ax.plot(x, y, LOOKS[operator].marker, color=color(operator), markersize=7)
+    ax.plot(x, y, look(operator).marker, color=color(operator), markersize=7)
     ax.set(yscale="log", ylabel=f"perplexity with {operator}\n(log scale, lower is better)")
     ax.set(xlabel=f"{xlabel}\n← removed first", title=title)
     if best == "max":

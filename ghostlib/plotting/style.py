@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ghostlib.common import Registry
+from ghostlib.operators.families import FAMILIES
 
 
 class Look(NamedTuple):
@@ -73,7 +74,23 @@ LOOKS |= {
     "branches": Look("#ac6a8b", "h"),
     "auto": Look("#e81b7f", "<", (0, (6, 1, 1, 1, 1, 1))),
 }
-NEUTRAL = "#808080"  # what has no look of its own
+NEUTRAL = Look("#808080", "o")  # what has no look of its own
+
+
+def look(name: str) -> Look:
+    """How a model or operator is drawn.
+
+    A family that is not in `LOOKS` has its record's colour; with the suffix ``" sequential"`` its
+    line is dotted.
+
+    Raises:
+        ValueError: a name without a look; the message lists those that have one.
+    """
+    family = name.removesuffix(" sequential")
+    if name not in LOOKS and family in FAMILIES:
+        known = LOOKS.get(family, Look(FAMILIES[family].color, NEUTRAL.marker))
+        return known if family == name else known._replace(dash=":")
+    return LOOKS[name]
 
 
 def color(name: str) -> str:
@@ -82,7 +99,7 @@ def color(name: str) -> str:
     Raises:
         ValueError: a name without a look; the message lists those that have one.
     """
-    return LOOKS[name].color
+    return look(name).color
 
 
 def style(name: str) -> dict[str, Any]:
@@ -94,14 +111,9 @@ def style(name: str) -> dict[str, Any]:
     >>> style("ghost-relative")
     {'color': '#629947', 'marker': 'p', 'linestyle': '--', 'linewidth': 1.5}
     """
-    look = LOOKS[name]
+    shade, marker, dash = look(name)
     width = 2.5 if name == "dense" else 1.5
-    return {
-        "color": look.color,
-        "marker": look.marker,
-        "linestyle": look.dash,
-        "linewidth": width,
-    }
+    return {"color": shade, "marker": marker, "linestyle": dash, "linewidth": width}
 
 
 def use_style() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import Registry, track
+from ghostlib.common import AUTO, PRUNED, Registry, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.layers import mlp_output
@@ -33,12 +33,6 @@ from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install
 
 Ridge = float | tuple[float, ...]
-
-AUTO = "auto"
-"""The recipe's name where a repair is named."""
-
-PRUNED = "pruned"
-"""No repair, where a repair is named."""
 
 BUDGETS: Registry[tuple[str, ...]] = Registry("budget")
 """What each budget lets the recipe choose from: ``"none"``, repairs of the stock checkpoint, which

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostlib.common import AUTO
 from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, runs
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import check_options, solve, warn_of_massive_activations
-from ghostlib.recovery.recipe import AUTO, Recipe
+from ghostlib.recovery.recipe import Recipe
 from ghostlib.recovery.sequential import fit_sequential
 from ghostlib.statistics.calibration import Calibration, calibrate
 from ghostlib.statistics.moments import Moments

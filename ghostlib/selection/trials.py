@@ -11,17 +11,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.evaluation.perplexity import token_losses
-from ghostlib.models.architectures import num_layers
+from ghostlib.models.architectures import hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without
 from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
 from ghostlib.operators.solve import Operator
 from ghostlib.surgery.cut import install
 
+KEPT = 2**31
+"""Bytes of streams that are kept at most."""
+
 
 class Trials:
     """Losses of pruned and repaired variants of ``model`` on ``windows``.
 
-    The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype.
+    The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype. They
+    are kept of as many windows as fit in `KEPT` bytes; of the others every trial is a whole pass.
 
     Args:
         model: the dense model; it is not changed, and it is the first base.
@@ -51,7 +55,12 @@ class Trials:
         places = range(len(kept) + 1)
         keys = [0, *(layer + 1 for layer in kept)]
         self.streams: list[dict[int, Tensor]] = []
+        numbers, held = len(places) * hidden_size(self.model) * self.model.dtype.itemsize, 0
         for ids in self.batches:
+            held += numbers * ids.numel()
+            if held > KEPT:
+                self.streams.append({})
+                continue
             streams = record(variant, ids, places)
             self.streams.append({keys[place]: streams[place] for place in places})
 
@@ -72,8 +81,11 @@ class Trials:
         key = kept[place - 1] + 1 if place else 0
         losses = []
         for ids, streams in zip(self.batches, self.streams, strict=True):
-            with feed(part, streams[key]):
-                hidden = final_hidden(part, ids)
+            if streams:
+                with feed(part, streams[key]):
+                    hidden = final_hidden(part, ids)
+            else:
+                hidden = final_hidden(variant, ids)
             losses.append(token_losses(part, hidden, ids).mean(1))
         return torch.cat(losses)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostlib.common import GHOSTED
 from ghostlib.models import streams
 from ghostlib.models.architectures import (
-    GHOSTED,
     check_layers,
     hidden_size,
     keep_layers,
@@ -142,7 +142,8 @@ def _check_new_weights(model: PreTrainedModel, recovered: PreTrainedModel) -> No
     """Refuse what became infinite when it was cast to the model's dtype."""
     shared = {id(parameter) for parameter in model.parameters()}
     for name, parameter in recovered.named_parameters():
-        if id(parameter) not in shared and not torch.isfinite(parameter).all():
+        known = id(parameter) in shared or parameter.device.type == "meta"
+        if not known and not torch.isfinite(parameter).all():
             raise ValueError(
                 f"the repair does not fit into {parameter.dtype}: {name} would be infinite; use a "
                 "larger relative_ridge or a model in a wider dtype"
@@ -156,7 +157,7 @@ def _install_modules(
     factors = {place: _factors(op.M) for place, op in modules.items() if _is_low_rank(op)}
     cls = ghosted_class(recovered.config.model_type)
     become(recovered, cls)
-    recovered.config.__class__ = cls.config_class  # type: ignore[assignment]
+    recovered.config.__class__ = cls.config_class
     names = {module: name for name, module in recovered.named_modules()}
     recovered.config.ghost = [
         {

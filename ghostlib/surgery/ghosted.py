@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from ghostlib.models.architectures import GHOSTED
+from ghostlib.common import GHOSTED
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
     Pass,
@@ -171,14 +171,15 @@ def install_boundaries(model: PreTrainedModel) -> None:
         )
     for entry in entries:
         module: Any = known[entry["module"]]
-        become(module, _receiving(type(module)))
+        plain: Any = type(module)
+        become(module, _receiving(plain))
         rank = entry["rank"]
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
         shape = {"bias": entry["bias"], "features": entry["features"]}
         module.boundary = kind(entry["width"], entry["receiver"], **shape)
     # Found once: a forward pass should not search all modules for what is rarely there.
     boundaries = [known[path].boundary for path in paths]
-    model.looking_back = tuple(b.place for b in boundaries if b.looks_back)  # type: ignore
+    model.looking_back = tuple(b.place for b in boundaries if b.looks_back)
 
 
 def become(module: Any, cls: type) -> None:
@@ -203,7 +204,8 @@ class GhostedConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """As `PreTrainedConfig.to_dict`, with the weights' file that only ghostlib ignores."""
-        return super().to_dict() | {"transformers_weights": _REFUSAL}  # type: ignore[misc]
+        settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return settings | {"transformers_weights": _REFUSAL}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -219,7 +221,7 @@ class GhostedMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install_boundaries(self)  # type: ignore[arg-type]
+        install_boundaries(self)
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         # With a static cache, `generate` compiles into CUDA graphs, which reuse the memory that a
@@ -257,7 +259,7 @@ class GhostedMixin:
             raise FileExistsError(f"output folder {folder} exists and is not empty: name a new one")
         if kwargs.get("push_to_hub"):
             options.setdefault("repo_id", folder.name)
-        with _whole(folder) as fresh:
+        with whole(folder) as fresh:
             super().save_pretrained(fresh, **options)  # type: ignore[misc]
 
     @classmethod
@@ -276,16 +278,21 @@ class GhostedMixin:
         ):
             if lost := sorted(info[kind]):
                 raise ValueError(
-                    f"the saved model {complaint}, such as {lost[0]}: save it again from ghostlib"
+                    f"the saved model {complaint}, such as {lost[0]}: save it again"
                 )
         return (model, info) if wants_info else model
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` once all has been written to it."""
+def whole(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``folder`` once all has been written to it.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
         fresh.mkdir(parents=True)
         yield fresh
         if not folder.exists():
@@ -340,13 +347,14 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
 def _announce(model_type: str) -> None:
     """Register a name, whose class is made when a configuration of that type is read."""
 
-    def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         made: Any = ghosted_class(model_type).config_class
         return made.from_dict(config_dict, **kwargs)
 
+    method: Any = from_dict
     settings = {
         "model_type": GHOSTED + model_type,
-        "from_dict": classmethod(from_dict),
+        "from_dict": classmethod(method),
         "__module__": __name__,
     }
     AutoConfig.register(

@@ -38,6 +38,7 @@ class {ghosted_config}(GhostedConfigMixin, {config}):
 class {ghosted}(GhostedMixin, {base}):
     config_class = {ghosted_config}
     forward = remembering({base}.forward)
+    prepare_inputs_for_generation = handing_on_padding({base}.prepare_inputs_for_generation)
 """
 
 

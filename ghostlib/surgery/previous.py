@@ -164,7 +164,8 @@ def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
             kept = cache
         if kept is not None:
             if not isinstance(kept, RememberingCache):
-                kept.__class__ = _remembering_kind(type(kept))
+                plain: Any = type(kept)
+                kept.__class__ = _remembering_kind(plain)
             kept.last_tokens, kept.positions = this.last, begin + this.tokens
         return out
 

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.models.boundaries import spell
-from ghostlib.surgery.ghosted import GhostedMixin
+from ghostlib.surgery.ghosted import GhostedMixin, whole
 from ghostlib.surgery.portable import write_portable
 
 _ROOM = 64 * 2**20  # bytes beside the weights: tokenizer, card, configuration
@@ -56,9 +56,7 @@ def save(
     """
     target = Path(folder)
     check_output(target, bytes_needed=_weight_bytes(model))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole(target.absolute()) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -66,12 +64,6 @@ def save(
             write_portable(model, temporary)
         card = model_card(model, facts or {}, name=target.name, portable=portable)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        if target.is_dir():
-            target.rmdir()  # empty, as checked
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return target
 
 

@@ -1,5 +1,5 @@
-"""Tutorial: what the notebooks need and the package does not.
+"""Tutorial: what only the notebooks need.
 
-In come what a notebook measured, and the names of stored or published results; out come entries of
-the claims ledger, the page that collects them, and tables to compare with.
+In come the numbers a notebook measures, the paper's table and stored results; out come claims with
+their verdicts, and data frames.
 """

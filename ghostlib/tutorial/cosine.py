@@ -112,7 +112,7 @@ def fit_cosine(
         if not math.isfinite(loss.item()):
             raise ValueError(f"the cosine objective became {loss.item()}: lower learning_rate")
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         schedule.step()
     W = T.detach().double()

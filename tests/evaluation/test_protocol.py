@@ -48,7 +48,7 @@ def test_is_the_perplexity_of_the_same_windows(book: Path) -> None:
     assert found.nll_se == pytest.approx(float(losses.std()) / len(windows) ** 0.5, rel=1e-5)
     assert (found.windows, found.length, found.tokens) == (*windows.shape, len(windows) * 31)
     assert (found.corpus, found.split, found.separator) == ("book.txt", "all", "\n\n")
-    assert found.special_tokens == []
+    assert found.special_tokens == [] and found.bos is None
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -67,34 +67,42 @@ def test_bits_per_byte_of_a_uniform_model(book: Path, bos: bool) -> None:
     assert one.nll_se is None
 
 
-def test_bytes_are_those_the_scored_tokens_cover(book: Path) -> None:
+@pytest.mark.parametrize("bos", [False, None, True])
+def test_bytes_are_those_the_scored_tokens_cover(book: Path, bos: bool | None) -> None:
     """Against decoding all of a window but its first token; a window may cut through a letter."""
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer(bos=True)
-    found = corpus_perplexity(model, tokenizer, book, split="all", length=64)
-    ids = torch.tensor(tokenizer(TEXT.strip())["input_ids"][: found.windows * 64]).view(-1, 64)
-    decoded = sum(len(tokenizer.decode(row[1:]).encode(errors="replace")) for row in ids)
+    found = corpus_perplexity(model, tokenizer, book, split="all", length=64, bos=bos)
+    windows = gl.token_windows(book, tokenizer, split="all", length=64, count=None, bos=True)
+    if bos is False:
+        ids = torch.tensor(tokenizer(TEXT.strip())["input_ids"])
+        windows = ids[: len(ids) // 64 * 64].view(-1, 64)
+    assert found.perplexity == pytest.approx(gl.perplexity(model, windows), rel=1e-6)
+    assert found.bos == (None if bos is False else "<bos>")
+    assert found.special_tokens == (["<bos>"] if bos is False else [])
+    decoded = sum(len(tokenizer.decode(row[1:]).encode(errors="replace")) for row in windows)
     assert found.bytes is not None
     assert found.bytes == pytest.approx(decoded, abs=3 * found.windows)
+    assert found.tokens == windows[:, 1:].numel()
     assert found.bits_per_byte == pytest.approx(
         found.nll / math.log(2) * found.tokens / found.bytes, rel=1e-12
     )
 
 
-@given(st.text(max_size=40), st.booleans())
-def test_byte_level_tokens_cover_the_text(text: str, bos: bool) -> None:
+@given(st.text(max_size=40))
+def test_byte_level_tokens_cover_the_text(text: str) -> None:
     """Up to a token's end the bytes agree, but for those of a character that is not over yet."""
-    tokenizer = TOKENIZERS[bos]
-    sizes = token_bytes(tokenizer, text, special_tokens=True)
-    pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
-    exact = [0 if p == "<bos>" else len(p) for p in pieces]
+    sizes = token_bytes(TOKENIZER, text)
+    pieces = TOKENIZER.convert_ids_to_tokens(
+        TOKENIZER(text, split_special_tokens=True)["input_ids"]
+    )
     assert sizes is not None and sizes.sum() == len(text.encode())
-    unfinished = np.cumsum(exact) - np.cumsum(sizes)
+    unfinished = np.cumsum([len(piece) for piece in pieces]) - np.cumsum(sizes)
     assert ((unfinished >= 0) & (unfinished <= 3)).all()
     if text.isascii():
-        assert sizes.tolist() == exact
+        assert sizes.tolist() == [len(piece) for piece in pieces]
 
 
-TOKENIZERS = {bos: tiny_tokenizer(bos=bos) for bos in (False, True)}
+TOKENIZER = tiny_tokenizer()
 FALLING_BACK = falling_back()
 
 
@@ -151,6 +159,9 @@ def test_bad_requests(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
     with pytest.raises(ValueError, match=r"tokens, fewer than one window of 99999"):
         corpus_perplexity(model, tokenizer, book, split="all", length=99999)
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="bos=True, but this tokenizer has no BOS token"):
+        corpus_perplexity(model, tokenizer, book, split="all", length=8, bos=True)
     with pytest.raises(ValueError, match="count must be a positive integer, not 0"):
         corpus_perplexity(model, tokenizer, book, count=0)
 

@@ -1,13 +1,15 @@
-"""A run that is stopped goes on; nothing else than valid JSON of the same settings is kept."""
+"""A results file survives kills, full disks, damage and company, and keeps finite JSON alone."""
 
-import errno
 import json
 import math
 import os
+import random
+import resource
+import signal
 import subprocess
-from copy import copy
-from dataclasses import dataclass
-from functools import partial
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +19,188 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostlib.experiments import results as provenance
-from ghostlib.experiments.results import Results
+from ghostlib.experiments import results as module
+from ghostlib.experiments.results import Results, read_results
 
-SETTINGS = {"model": "tiny", "n": (3, 5), "seed": 0}
-
-
-def never() -> Any:
-    raise AssertionError("a finished cell was computed again")
+SPECIFICATION = {"model": "tiny", "windows": [3, 5], "seed": 0}
 
 
-def test_a_stopped_run_resumes_at_the_last_finished_cell(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "grid.json"
-    run = Results.open(path, SETTINGS)
-    assert run.cell("a", lambda: 1.5) == 1.5
-
-    def killed() -> float:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run.cell("b", killed)
-    again = Results.open(path, SETTINGS)
-    assert again.cells == {"a": 1.5}
-    assert again.cell("a", never) == 1.5 and again.cell("b", lambda: [2]) == [2]
-    assert json.loads(path.read_text())["cells"] == {"a": 1.5, "b": [2]}
-    assert [p.name for p in path.parent.iterdir()] == ["grid.json"]  # no temporary left
+@pytest.fixture(autouse=True)
+def one_environment(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "environment" not in request.node.name:
+        monkeypatch.setattr(module, "environment", lambda: {"versions": {}})
 
 
-def test_a_value_is_the_same_before_and_after_the_file(tmp_path: Path) -> None:
-    @dataclass
-    class Point:
-        x: float
-        y: tuple[int, ...]
-
-    values = {
-        "point": Point(0.5, (1, 2)),
-        "numpy": {"mean": np.float32(0.25), "all": np.arange(3)},
-        "torch": torch.tensor([[1.0, 2.0]]),
-        "text": "W* – Δ",
-    }
-    run = Results.open(tmp_path / "r.json", SETTINGS)
-    first = {key: run.cell(key, partial(copy, value)) for key, value in values.items()}
-    assert first == {
-        "point": {"x": 0.5, "y": [1, 2]},
-        "numpy": {"mean": 0.25, "all": [0, 1, 2]},
-        "torch": [[1.0, 2.0]],
-        "text": "W* – Δ",
-    }
-    assert Results.open(tmp_path / "r.json", SETTINGS).cells == first
+def opened(path: Path, **changes: Any) -> Results:
+    results = Results(path)
+    results.begin(SPECIFICATION | changes)
+    return results
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
+def put(results: Results, cell: int | str, value: Any = None) -> None:
+    value = math.sqrt(cell) if isinstance(cell, int) and value is None else value
+    names = {"layers": str(cell), "operator": "ghost", "measure": "perplexity", "dataset": "wiki"}
+    results.append("score", **names, value=value)
+
+
+def cells(results: Results) -> dict[str, Any]:
+    return {record["layers"]: record["value"] for record in results.of("score")}
+
+
+def fill(path: Path, count: int = 12) -> None:
+    results = opened(path)
+    for cell in range(count):
+        put(results, cell)
+    results.close()
+
+
+WHOLE = {str(cell): math.sqrt(cell) for cell in range(12)}
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """The wait status of a process that does ``work``."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    try:
+        work()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def test_a_file_is_made_by_the_first_record_and_says_what_it_is_of(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.jsonl"
+    results = opened(path)
+    assert not list(tmp_path.iterdir())
+    put(results, 2)
+    results.close()
+    assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
+    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+    assert kinds == ["specification", "environment", "score"]
+    assert read_results(path).of("specification")[0].items() >= SPECIFICATION.items()
+    put(opened(path), 2, "another value")
+    assert cells(read_results(path)) == {"2": math.sqrt(2)}, "a cell that is there is not written"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_any_moment_and_resumed(tmp_path: Path, seed: int) -> None:
+    """With nothing, a part or all of the line that is being written."""
+    path, rng = tmp_path / "a.jsonl", random.Random(seed)
+    moment, part, write = rng.randrange(12), rng.random(), os.write
+
+    def killed(file: int, data: bytes) -> int:
+        nonlocal moment
+        if (moment := moment - 1) < 0:
+            write(file, data[: round(part * len(data))])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(file, data)
+
+    def work() -> None:
+        os.write = killed
+        fill(path)
+
+    assert os.WTERMSIG(in_child(work)) == signal.SIGKILL
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        fill(path)
+        assert cells(read_results(path)) == WHOLE
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_three_writers_lose_nothing_and_write_nothing_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    children = []
+    for _ in range(3):
+        if not (child := os.fork()):
+            try:
+                fill(path, 60)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 2 + 60
+    assert cells(read_results(path)) == {str(cell): math.sqrt(cell) for cell in range(60)}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_what_another_run_appends_is_seen(tmp_path: Path) -> None:
+    one, two = opened(tmp_path / "a.jsonl"), opened(tmp_path / "a.jsonl")
+    put(one, 1)
+    two.refresh()
+    assert two.get("score", "1", "ghost", "perplexity", "wiki") and cells(two) == {"1": 1.0}
+    put(two, 4)
+    put(one, 4, "another value")
+    assert cells(one) == cells(two) == {"1": 1.0, "4": 2.0}
+
+
+@pytest.mark.parametrize("size", [0, 10, 150, 400])
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.jsonl"
+    results = opened(path)
+    put(results, 1)
+    before = path.read_bytes()
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + size,) * 2)
+        with pytest.raises(OSError, match=r"a\.jsonl could not be written and stays as it was; ma"):
+            put(results, 2, "x" * 1000)
+
+    assert in_child(work) == 0
+    assert path.read_bytes() == before
+    put(results, 2, 3.0)  # with room again, the run goes on
+    assert cells(read_results(path)) == {"1": 1.0, "2": 3.0}
+
+
+def test_a_torn_last_line_is_named_and_its_cell_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    fill(path)
+    torn = path.read_bytes()[:-20]
+    path.write_bytes(torn)
+    with pytest.warns(UserWarning, match=r"a\.jsonl, line 14 is damaged .*its cell computed again"):
+        assert len(cells(read_results(path))) == 11
+    with pytest.warns(UserWarning, match="line 14 is damaged"):
+        fill(path)
+    assert path.read_bytes().startswith(torn + b"\n")
+    with pytest.warns(UserWarning, match="line 14 is damaged"):
+        assert cells(read_results(path)) == WHOLE
+
+
+@pytest.mark.parametrize("number", range(1, 15))
+@pytest.mark.parametrize("damage", [b"\0", b"\xff\xfe", b"NaN", b'{"kind":"score"}', b"[]", b"7"])
+def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, number: int, damage: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    fill(path)
+    lines = path.read_bytes().split(b"\n")
+    lines[number - 1] = damage
+    path.write_bytes(b"\n".join(lines))
+    with pytest.warns(UserWarning, match=f"line {number} is damaged"):
+        fill(path)
+    with pytest.warns(UserWarning, match=f"line {number} is damaged"):
+        again = read_results(path)
+    assert cells(again) == WHOLE
+    assert len(again.of("specification")) == 1, "a damaged header is written again"
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_results_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("results") / "a.jsonl"
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            opened(path)
+        except ValueError as error:
+            assert "\n" not in str(error) and "a.jsonl is no results file" in str(error)
+        else:
+            put(opened(path), 4)
+            assert cells(read_results(path)) == {"4": 2.0}
+            return
+    assert path.read_bytes() == data
 
 
 def finite(value: Any) -> bool:
@@ -80,132 +209,150 @@ def finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
 @given(st.dictionaries(st.text(), json_values, max_size=4))
 def test_every_finite_value_survives_and_no_other_is_kept(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
 ) -> None:
-    path = tmp_path_factory.mktemp("results") / "r.json"
-    run, kept = Results.open(path, SETTINGS), {}
-    for key, value in values.items():
+    path = tmp_path_factory.mktemp("results") / "a.jsonl"
+    results, kept = opened(path), {}
+    for cell, value in values.items():
         if finite(value):
-            run.cell(key, partial(copy, value))
-            kept[key] = value
+            put(results, cell, value)
+            kept[cell] = value
         else:
-            with pytest.raises(ValueError, match="no valid JSON"):
-                run.cell(key, partial(copy, value))
-    assert Results.open(path, SETTINGS).cells == kept
+            with pytest.raises(ValueError, match="must be finite numbers and text"):
+                put(results, cell, value)
+    if kept:
+        assert cells(read_results(path)) == cells(results) == kept
+    else:
+        assert not path.exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), {"a": [np.inf]}, torch.tensor(np.nan), object()])
-def test_what_is_no_json_is_refused_and_not_stored(tmp_path: Path, value: object) -> None:
-    path = tmp_path / "r.json"
-    run = Results.open(path, SETTINGS)
+def test_arrays_are_kept_as_lists(tmp_path: Path) -> None:
+    results = opened(tmp_path / "a.jsonl")
+    put(results, "numpy", {"mean": np.float32(0.25), "all": np.arange(3), "pair": (1, 2)})
+    put(results, "torch", torch.tensor([[1.0, 2.0]]))
+    expected = {"numpy": {"mean": 0.25, "all": [0, 1, 2], "pair": [1, 2]}, "torch": [[1.0, 2.0]]}
+    assert cells(results) == cells(read_results(results.path)) == expected
+    for bad in (object(), torch.tensor(math.nan), {"a": [np.inf]}):
+        with pytest.raises(ValueError, match="must be finite numbers and text"):
+            put(results, "bad", bad)
+
+
+def test_another_specification_is_refused_by_its_first_difference(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    fill(path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"^cell 'a' is no valid JSON .*finite numbers and text$"):
-        run.cell("a", lambda: value)
-    assert path.read_bytes() == before and run.cells == {}
-    with pytest.raises(ValueError, match="settings is no valid JSON"):
-        Results.open(tmp_path / "other.json", {"seed": value})
+    with pytest.raises(
+        ValueError, match=r"another specification: windows = \[3, 5\] there, 7 now; "
+    ):
+        opened(path, windows=7)
+    with pytest.raises(
+        ValueError, match="model = 'tiny' there, 'big' now and 2 more; name another"
+    ):
+        opened(path, model="big", windows=1, seed=2)
+    Results(path).expect({"seed": 0})  # as far as it is known
+    assert path.read_bytes() == before
 
 
-def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    Results.open(path, SETTINGS)
-    with pytest.raises(ValueError, match=r"r\.json has .*: n = \[3, 5\] there, 7 now; name anoth"):
-        Results.open(path, SETTINGS | {"n": 7})
-    with pytest.raises(ValueError, match=r"model = 'tiny' there, 'big' now and 2 more; "):
-        Results.open(path, {"model": "big", "seed": 0, "extra": None})
-    with pytest.raises(ValueError, match="must name the seed"):
-        Results.open(path, {"model": "tiny"})
+def test_files_of_several_specifications_are_joined(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{seed}.jsonl" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        put(opened(path, seed=seed), 4)
+    joined = tmp_path / "joined.jsonl"
+    joined.write_bytes(b"".join(path.read_bytes() for path in paths))
+    parts = [read_results(path).records for path in paths]
+    assert read_results(joined).records == parts[0] | parts[1] | parts[2]
+    assert len(read_results(joined).of("score")) == 3
+    put(opened(joined, seed=1), 9)
+    assert len(read_results(joined).of("score")) == 4
+    with pytest.raises(ValueError, match="seed = 0 there, 3 now"):
+        opened(joined, seed=3)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": "another"}', '{"format": 1'])
+@pytest.mark.parametrize("text", ["{}", "[]", '{"format": "another"}', "notes\n"])
 def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "notes.json"
+    path = tmp_path / "notes.txt"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"notes\.json is no results file .*name another path"):
-        Results.open(path, SETTINGS)
+    for read in (opened, read_results):
+        with pytest.raises(ValueError, match=r"notes\.txt is no results file: name another"):
+            read(path)
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+@pytest.fixture
+def unwritable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that nobody may write to, root included."""
+    folder = tmp_path / "fixed"
+    folder.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != folder and access(p, mode))
+    return folder
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, unwritable: Path
 ) -> None:
-    path = tmp_path / "r.json"
-    run = Results.open(path, SETTINGS)
-    run.cell("a", lambda: 1)
-    before = path.read_bytes()
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, failing, full)
-        with pytest.raises(OSError, match=r"No space left .*r\.json .*stays as it was.*make room"):
-            run.cell("b", lambda: 2)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["r.json"]
-    assert run.cells == {"a": 1}
-    assert run.cell("b", lambda: 3) == 3  # with room again, the run goes on
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_device_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Results.open(tmp_path / "r.json", SETTINGS)
-    before = run.path.read_bytes()
-    monkeypatch.setattr(Path, "with_name", lambda self, name: Path("/dev/full"))
-    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok: None)
-    with pytest.raises(OSError, match="No space left on device"):
-        run.cell("a", lambda: "x" * 100_000)
-    assert run.path.read_bytes() == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match=r"a\.jsonl cannot be written \(.*fixed\)"):
+        opened(unwritable / "a.jsonl")
+    with pytest.raises(PermissionError, match=r"a\.jsonl cannot be written \(.*file\)"):
+        opened(tmp_path / "file" / "a.jsonl")
+    with pytest.raises(PermissionError, match=r"fixed cannot be written .*: name another file"):
+        opened(unwritable)
+    with pytest.raises(FileNotFoundError):
+        read_results(tmp_path / "none.jsonl")
 
 
 def test_the_environment_is_recorded_once_for_each_kind_of_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "r.json"
-    Results.open(path, SETTINGS)
-    (first,) = Results.open(path, SETTINGS).environments
+    path = tmp_path / "a.jsonl"
+    for cell in (1, 2):
+        put(opened(path), cell)
+    (first,) = read_results(path).of("environment")
     assert first["versions"]["torch"] == torch.__version__
     assert first["versions"].keys() >= {"python", "transformers", "ghostlib"}
-    assert first["hardware"]["cores"] == os.cpu_count() and first["hardware"]["cpu"]
-    monkeypatch.setattr(provenance, "_commit", lambda: "0" * 40)
-    assert [e["commit"] for e in Results.open(path, SETTINGS).environments] == [
-        first["commit"],
-        "0" * 40,
-    ]
+    assert first["hardware"]["cores"] == os.cpu_count()
+    monkeypatch.setattr(module, "_commit", lambda: "0" * 40)
+    put(opened(path), 3)
+    results = read_results(path)
+    by_id = {record["id"]: record["commit"] for record in results.of("environment")}
+    commits = [by_id[record["environment"]] for record in results.of("score")]
+    assert commits == [first["commit"], first["commit"], "0" * 40]
 
 
-def test_commit_and_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_commit_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        done = subprocess.run(
-            ["git", "-C", str(tmp_path), *who, *arguments], capture_output=True, text=True
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    module = tmp_path / "provenance.py"
-    module.write_text("")
-    monkeypatch.setattr(provenance, "__file__", str(module))
+    file = tmp_path / "results.py"
+    file.write_text("")
+    monkeypatch.setattr(module, "__file__", str(file))
     git("init")
     git("commit", "--allow-empty", "-m", "empty")
-    assert provenance._commit() is None  # installed inside somebody else's checkout
+    assert module._commit() is None  # installed inside somebody else's checkout
     git("add", ".")
     git("commit", "-m", "module")
-    assert provenance._commit() == git("rev-parse", "HEAD") and len(git("rev-parse", "HEAD")) == 40
-    module.write_text("changed")
-    assert provenance._commit() == git("rev-parse", "HEAD") + "-dirty"
+    assert module._commit() == git("rev-parse", "HEAD") and len(git("rev-parse", "HEAD")) == 40
+    file.write_text("changed")
+    assert module._commit() == git("rev-parse", "HEAD") + "-dirty"
     monkeypatch.setenv("PATH", "")
-    assert provenance._commit() is None  # no git at all
+    assert module._commit() is None  # no git at all
 
-    def unknown(name: str) -> str:
-        raise provenance.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(provenance.importlib.metadata, "version", unknown)
-    assert list(provenance.environment()["versions"]) == ["python"]
-
-    def unreadable(self: Path) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", unreadable)
-    assert provenance._cpu()
+def test_reading_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, ghostlib.experiments.results, ghostlib.experiments.spec;"
+        "sys.exit(bool({'torch', 'transformers', 'pandas'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

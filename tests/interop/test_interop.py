@@ -1,7 +1,7 @@
 """A stock checkpoint with a repair in it, in the programs that people load models with.
 
-Run by ``make test-interop``, which installs the extra ``interop``. ghostlib cannot be imported in the
-processes that load the folder.
+Run by ``make test-interop``, which installs the extra ``interop``. ghostlib cannot be imported in
+the processes that load the folder.
 """
 
 import json

@@ -11,8 +11,8 @@ import ghostlib as gl
 # What each type needs to compute what a Llama does.
 AS_LLAMA: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
-    "granite": {},
-    "smollm3": {"no_rope_layers": [1] * 30},
+    "granite": {"attention_multiplier": 64**-0.5},
+    "smollm3": {"no_rope_layers": [1] * 30, "pad_token_id": None},
     "qwen2": {},  # with biases of zero
 }
 LAYERS = range(12, 19)

@@ -27,7 +27,8 @@ def lines_shown() -> str:
 @pytest.fixture
 def shown() -> Iterator[dict[str, Any]]:
     """The names that the lines define; the family is gone again afterwards."""
-    known, names = set(FAMILIES), {}
+    known = set(FAMILIES)
+    names: dict[str, Any] = {}
     try:
         exec(compile(lines_shown(), str(GUIDE), "exec"), names)
         names["added"] = set(FAMILIES) - known

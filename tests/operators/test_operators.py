@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_the_papers_code_and_the_papers_text() -> None:
 
 @pytest.mark.parametrize("around", ["identity", "zero"])
 @pytest.mark.parametrize("how", [{"ridge": 7.0}, {"relative_ridge": 0.1}, {"rcond": 0.1}])
-def test_ghost_is_fitted_around_the_identity_or_zero(around: str, how: dict[str, float]) -> None:
+def test_ghost_is_fitted_around_the_identity_or_zero(around: str, how: dict[str, Any]) -> None:
     """What is shrunk, or dropped, is ``M`` or ``W``: the same options on another regressand."""
     X, Y = activations(8)
     moments = Moments(WIDTH).update(X, Y)

@@ -67,7 +67,7 @@ def test_equals_lstsq_on_stored_activations(name: str, bias: bool) -> None:
 @settings(max_examples=20, deadline=None)
 def test_sets_are_nested(seed: int) -> None:
     data = activations(seed)
-    errors = {
+    errors: dict[tuple[float, ...], float] = {
         name: solve(moments(str(FAMILIES[name].regressor), data), name, rcond=1e-9).residual
         for name in ("replaceme", "refit", "ghost", "ghost-refit")
     }
@@ -131,7 +131,7 @@ def test_choose_ridges_finds_the_best_of_the_grid() -> None:
     train, held_out = (moments("x, h", activations(seed, tokens=40)) for seed in (0, 1))
     grid = COARSE_RIDGES[::2]
     chosen = choose_ridges(train, held_out, grid)
-    errors = {
+    errors: dict[tuple[float, ...], float] = {
         (a, b): held_out.error(solve(train, "ghost-refit", relative_ridge=(a, b)))
         for a in grid
         for b in grid

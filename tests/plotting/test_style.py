@@ -1,5 +1,6 @@
 """The palette measured, alternative text, files, labels that stay apart and marked limits."""
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -131,9 +132,19 @@ def test_every_family_and_every_model_has_a_look():
     assert [name for name, look in LOOKS.items() if not look.marker] == ["dense"]
     (line,) = plt.figure().gca().plot([1, 2], **plotting.style("ghost-relative"))
     assert (line.get_color(), line.get_marker(), line.get_linestyle()) == ("#629947", "p", "--")
-    for find in (plotting.color, plotting.style):
+    for find in (plotting.look, plotting.color, plotting.style):
         with pytest.raises(ValueError, match="did you mean 'ghost'"):
             find("gost")
+
+
+def test_a_family_that_was_added_has_its_records_colour(monkeypatch: pytest.MonkeyPatch):
+    new = replace(FAMILIES["ghost"], name="brand-new", color="#123456")
+    monkeypatch.setitem(FAMILIES, "brand-new", new)
+    assert plotting.look("brand-new") == plotting.Look("#123456", "o")
+    assert plotting.look("brand-new sequential") == plotting.Look("#123456", "o", ":")
+    assert plotting.look("symmetric sequential") == LOOKS["symmetric"]._replace(dash=":")
+    ax = plotting.through_depth({"brand-new": [1.0, 2.0]}, ylabel="norm")
+    assert ax.get_lines()[0].get_color() == "#123456"
 
 
 # ---------------------------------------------------------------- alternative text and files

@@ -39,6 +39,19 @@ def test_any_base_serves_any_trial(base, layers, repaired):
     torch.testing.assert_close(trials.losses(layers, repairs(layers)), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_windows_whose_streams_are_not_kept_score_alike(monkeypatch, share):
+    model, ids = tiny_model("llama"), tiny_windows(5, 12)
+    whole = (LAYERS + 1) * ids.numel() * 16 * 4
+    monkeypatch.setattr("ghostlib.selection.trials.KEPT", share * whole)
+    trials = Trials(model, ids)
+    assert sum(map(bool, trials.streams)) == round(5 * share)
+    for layers in ((), (2, 3), (0, 4)):
+        variant = gl.prune(model, layers) if layers else model
+        expected = gl.window_losses(variant, ids)
+        torch.testing.assert_close(trials.losses(layers), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", ["replaceme", "magnitude", "low-rank", "affine"])
 @pytest.mark.parametrize("layers", [(2, 3), (1, 3, 5)])
 def test_every_kind_of_repair(any_tiny, name, layers):

@@ -129,9 +129,10 @@ def by_hand(regressor: str, x: Tensor, hidden: Tensor, output: Tensor) -> np.nda
 
 @pytest.mark.parametrize("spelling", ALL)
 def test_designs_by_hand(spelling: str) -> None:
-    regressor, sources = Regressor.parse(spelling), Sources(randn(7, 6), randn(7, 4), randn(7, 6))
+    x, hidden, output = randn(7, 6), randn(7, 4, seed=1), randn(7, 6, seed=2)
+    regressor, sources = Regressor.parse(spelling), Sources(x, hidden, output)
     F = regressor.design(sources)
-    torch.testing.assert_close(F, torch.from_numpy(by_hand(spelling, *sources)))
+    torch.testing.assert_close(F, torch.from_numpy(by_hand(spelling, x, hidden, output)))
     assert F.shape[1] == sum(regressor.widths(6, 4))
     batch = sources.map(lambda part: torch.stack([part, 2 * part]))
     torch.testing.assert_close(regressor.design(batch)[0], F)

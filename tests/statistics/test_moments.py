@@ -254,8 +254,9 @@ def test_update_refuses(x: tuple, y: tuple, weight: list[float] | None, message:
 
 def spoil(value: complex) -> Callable[[Tensor], Tensor]:
     def spoiled(values: Tensor) -> Tensor:
-        changed = values.to(torch.complex64 if isinstance(value, complex) else torch.float32)
-        changed[3, 2] = value
+        bad = torch.tensor(value)
+        changed = values.to(bad.dtype)
+        changed[3, 2] = bad
         return changed
 
     return spoiled

@@ -110,27 +110,6 @@ def test_a_gap_at_layer_0_is_refused(fit: str) -> None:
     assert list(stats) == [gl.Boundary(0, 2), gl.Boundary(2, 4)]
 
 
-@pytest.mark.parametrize("name", ["replaceme", "refit", "ghost-refit"])
-def test_sequential_is_the_loop_with_real_surgery(name: str) -> None:
-    model, ids = tiny_model("llama"), tiny_windows(12, 24)
-    first, second = gl.Boundary(1, 2), gl.Boundary(4, 5)
-    regressor = gl.OPERATORS[name].regressor
-    operators = gl.fit_sequential(model, ids, [first, second], name, **RIDGE)
-    once = gl.calibrate(model, ids, [first], regressors=[regressor]).of(regressor)
-    torch.testing.assert_close(operators[first].M, gl.solve(once[first], name, **RIDGE).M)
-
-    repaired = gl.install(model, {first: operators[first]})  # layers 0, 2, 3, 4, 5
-    moments = gl.Moments(16, regressor=regressor, hidden=24)
-    dense = record(model, ids, [second.stop, LAYERS])[second.stop]
-    caught: list[tuple[Tensor, Tensor]] = []
-    with listen(repaired, [3], lambda start, read, out: caught.append((read, out))):
-        stream = record(repaired, ids, [3])[3]
-    for x, y, h, f in zip(stream, dense, *caught[0], strict=True):
-        moments.update(x, y, hidden=h, output=f)
-    expected = gl.solve(moments, name, **RIDGE).M
-    torch.testing.assert_close(operators[second].M, expected, rtol=1e-3, atol=1e-4)
-
-
 def test_generation_with_and_without_cache() -> None:
     model = tiny_model("llama")
     recovered = gl.install(model, {GAP: solved(model, "ghost-refit")})

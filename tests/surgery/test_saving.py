@@ -2,14 +2,18 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_model, tiny_windows
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import ghostlib as gl
@@ -144,3 +148,182 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space left"):
         save(recovered, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+# --- save_pretrained itself -------------------------------------------------------------------
+
+
+def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
+    recovered = repaired("ghost")
+    (tmp_path / "file").write_text("keep me")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match="file is a file: name a new folder"):
+        recovered.save_pretrained(tmp_path / "file")
+    with pytest.raises(FileExistsError, match="exists and is not empty: name a new one"):
+        recovered.save_pretrained(tmp_path / "full")
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")}
+    assert found == {"file", "full", "full/precious.txt"}
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
+# A file-size limit stands for a full disk; one byte more than the configuration still fits.
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[2])
+import ghostlib as gl
+from conftest import tiny_model, tiny_windows
+recovered = gl.recover(tiny_model("llama"), tiny_windows(), [2, 3])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+try:
+    recovered.save_pretrained(sys.argv[1])
+except OSError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk_leaves_nothing_half_written(exists: bool, tmp_path: Path) -> None:
+    pytest.importorskip("resource")
+    folder = tmp_path / "model"
+    if exists:
+        folder.mkdir()
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", FULL_DISK, str(folder), tests]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{folder} could not be written, nothing was saved: " in done.stdout
+    assert done.stdout.count("\n") == 1 and "too large" in done.stdout.lower()
+    assert list(tmp_path.rglob("*")) == ([folder] if exists else [])
+    repaired("ghost").save_pretrained(folder)  # the next try is not refused
+    assert {p.name for p in folder.iterdir()} >= {"config.json", "model.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+def test_an_interrupted_save_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovered = repaired("ghost")
+    (tmp_path / f".model.{os.getpid()}.tmp").mkdir()  # of a process that was killed
+    with monkeypatch.context() as patch:
+        patch.setattr(type(recovered.generation_config), "save_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recovered.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    recovered.save_pretrained(tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def interrupted(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_folder_is_named_as_people_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recovered = repaired("ghost")
+    (tmp_path / "here").mkdir()
+    recovered.save_pretrained("here")
+    recovered.save_pretrained(tmp_path / "new" / "below")
+    monkeypatch.chdir(tmp_path / "new")
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    recovered.save_pretrained(tmp_path / "link" / "beside")
+    for folder in ("here", "new/below", "new/beside"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+
+
+# --- files and configuration, held against each other -----------------------------------------
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+
+
+BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "empty list": (lambda c: c.update(ghost=[]), r"lists its operators in config.ghost, got \[\]"),
+    "empty object": (
+        lambda c: c.update(ghost={}),
+        r"lists its operators in config.ghost, got \{\}",
+    ),
+    "no list": (lambda c: c.pop("ghost"), "lists its operators in config.ghost, got None"),
+    "one twice": (lambda c: c["ghost"].append(c["ghost"][0]), "each of which must be another"),
+    "unknown module": (
+        lambda c: c["ghost"][0].update(module="model.layers.9"),
+        "layers.9, .*each of which must be another",
+    ),
+    "no shape": (lambda c: c["ghost"][0].pop("features"), "an entry of config.ghost holds module"),
+    "no entry": (lambda c: c["ghost"].append("ghost"), "an entry of config.ghost holds module"),
+    "one too few": (
+        lambda c: c["ghost"].pop(),
+        "has weights that its config.json does not name, such as model.norm.boundary.M",
+    ),
+    "another module": (
+        lambda c: c["ghost"][0].update(module="model.layers.1"),
+        "lacks weights that its config.json calls for, such as model.layers.1.boundary.M",
+    ),
+    "fewer layers": (
+        lambda c: c.update(num_hidden_layers=c["num_hidden_layers"] - 1),
+        "has weights that its config.json does not name, such as model.layers.2",
+    ),
+    "unknown feature": (lambda c: c["ghost"][0].update(features=["y"]), "unknown feature 'y'"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_a_configuration_that_does_not_fit_the_weights_is_refused(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    recovered = gl.recover(tiny_model("llama"), tiny_windows(), [2, 3, 5])
+    recovered.save_pretrained(tmp_path)
+    edited(tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
+    gl.recover(tiny_model("llama"), tiny_windows(), [2, 3, 5]).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for lost in ("model.norm.boundary.M", "model.layers.0.mlp.down_proj.weight"):
+        left = {name: tensor for name, tensor in tensors.items() if name != lost}
+        save_file(left, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"lacks weights .*, such as {lost}"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_file(tensors, file, metadata={"format": "pt"})
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("loader", ["LlamaForCausalLM", "LlamaModel"])
+def test_a_stock_class_never_drops_the_operators(loader: str, tmp_path: Path) -> None:
+    repaired("ghost").save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="import-ghostlib-first"):
+        getattr(transformers, loader).from_pretrained(tmp_path)
+
+
+def test_shards_are_read_back(tmp_path: Path) -> None:
+    recovered, ids = repaired("three-branch", relative_ridge=1e-3), tiny_windows()
+    recovered.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, recovered(ids).logits)
+
+
+def test_a_portable_folder_looks_back_with_a_static_cache(tmp_path: Path) -> None:
+    folder = save(repaired("three-branch", relative_ridge=1e-3), tmp_path / "m", portable=True)
+    script = SCRIPT.replace(
+        "cached = model.generate(ids, ",
+        'cached = model.generate(ids, cache_implementation="static", ',
+    )
+    options = json.dumps({"trust_remote_code": True})
+    command = [sys.executable, "-c", script, str(folder), options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

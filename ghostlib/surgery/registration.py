@@ -1,0 +1,59 @@
+"""Registration: transformers' Auto classes find recovered models, though nothing is imported yet.
+
+`import ghostlib` promises that ``AutoModelForCausalLM.from_pretrained`` reads a recovered model. To
+keep that import cheap, transformers is only told whom to ask: the first question for a recovered
+model's type imports `ghostlib.surgery.ghosted`, which registers all of them.
+"""
+
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from ghostlib.common import GHOSTED
+
+_AUTO = "transformers.models.auto.configuration_auto"
+
+
+class _Registered(dict[str, Any]):
+    """Configurations that were registered, by model type."""
+
+    def __contains__(self, model_type: object) -> bool:
+        if str(model_type).startswith(GHOSTED):
+            import_module("ghostlib.surgery.ghosted")
+        return super().__contains__(model_type)
+
+
+class _Finder(MetaPathFinder):
+    """Waits for transformers' configurations to be imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != _AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec and spec.loader:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _extend(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _extend(module: ModuleType) -> None:
+    mapping = module.CONFIG_MAPPING
+    mapping._extra_content = _Registered(mapping._extra_content)
+
+
+def announce() -> None:
+    """Tell transformers of recovered models, at once or as soon as it is imported."""
+    if _AUTO in sys.modules:
+        _extend(sys.modules[_AUTO])
+    else:
+        sys.meta_path.insert(0, _Finder())

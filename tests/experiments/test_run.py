@@ -1,0 +1,331 @@
+"""The runner on a tiny model, local text and local tasks: resumed, shared and never mixed."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS, tiny_model, tiny_tokenizer
+
+import ghostlib as gl
+from ghostlib.experiments import run as runner
+from ghostlib.experiments.run import read_shard, run_experiment
+from ghostlib.experiments.tables import choices, report, scores, selections
+from ghostlib.models.boundaries import read_layers, spell
+
+TOKENIZER = tiny_tokenizer(bos=True)
+OPERATORS = (
+    "pruned",
+    "magnitude",
+    "linearpatch-d",
+    "replaceme",
+    "ghost",
+    "ghost sequential",
+    "auto",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, two corpora and two tasks."""
+    folder = tmp_path_factory.mktemp("experiment")
+    tiny_model("llama", vocab_size=len(TOKENIZER)).save_pretrained(folder / "tiny")
+    TOKENIZER.save_pretrained(folder / "tiny")
+    for seed, name in enumerate(("one", "two")):
+        rng = random.Random(seed)
+        words = ["the", "theory", "of", "thing", "größer", "東京", "then"]
+        text = "\n\n".join(" ".join(rng.choices(words, k=40)) for _ in range(30))
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        items = [
+            {"query": rng.choice(words), "choices": rng.sample(words, 3), "gold": rng.randrange(3)}
+            for _ in range(12)
+        ]
+        quiz = "\n".join(json.dumps(item) for item in items)
+        (folder / f"quiz-{name}.jsonl").write_text(quiz, encoding="utf-8")
+    return folder
+
+
+def given(folder: Path, **changes: Any) -> dict[str, Any]:
+    corpora = [str(folder / "one.txt"), str(folder / "two.txt")]
+    usual: dict[str, Any] = {
+        "model": str(folder / "tiny"),
+        "operators": ("pruned", "ghost"),
+        "calibration": corpora,
+        "windows": 3,
+        "length": 24,
+        "selection_length": 12,
+        "perplexity": corpora,
+        "test_windows": 3,
+        "test_length": 16,
+        "limit": 8,
+    }
+    return usual | changes
+
+
+def specification(folder: Path, **changes: Any) -> gl.Specification:
+    return gl.Specification(**given(folder, **changes))
+
+
+def whole(folder: Path) -> gl.Specification:
+    """Several criteria, depths and operators."""
+    changes = {"criteria": ["block-influence", "residual"], "n": [1, 2]}
+    return specification(folder, **changes, operators=["pruned", "ghost", "auto"])
+
+
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory) -> gl.Results:
+    path = tmp_path_factory.mktemp("results") / "whole.jsonl"
+    return run_experiment(whole(folder), path)
+
+
+def content(results: gl.Results) -> dict[Any, Any]:
+    """What was measured, without how long it took."""
+    apart = ("seconds", "environment")
+    kinds = ("selection", "choice", "score", "skipped")
+    return {
+        name: {k: v for k, v in record.items() if k not in apart}
+        for name, record in results.records.items()
+        if record["kind"] in kinds
+    }
+
+
+def test_every_cell_equals_the_public_functions(folder, tmp_path):
+    plan = specification(folder, layers="1,3-4", operators=OPERATORS)
+    rows = scores(run_experiment(plan, tmp_path / "a.jsonl")).set_index(["operator", "dataset"])
+    model, tokenizer = plan.load()
+    calib, layers = plan.draw_calibration(tokenizer), (1, 3, 4)
+    variants = {"dense": model, "pruned": gl.prune(model, layers)}
+    for operator in OPERATORS[1:]:
+        name, sequential, _ = operator.partition(" sequential")
+        fit = "sequential" if sequential else "teacher"
+        variants[operator] = gl.recover(model, calib, layers, name, fit=fit, verbose=False)
+    for operator, variant in variants.items():
+        for corpus in plan.perplexity:
+            found = gl.corpus_perplexity(variant, tokenizer, corpus, length=16, count=3)
+            row = rows.loc[(operator, Path(corpus).name)]
+            # A folded scale reaches the norms' epsilon, which one at the gap does not.
+            tolerance = 1e-3 if operator == "magnitude" else 1e-5
+            assert row["value"] == pytest.approx(found.perplexity, rel=tolerance)
+            assert row["bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=tolerance)
+            assert row["size"] == found.tokens == 3 * 15
+
+
+@pytest.mark.parametrize("criterion", ["block-influence", "perplexity", "greedy-recovered"])
+def test_every_kind_of_criterion_chooses_as_alone(folder, tmp_path, criterion):
+    plan = specification(folder, criteria=criterion, n=[1, 2], perplexity=[])
+    chosen = selections(run_experiment(plan, tmp_path / "a.jsonl")).set_index("n").layers
+    model, tokenizer = plan.load()
+    calib, searched = plan.draw_calibration(tokenizer), plan.draw_selection(tokenizer)
+    for n in (1, 2):
+        alone = gl.select_layers(model, calib, n, criterion, windows=searched)
+        assert chosen[n] == spell(alone)
+
+
+def test_tasks_are_scored_as_alone(folder, tmp_path):
+    tasks = [str(folder / f"quiz-{name}.jsonl") for name in ("one", "two")]
+    plan = specification(folder, layers="2", operators="ghost", perplexity=[], tasks=tasks)
+    results = run_experiment(plan, tmp_path / "a.jsonl")
+    rows = scores(results).set_index(["operator", "dataset"])
+    model, tokenizer = plan.load()
+    recovered = gl.recover(model, plan.draw_calibration(tokenizer), [2])
+    for operator, variant in (("dense", model), ("ghost", recovered)):
+        for task, score in gl.zero_shot(variant, tokenizer, tasks, limit=8).items():
+            assert rows.loc[(operator, task), "value"] == score.acc
+            assert rows.loc[(operator, task), "evidence"] == score
+            assert rows.loc[(operator, task), "size"] == 8
+    assert "Zero-shot accuracy" in report(results) and "mean" in report(results)
+
+
+def test_the_recipes_choice_is_kept(done, folder):
+    plan = whole(folder)
+    model, tokenizer = plan.load()
+    row = choices(done).iloc[-1]  # one for each set of layers
+    choice = gl.Recipe(model, plan.draw_calibration(tokenizer)).choose(read_layers(row.layers))
+    assert row.operator == choice.repair and row.losses == pytest.approx(choice.rivals, rel=1e-6)
+    assert f"auto without {row.layers}: {row.operator}" in report(done)
+
+
+def test_the_file_is_json_and_names_no_folder_of_this_machine(done, folder):
+    text = done.path.read_text()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert str(folder) not in text
+    assert [r["kind"] for r in records[:2]] == ["specification", "environment"]
+    assert records[0]["model"] == "tiny" and records[0]["calibration"] == ["one.txt", "two.txt"]
+    assert {"versions", "hardware", "commit"} <= records[1].keys()
+    assert [p.name for p in done.path.parent.iterdir()] == ["whole.jsonl"], "no lock file is left"
+
+
+def test_one_pass_serves_all_operators_and_one_all_criteria(folder, tmp_path, monkeypatch):
+    passes = []
+
+    def counted(model, windows, boundaries, **how):
+        passes.append(how)
+        return gl.calibrate(model, windows, boundaries, **how)
+
+    monkeypatch.setattr(runner, "calibrate", counted)
+    operators = ["pruned", "ghost", "x, n(x); 1/|y|", "two-branch-relative sequential"]
+    plan = specification(folder, criteria=["cosine", "residual"], n=[1, 2], operators=operators)
+    run_experiment(plan, tmp_path / "a.jsonl")
+    assert [sorted(how) for how in passes] == [["moments"], ["regressors"]]
+    assert set(map(str, passes[1]["regressors"])) == {"x", "x, n(x); 1/|y|"}
+    assert passes[0]["moments"] is True
+    passes.clear()
+    run_experiment(specification(folder, n=1), tmp_path / "b.jsonl")
+    assert passes[0]["moments"] is False, "cosine needs similarities only"
+
+
+def test_a_regressor_is_the_operator_of_its_name(folder, tmp_path):
+    operators = ["two-branch-relative", "x, n(x); 1/|y|", "n(x); 1/|y|^0.5", "pruned"]
+    plan = specification(folder, layers=["1,4"], operators=operators)
+    rows = (
+        scores(run_experiment(plan, tmp_path / "a.jsonl")).set_index(["operator", "dataset"]).value
+    )
+    named, spelt, free, pruned = (rows[operator, "one.txt"] for operator in operators)
+    assert named == pytest.approx(spelt) and free != pytest.approx(pruned, rel=1e-3)
+
+
+def test_operators_that_read_a_layer_are_left_out_where_layer_0_is_removed(folder, tmp_path):
+    plan = specification(folder, starts=2, operators=["pruned", "replaceme", "ghost", "auto"])
+    results = run_experiment(plan, tmp_path / "a.jsonl")
+    (left,) = results.of("skipped")
+    assert (left["layers"], left["operator"]) == ("0–1", "replaceme")
+    assert "layer 0 is removed" in left["reason"] and left["reason"] in report(results)
+    rows = scores(results)
+    assert len(rows) == 2 * (1 + (LAYERS - 1) * 4 - 1)
+    before = results.path.read_bytes()
+    run_experiment(plan, results.path)
+    assert results.path.read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_is_left_out_with_its_reason(folder, tmp_path, monkeypatch):
+    original = runner.Trials.losses
+
+    def overflowing(self, layers, operators=None):
+        losses = original(self, layers, operators)
+        return losses * torch.nan if operators else losses
+
+    monkeypatch.setattr(runner.Trials, "losses", overflowing)
+    plan = specification(folder, layers="2-3", perplexity=str(folder / "one.txt"))
+    with pytest.warns(UserWarning, match="ghost without layers 2–3 has no finite loss on one.txt"):
+        results = run_experiment(plan, tmp_path / "a.jsonl")
+    assert scores(results).operator.tolist() == ["dense", "pruned"]
+    monkeypatch.undo()
+    assert len(scores(run_experiment(plan, results.path))) == 2, "it would be so again"
+
+
+def test_a_stopped_run_resumes_at_the_first_missing_cell(done, folder, tmp_path, monkeypatch):
+    original, calls, path = runner._Run._perplexity, [], tmp_path / "a.jsonl"
+
+    def interrupted(self, *cell):
+        calls.append(cell)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(self, *cell)
+
+    monkeypatch.setattr(runner._Run, "_perplexity", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(whole(folder), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    results = run_experiment(whole(folder), path)
+    assert content(results) == content(done)
+    perplexities = [r for r in done.of("score") if r["measure"] == "perplexity"]
+    assert len(calls) == len(perplexities) + 1, "only the interrupted cell was begun twice"
+
+
+def test_a_finished_run_computes_nothing(done, folder, monkeypatch):
+    before = done.path.read_bytes()
+    for name in ("calibrate", "select_several", "Trials", "Recipe", "zero_shot"):
+        monkeypatch.setattr(runner, name, None)
+    assert content(run_experiment(whole(folder), done.path)) == content(done)
+    assert done.path.read_bytes() == before
+
+
+def test_more_operators_depths_and_texts_are_added(folder, tmp_path, monkeypatch):
+    path, one = tmp_path / "a.jsonl", str(folder / "one.txt")
+    run_experiment(specification(folder, n=1, perplexity=one), path)
+    before = path.read_text()
+    results = run_experiment(specification(folder, n=[1, 2], operators=["ghost", "scalar"]), path)
+    assert path.read_text().startswith(before)
+    rows = scores(results).set_index(["n", "operator", "dataset"]).value
+    assert {(1, "scalar", "one.txt"), (2, "ghost", "two.txt"), (0, "dense", "two.txt")} <= {
+        *rows.index
+    }
+    alone = run_experiment(specification(folder, n=2, operators="ghost"), tmp_path / "b.jsonl")
+    assert rows[2, "ghost", "two.txt"] == pytest.approx(
+        scores(alone).set_index(["operator", "dataset"]).value["ghost", "two.txt"]
+    )
+
+
+def test_layers_can_be_chosen_and_nothing_scored(folder, tmp_path):
+    plan = specification(folder, criteria=["perplexity", "residual"], n=[1, 2], perplexity=[])
+    results = run_experiment(plan, tmp_path / "a.jsonl")
+    assert len(selections(results)) == 4 and not len(scores(results))
+    assert "residual, n = 2: " in report(results)
+
+
+def test_three_shards_in_processes_of_their_own_are_one_run(done, folder, tmp_path):
+    code = (
+        "import json, sys, ghostlib as gl;"
+        "plan = gl.Specification(**json.loads(sys.argv[1]));"
+        "gl.run_experiment(plan, sys.argv[2], shard=sys.argv[3])"
+    )
+    plan = json.dumps(
+        given(
+            folder,
+            **{name: getattr(whole(folder), name) for name in ("criteria", "n", "operators")},
+        )
+    )
+    paths = [tmp_path / f"part-{index}.jsonl" for index in (1, 2, 3)]
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code, plan, str(path), f"{index}/3"])
+        for index, path in enumerate(paths, start=1)
+    ]
+    assert [job.wait() for job in jobs] == [0, 0, 0]
+    parts = [content(gl.read_results(path)) for path in paths]
+    cells = [{name for name in part if name[0] == "score"} for part in parts]
+    assert all(cells) and len(set.union(*cells)) == sum(map(len, cells)), "no cell in two shards"
+    joined = tmp_path / "joined.jsonl"
+    joined.write_bytes(b"".join(path.read_bytes() for path in paths))
+    union = gl.read_results(joined)
+    found = content(union)
+    assert found.keys() == content(done).keys()
+    for name, record in content(done).items():
+        assert found[name].keys() == record.keys()
+        if name[0] == "score":
+            assert found[name]["value"] == pytest.approx(record["value"], rel=1e-6)
+        else:
+            assert found[name].get("layers") == record.get("layers")
+
+
+@pytest.mark.parametrize("bad", ["0/3", "4/3", "1", "a/3", "1/0", "1/3/5", "-1/3", ""])
+def test_what_is_no_shard_is_refused(folder, bad, tmp_path):
+    assert read_shard("3/8") == (3, 8)
+    with pytest.raises(ValueError, match=f"shard {bad!r} is not of the form 3/8"):
+        run_experiment(specification(folder), tmp_path / "a.jsonl", shard=bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_specification_is_refused_before_and_after_the_model_is_loaded(
+    done, folder, monkeypatch
+):
+    before = done.path.read_bytes()
+    other = tiny_model("llama", seed=1, vocab_size=len(TOKENIZER))
+    with pytest.raises(ValueError, match="another specification: fingerprint = 'llama-6x16-"):
+        run_experiment(whole(folder), done.path, model=other, tokenizer=TOKENIZER)
+    monkeypatch.setattr(gl.Specification, "load", None)
+    with pytest.raises(ValueError, match=r"specification: limit = 8 there, 7 now; name another"):
+        run_experiment(specification(folder, limit=7), done.path)
+    assert done.path.read_bytes() == before
+    assert [p.name for p in done.path.parent.iterdir()] == ["whole.jsonl"]
+
+
+def test_what_the_model_does_not_have_is_refused_and_nothing_is_left(folder, tmp_path):
+    path = tmp_path / "a.jsonl"
+    for changes in ({"n": LAYERS}, {"layers": f"2-{LAYERS}"}, {"starts": LAYERS}):
+        with pytest.raises(ValueError, match=rf"{LAYERS}"):
+            run_experiment(specification(folder, **changes), path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,211 @@
+"""A specification refuses what cannot be before any model is loaded, and names its windows."""
+
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+import yaml
+from conftest import tiny_tokenizer
+from papermill import inspect_notebook
+
+import ghostlib as gl
+from ghostlib.cli import _described, parser
+from ghostlib.evaluation.tasks import PAPER_TASKS
+from ghostlib.tutorial.stored import stored
+
+TOKENIZER = tiny_tokenizer(bos=True)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"Paragraph {i} of the theory." for i in range(400)))
+    return str(path)
+
+
+def test_a_single_value_serves_for_a_list(text: str) -> None:
+    one = gl.Specification(n=3, operators="ghost", calibration=Path(text), perplexity=text)
+    many = gl.Specification(n=[3], operators=["ghost"], calibration=[text], perplexity=(text,))
+    assert one == many and one.criteria == ("cosine",) and one.calibration == (text,)
+    given = gl.Specification(layers=["17,12-14", (3, 2)])
+    assert given.layers == ((12, 13, 14, 17), (2, 3)) and given.criteria == given.n == ()
+    assert gl.Specification(layers="12-14").layers == ((12, 13, 14),)
+
+
+def test_operators_have_one_spelling() -> None:
+    names = ["ghost sequential", "two-branch", "x, n(x); 1/|y|", "n(x)", "auto", "pruned"]
+    assert gl.Specification(operators=names).operators == tuple(names)
+    with pytest.raises(ValueError, match="operators has 'x, n\\(x\\)' twice"):
+        gl.Specification(operators=["x, n(x)", "x, n(x); 1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./nope"}, r"no such model folder: \./nope"),
+        ({"model": "/nope"}, "no such model folder: /nope"),
+        ({"dtype": "float33"}, "unknown dtype 'float33': use float32, bfloat16"),
+        ({"dtype": "nn"}, "unknown dtype 'nn'"),
+        ({"device_map": "tpu9"}, "device 'tpu9' cannot be used"),
+        ({"criteria": "cosin"}, "unknown criterion 'cosin'; did you mean 'cosine'"),
+        ({"n": 0}, "n = 0: give a whole number of at least 1"),
+        ({"n": -1}, "n = -1: "),
+        ({"n": [7, 2.5]}, "n = 2.5: "),
+        ({"n": True}, "n = True: "),
+        ({"n": ["7"]}, "n = '7': "),
+        ({"n": [2, 2]}, "n has 2 twice"),
+        ({"layers": 12}, "layers = 12: give sets of layers"),
+        ({"layers": [12, 13]}, "layers = 12: give sets of layers"),
+        ({"layers": "a-b"}, "layers 'a-b' are not of the form"),
+        ({"layers": [(1, 1)]}, "named more than once"),
+        ({"layers": [(-1,)]}, "layer = -1"),
+        ({"layers": [()]}, "no layer to remove"),
+        ({"layers": ["1-2", (2, 1)]}, r"layers has \(1, 2\) twice"),
+        ({"layers": "12", "n": 7}, "give criteria and n, or the layers"),
+        ({"layers": "12", "criteria": "cosine"}, "give criteria and n, or the layers"),
+        ({"starts": 7, "n": 7}, "give criteria and n, or the layers"),
+        ({"starts": 0}, "starts = 0: "),
+        ({"operators": "gost"}, "unknown operator 'gost'; did you mean 'ghost'"),
+        ({"operators": "gost sequential"}, "did you mean 'ghost'"),
+        ({"operators": "auto sequential"}, "unknown operator 'auto sequential'"),
+        ({"operators": "pruned sequential"}, "unknown operator 'pruned sequential'"),
+        ({"operators": "dense"}, "unknown operator 'dense'"),
+        ({"operators": "none"}, "unknown operator 'none'"),
+        ({"operators": "x, n(y)"}, "unknown feature 'n\\(y\\)'"),
+        ({"operators": "x; 1/|z|"}, "unknown weight '1/\\|z\\|'"),
+        ({"operators": "low-rank"}, "rank"),
+        ({"operators": "replaceme sequential"}, "replaceme reads more than the stream"),
+        ({"operators": ["ghost", "ghost"]}, "operators has 'ghost' twice"),
+        ({"operators": "auto", "calibration": "wiki", "windows": 1}, "needs at least 2 in all"),
+        ({"calibration": "wikki"}, "unknown corpus 'wikki'; did you mean 'wiki'"),
+        ({"calibration": []}, "at least one calibration corpus"),
+        ({"calibration": ["wiki", "wiki"]}, "calibration has 'wiki' twice"),
+        ({"perplexity": "wikki"}, "unknown corpus 'wikki'"),
+        ({"perplexity": [], "layers": "2"}, "nothing to do"),
+        ({"split": "tests"}, "unknown split 'tests' of corpus wiki"),
+        ({"test_split": "tests"}, "unknown split 'tests' of corpus wiki"),
+        ({"tasks": "wiki-topics"}, "unknown task 'wiki-topics'; near are wiki-topic"),
+        ({"windows": 0}, "windows = 0: "),
+        ({"windows": 2.0}, "windows = 2.0: "),
+        ({"windows": None}, "windows = None: "),
+        ({"windows": float("nan")}, "windows = nan: "),
+        ({"length": 0}, "length = 0: "),
+        ({"selection_windows": 0}, "selection_windows = 0: "),
+        ({"selection_length": 1}, "selection_length = 1: give a whole number of at least 2"),
+        (
+            {"length": 512, "selection_length": 1024},
+            "selection_length = 1024: at most length = 512",
+        ),
+        ({"test_windows": 0}, "test_windows = 0: "),
+        ({"test_length": 1}, "test_length = 1: give a whole number of at least 2"),
+        ({"limit": -1}, "limit = -1: "),
+        ({"batch_size": 0}, "batch_size = 0: "),
+        ({"seed": -1}, "seed = -1: give a whole number of at least 0"),
+        ({"seed": 0.5}, "seed = 0.5: "),
+    ],
+)
+def test_what_cannot_be_is_named_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        gl.Specification(**changes)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such task file: quiz\.jsonl"):
+        gl.Specification(tasks="quiz.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        gl.Specification(calibration="none.txt")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"query": 1}')
+    with pytest.raises(ValueError, match="line 1: no key 'choices'"):
+        gl.Specification(tasks=[bad])
+
+
+def test_windows_are_disjoint_and_ordered(text: str) -> None:
+    plan = gl.Specification(
+        calibration=text, windows=3, length=24, selection_windows=2, selection_length=16,
+        perplexity=text, test_windows=2, test_length=16,
+    )  # fmt: skip
+    calib, searched = plan.draw_calibration(TOKENIZER), plan.draw_selection(TOKENIZER)
+    assert calib.shape == (3, 24) and searched.shape == (2, 16)
+    longer = gl.token_windows(text, TOKENIZER, length=24, count=5)
+    assert torch.equal(longer[:3], calib)
+    assert torch.equal(longer[3:, :16], searched), "of windows behind those of calibration"
+    test = plan.draw_test(TOKENIZER, text)
+    assert test.windows.shape == (2, 16) and (test.corpus, test.split) == ("text.txt", "test")
+    again = gl.Specification(**{**vars(plan), "seed": 1, "test_split": "all"})
+    assert again.draw_test(TOKENIZER, text).split == "all"
+
+
+def test_the_identity_is_what_decides_the_numbers(text: str) -> None:
+    plan = gl.Specification(calibration=text, layers="2", dtype="float32", batch_size=4)
+    known = plan.identity()
+    assert known["calibration"] == ["text.txt"] and not {"layers", "batch_size"} & known.keys()
+    more = gl.Specification(calibration=text, n=5, operators="scalar", perplexity=[])
+    assert more.identity() == known
+    for name, value in {"seed": 1, "limit": 3, "test_length": 16, "split": "all"}.items():
+        assert gl.Specification(**{"calibration": text, name: value}).identity() != known
+
+
+def test_every_field_is_described_once() -> None:
+    names = [name for name, _ in _described()]
+    assert names == [field.name for field in fields(gl.Specification)]
+
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+def documented(name: str) -> list[str]:
+    """The shell commands of a notebook, continued lines joined."""
+    text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [block.replace("\\\n", " ") for block in blocks]
+
+
+def of_command(line: str) -> gl.Specification:
+    options = vars(parser().parse_args(shlex.split(line, comments=True)[1:]))
+    return gl.Specification(**{f.name: options[f.name] for f in fields(gl.Specification)})
+
+
+def test_notebook_09_has_every_field_as_a_parameter_of_papermill():
+    names = {field.name for field in fields(gl.Specification)} - {"layers", "starts"}
+    found = inspect_notebook(str(NOTEBOOKS / "09_full_model_evaluation.ipynb"))
+    assert set(found) == names | {"output"}
+
+
+def test_the_commands_of_notebook_09_are_of_the_papers_settings():
+    by_cli, by_papermill = documented("09_full_model_evaluation")
+    (models,) = re.findall(r"for model in (.*?);", by_cli)
+    assert len(models.split()) == 3 and "for windows in 32 128;" in by_cli
+    (line,) = re.findall(r"ghostlib experiment .*", by_cli)
+    line = line.replace("$(basename $model)", "some")
+    first = of_command(line.replace("$model", models.split()[1]).replace("$windows", "32"))
+    (parameters,) = re.findall(r"-y '(\{.*\})'", by_papermill, re.DOTALL)
+    given = yaml.safe_load(parameters)
+    parameters = inspect_notebook(str(NOTEBOOKS / "09_full_model_evaluation.ipynb"))
+    assert given.keys() <= parameters.keys()
+    second = gl.Specification(**{name: value for name, value in given.items() if name != "output"})
+    assert first == second
+    assert first.tasks == PAPER_TASKS and first.n == (7, 11)
+    assert (first.windows, first.length, first.calibration) == (32, 2048, ("c4",))
+    assert (first.test_windows, first.perplexity) == (None, ("wikitext2", "ptb", "c4"))
+
+
+def test_the_commands_of_notebooks_11_and_13_are_of_the_stored_results():
+    grid, beyond = documented("13_the_whole_grid")
+    (ablation,) = documented("11_beyond_linear")
+    commands = [line for line in (*grid.splitlines(), beyond, ablation) if line.strip()]
+    names = ("grid", "starts", "beyond", "ablation")
+    for line, name in zip(commands, names, strict=True):
+        found = of_command(line).identity()
+        record = stored(name).of("specification")[0]
+        # C4 and WikiText-2 were read from files.
+        apart = {"calibration"} if name == "ablation" else set()
+        for field in found.keys() - apart:
+            value = list(found[field]) if isinstance(found[field], tuple) else found[field]
+            assert record[field] == value, (name, field)

@@ -1,0 +1,185 @@
+"""Tables compare models on the same windows and items, and are typed whatever is in them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ghostlib.evaluation.tasks import Score, paired
+from ghostlib.experiments import results as module
+from ghostlib.experiments.results import Results
+from ghostlib.experiments.tables import (
+    choices,
+    mean_interval,
+    relative_text,
+    report,
+    scores,
+    selections,
+    value_text,
+    wide,
+    with_means,
+)
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+    monkeypatch.setattr(module, "environment", lambda: {"versions": {}})
+    made = Results(tmp_path / "a.jsonl")
+    made.begin({"model": "tiny", "seed": 0})
+    return made
+
+
+def perplexity(results: Results, operator: str, on: str, losses: Any, layers: str = "2–3") -> None:
+    names = {"layers": "" if operator == "dense" else layers, "operator": operator, "dataset": on}
+    content = {"value": mean_interval(losses)[0], "losses": losses, "tokens": 100, "bytes": 300}
+    results.append("score", **names, measure="perplexity", **content)
+
+
+def quiz(results: Results, operator: str, parts: dict[str, tuple[list[int], Any]]) -> None:
+    def error(hits: list[int]) -> float:
+        return float(np.std(hits, ddof=1) / len(hits) ** 0.5)
+
+    made = [
+        {
+            "task": task,
+            "acc": float(np.mean(hits)),
+            "acc_se": error(hits),
+            "acc_norm": None if norm is None else float(np.mean(norm)),
+            "acc_norm_se": None if norm is None else error(norm),
+            "correct": hits,
+            "correct_norm": norm,
+            "items": task,
+        }
+        for task, (hits, norm) in parts.items()
+    ]
+    names = {"layers": "" if operator == "dense" else "2–3", "operator": operator}
+    on = ", ".join(parts)
+    results.append("score", **names, measure="accuracy", dataset=on, value=0.5, scores=made)
+
+
+def test_ratios_are_paired_by_window(results: Results) -> None:
+    """Windows differ by far more than models do; the interval must not see that."""
+    hard = np.linspace(0, 3, 9)
+    noise = 0.01 * np.array([1, -1, 2, -2, 0, 1, -1, 2, -2])
+    perplexity(results, "dense", "text", hard)
+    perplexity(results, "ghost", "text", hard + 0.5 + noise)
+    row = scores(results).query("operator == 'ghost'").iloc[0]
+    half = 2.306 * noise.std(ddof=1) / 3  # Student's t with 8 degrees of freedom
+    assert row.relative == pytest.approx(math.exp(0.5))
+    assert (row.relative_low, row.relative_high) == pytest.approx(
+        (math.exp(0.5 - half), math.exp(0.5 + half)), rel=1e-4
+    )
+    assert row.dense == pytest.approx(math.exp(1.5)) and (row.n, row.layers) == (2, "2–3")
+    assert row.bits_per_byte == pytest.approx(2.0 / math.log(2) * 100 / 300)
+    assert value_text(row) == f"{math.exp(2):.2f} (0.962)"
+    assert relative_text(row) == "1.65 [1.63, 1.67]"
+
+
+def test_one_window_has_no_interval(results: Results) -> None:
+    perplexity(results, "dense", "text", [2.0])
+    perplexity(results, "ghost", "text", [2.0])
+    row = scores(results).iloc[1]
+    assert row.relative == 1 and math.isnan(row.relative_low) and relative_text(row) == "1"
+    assert "7.39" in report(results) and "nan" not in report(results).lower()
+
+
+def test_without_the_dense_model_nothing_is_compared(results: Results) -> None:
+    perplexity(results, "ghost", "text", [1.0, 2.0])
+    row = scores(results).iloc[0]
+    assert math.isnan(row.relative) and math.isnan(row.dense)
+    assert "÷" not in report(results) and "4.48" in report(results)
+
+
+def test_the_interval_of_a_mean_loss_is_students() -> None:
+    middle, low, high = mean_interval([1.0, 2.0, 4.0])
+    half = 4.302653 * math.sqrt(7 / 3) / math.sqrt(3)
+    expected = [math.exp(7 / 3 + shift) for shift in (0, -half, half)]
+    assert [middle, low, high] == pytest.approx(expected, rel=1e-6)
+    assert mean_interval([800.0, 801.0])[0] == math.inf
+    assert mean_interval([1.0, 2.0, 4.0], confidence=0.5)[1] > low
+
+
+def test_means_over_tasks_and_their_errors(results: Results) -> None:
+    rng = np.random.default_rng(0)
+    hits = {name: rng.integers(0, 2, (2, 40)).tolist() for name in ("dense", "ghost", "norm")}
+    for name in ("dense", "ghost"):
+        for i, task in enumerate("ab"):
+            norm = hits["norm"][i] if task == "b" else None
+            quiz(results, name, {task: (hits[name][i], norm)})
+    rows = with_means(scores(results)).set_index(["operator", "dataset"])
+    own, mean = rows.loc["ghost"], rows.loc[("ghost", "mean")]
+    assert mean["value"] == pytest.approx(np.mean(hits["ghost"]))
+    halves = (own["high"] - own["low"])[["a", "b"]] / 2
+    assert mean["high"] - mean["low"] == pytest.approx(math.hypot(*halves))
+    assert halves["a"] == pytest.approx(1.96 * own.loc["a", "evidence"].acc_se, rel=1e-3)
+    assert mean["size"] == 80
+    pair = [
+        paired(own.loc[task, "evidence"], rows.loc[("dense", task), "evidence"]) for task in "ab"
+    ]
+    assert mean["relative"] == pytest.approx(np.mean([p.difference for p in pair]))
+    half = math.hypot(*(p.high - p.low for p in pair)) / 4
+    assert mean["relative_high"] - mean["relative_low"] == pytest.approx(2 * half)
+    assert mean["relative_low"] < mean["relative"] < mean["relative_high"]
+    normed = scores(results, normed=True).set_index(["operator", "dataset"])
+    assert normed.loc[("ghost", "a"), "value"] == own.loc["a", "value"]
+    assert normed.loc[("ghost", "b"), "value"] == pytest.approx(np.mean(hits["norm"][1]))
+    assert "mean" in report(results) and "nan" not in report(results).lower()
+
+
+def test_a_model_that_is_not_scored_everywhere_has_no_mean(results: Results) -> None:
+    for on in ("one", "two"):
+        perplexity(results, "dense", on, [1.0, 2.0])
+    perplexity(results, "ghost", "one", [1.5, 2.5])
+    rows = with_means(scores(results)).set_index(["operator", "dataset"]).value
+    assert ("dense", "mean") in rows and ("ghost", "mean") not in rows
+    assert rows["dense", "mean"] == pytest.approx(math.exp(1.5))
+    assert "nan" not in report(results).lower()
+
+
+def test_a_group_of_tasks_has_a_row_for_each_member(results: Results) -> None:
+    quiz(results, "dense", {"a": ([0, 1, 1, 1], None), "b": ([0, 0, 1, 1], None)})
+    rows = scores(results)
+    assert rows.dataset.tolist() == ["a", "b"] and rows.value.tolist() == [0.75, 0.5]
+    assert isinstance(rows.evidence[0], Score) and rows["size"].tolist() == [4, 4]
+
+
+def test_wide_tables_name_what_differs(results: Results) -> None:
+    for on in ("one", "two"):
+        perplexity(results, "dense", on, [1.0, 2.0])
+        for layers in ("2–3", "4–5", "4"):
+            perplexity(results, "ghost", on, [1.5, 2.5], layers)
+    shown = wide(scores(results).query("layers != '4–5'"), value_text)
+    assert list(shown.columns) == ["one", "two"]
+    assert shown.index.tolist() == [(0, "dense"), (1, "ghost"), (2, "ghost")]
+    shown = wide(with_means(scores(results)), value_text)
+    assert list(shown.columns) == ["one", "two", "mean"]
+    assert ("4–5", 2, "ghost") in shown.index
+    for criterion, layers in {"cosine": "2–3", "residual": "4–5", "angular": "2–3"}.items():
+        results.append("selection", criterion=criterion, n=2, layers=layers)
+    rows = selections(results).merge(scores(results))
+    assert len(rows) == 6 and set(rows.criterion) == {"cosine", "residual", "angular"}
+    assert ("angular", 2, "ghost") in wide(rows, value_text).index
+    text = report(results)
+    assert "ghost, n = 2, cosine" in text and "cosine, n = 2: 2–3" in text
+
+
+def test_what_was_chosen_and_left_out_is_told(results: Results) -> None:
+    losses = {"pruned": 2.0, "ghost": 1.5}
+    results.append("choice", layers="2–3", operator="ghost", losses=losses, tokens=48)
+    names = {"layers": "0–1", "operator": "replaceme", "dataset": ""}
+    results.append("skipped", **names, reason="layer 0 is removed")
+    row = choices(results).iloc[0]
+    assert (row.layers, row.n, row.operator, row.losses) == ("2–3", 2, "ghost", losses)
+    assert report(results) == "auto without 2–3: ghost\nleft out: layer 0 is removed"
+
+
+def test_empty_tables_have_their_columns(results: Results) -> None:
+    assert report(results) == ""
+    for table in (scores, selections, choices):
+        empty = table(results)
+        assert not len(empty) and {"model", "seed", "layers", "n"} <= set(empty.columns)
+        assert pd.api.types.is_integer_dtype(empty["n"])
+    assert pd.api.types.is_float_dtype(scores(results)["value"])

@@ -1,0 +1,198 @@
+"""Repaired models decode alike in every way, and the checks that say so notice what is wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS, tiny_model, tiny_windows
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import ghostlib as gl
+from ghostlib.models.architectures import receiver
+from ghostlib.surgery import previous
+from ghostlib.surgery.ghosted import LinearBoundary
+from ghostlib.surgery.testing import CHECKS, check_repaired_model
+
+SEVERAL = [0, 2, 3, LAYERS - 1]  # behind the embeddings, between layers, before the final norm
+LOOKING_BACK = "three-branch-relative"
+STREAM = {"ghost": {}, "affine": {}, "low-rank": {"rank": 4}, "two-branch-relative": {}}
+GPU = torch.cuda.is_available()
+
+# What no cache can give back: a token before the last one.
+REFUSED = {
+    "assisted by another model": "cannot go back|cache that can be cropped",
+    "assisting another model": "keeps one token and cannot go back",
+    "prompt lookup": "cannot go back|cache that can be cropped",
+}
+QUICK = [name for name in CHECKS if name != "compiled"]
+
+
+def repaired(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
+    return gl.recover(model, tiny_windows(6, 40), SEVERAL, name, relative_ridge=1e-3, **options)
+
+
+def slides(model: PreTrainedModel) -> bool:
+    return "sliding_attention" in (getattr(model.config, "layer_types", None) or []) or bool(
+        getattr(model.config, "sliding_window", None)
+    )
+
+
+def refused(found: dict[str, str], model: PreTrainedModel) -> dict[str, str]:
+    """The refusals that remain beside those of transformers itself."""
+    assert "no GPU" not in found
+    left = {name: answer for name, answer in found.items() if answer != "right"}
+    if not GPU:
+        assert "from CUDA alone" in left.pop("offloaded cache")
+    if slides(model):
+        left.pop("quantised cache", None)
+    return left
+
+
+def test_a_repair_with_the_token_before_is_right_or_refused(any_tiny: PreTrainedModel) -> None:
+    if any_tiny.config.model_type == "olmo2":
+        pytest.skip("reads its stream without a norm: see test_several_features.py")
+    model = repaired(any_tiny, LOOKING_BACK)
+    left = refused(check_repaired_model(model, any_tiny, checks=QUICK), model)
+    assert left.keys() == REFUSED.keys()
+    for name, answer in left.items():
+        assert any(part in answer for part in REFUSED[name].split("|")), answer
+
+
+def test_a_repair_of_the_stream_is_right(any_tiny: PreTrainedModel) -> None:
+    model = repaired(any_tiny, "ghost")
+    assert not refused(check_repaired_model(model, any_tiny, checks=QUICK), model)
+
+
+@pytest.mark.parametrize("name", STREAM)
+def test_every_kind_of_module_is_right(name: str) -> None:
+    dense = tiny_model("llama")
+    model = repaired(dense, name, **STREAM[name])
+    assert not refused(check_repaired_model(model, dense, checks=QUICK), model)
+
+
+def test_a_module_and_a_fold_together_are_right() -> None:
+    dense = tiny_model("llama")
+    model = gl.recover(dense, tiny_windows(12, 40), [2, 3, 5], "ghost-refit", relative_ridge=1e-3)
+    assert not refused(check_repaired_model(model, dense, checks=QUICK), model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ghost", LOOKING_BACK])
+def test_a_compiled_model_is_right(name: str) -> None:
+    model = repaired(tiny_model("llama"), name)
+    assert check_repaired_model(model, checks=["compiled"]) == {"compiled": "right"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no GPU")
+@pytest.mark.parametrize("name", ["ghost", LOOKING_BACK])
+def test_a_gpu_is_right_too(name: str) -> None:
+    dense = tiny_model("llama").to("cuda")
+    found = check_repaired_model(repaired(dense, name), dense, checks=QUICK)
+    assert found["offloaded cache"] == found["static cache"] == "right"
+
+
+# --- the checks notice ------------------------------------------------------------------------
+
+NOTICED_FORGETTING = [
+    "dynamic cache",
+    "static cache",
+    "quantised cache",
+    "whatever the pieces",
+    "a cache taken up again",
+    "sequences in turn",
+    "beams",
+    "chunked prefill",
+    "left padding",
+    "embeddings for ids",
+    "deep copy",
+    "pickle",
+    "saved and loaded",
+]
+
+
+@pytest.mark.parametrize("name", NOTICED_FORGETTING)
+def test_a_forgotten_token_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = repaired(tiny_model("llama"), LOOKING_BACK)
+    recall = previous._recall
+    monkeypatch.setattr(previous, "_recall", lambda cache, places: (recall(cache, places)[0], {}))
+    with pytest.raises(AssertionError, match=f"{name}: (logits are|other tokens)"):
+        check_repaired_model(model, checks=[name])
+
+
+def test_a_lost_beam_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = repaired(tiny_model("llama"), LOOKING_BACK)
+    monkeypatch.setattr(previous.RememberingCache, "_keep", lambda self, change: None)
+    with pytest.raises(AssertionError, match="beams: other tokens"):
+        check_repaired_model(model, checks=["beams"])
+
+
+def test_padding_that_counts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = repaired(tiny_model("llama"), LOOKING_BACK)
+    shifted = previous.previous
+    monkeypatch.setattr(previous, "previous", lambda x, real, before: shifted(x, None, before))
+    with pytest.raises(AssertionError, match="left padding: other tokens"):
+        check_repaired_model(model, checks=["left padding"])
+
+
+def test_a_pass_that_does_not_come_along_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = repaired(tiny_model("llama"), LOOKING_BACK)
+    monkeypatch.setattr("ghostlib.surgery.ghosted.current_pass", lambda: None)
+    with pytest.raises(RuntimeError, match="call the language model itself"):
+        check_repaired_model(model, checks=["gradient checkpointing"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dynamic cache", "assisted by another model", "assisting another model", "prompt lookup"],
+)
+def test_a_module_that_differs_token_by_token_is_noticed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tiny_model("llama")
+    model, forward = repaired(dense, "ghost"), LinearBoundary.forward
+
+    def by_length(self: LinearBoundary, x: Tensor) -> Tensor:
+        return forward(self, x) if x.shape[1] > 8 else x
+
+    monkeypatch.setattr(LinearBoundary, "forward", by_length)
+    if name == "assisting another model":  # which may propose what it likes
+        assert check_repaired_model(model, dense, checks=[name]) == {name: "right"}
+        return
+    with pytest.raises(AssertionError, match=f"{name}: logits are off"):
+        check_repaired_model(model, dense, checks=[name])
+
+
+def test_threads_that_share_a_state_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the pass were kept with the model and not with the thread."""
+    model = repaired(tiny_model("llama"), LOOKING_BACK)
+
+    class Shared:
+        def __init__(self) -> None:
+            self.value: Any = None
+
+        def get(self) -> Any:
+            return self.value
+
+        def set(self, value: Any) -> Any:
+            before, self.value = self.value, value
+            return before
+
+        reset = set
+
+    monkeypatch.setattr(previous, "_PASS", Shared())
+    with pytest.raises((AssertionError, RuntimeError, KeyError)):
+        for _ in range(20):
+            check_repaired_model(model, checks=["threads"])
+
+
+def test_the_model_stays_as_it_is() -> None:
+    model = repaired(tiny_model("llama"), LOOKING_BACK).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    check_repaired_model(model, checks=QUICK)
+    assert model.training and receiver(model, 0).boundary.training
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="unknown check 'statics cache'; did you mean 'static"):
+        check_repaired_model(model, checks=["statics cache"])

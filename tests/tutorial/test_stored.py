@@ -1,0 +1,67 @@
+"""The stored results are whole, of what they say, and still the numbers that were computed."""
+
+import math
+
+import numpy as np
+import pytest
+
+import ghostlib as gl
+from ghostlib.experiments.tables import choices, scores, selections
+from ghostlib.models.boundaries import spell
+from ghostlib.recovery.recipe import SHORTLIST
+from ghostlib.tutorial.stored import stored
+
+OPERATORS = ("pruned", "magnitude", "linearpatch-d", "linearpatch-r", "replaceme", "ghost")
+BLOCKS = {spell(range(start, start + 7)) for start in range(24)}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "operator", "dataset", "seed", "first", "last"),
+    [
+        ("grid", "", "dense", "wiki", 0, 2.519789861511246, 2.581635048594236),
+        ("starts", "0–6", "pruned", "pydoc", 0, 11.048274269405814, 10.033002948568713),
+        ("beyond", "0–6", "auto", "wiki", 0, 4.567034702278302, 3.98784821068655),
+        ("ablation", "12–18", "x; 1/|y|", "wiki", 2, 3.064734290201408, 3.2769249782593466),
+    ],
+)
+def test_a_few_numbers(name, layers, operator, dataset, seed, first, last):
+    rows = scores(stored(name)).set_index(["layers", "operator", "dataset", "seed"])
+    row = rows.loc[(layers, operator, dataset, seed)]
+    assert (row.evidence[0], row.evidence[-1]) == (first, last)
+    assert row.value == pytest.approx(math.exp(np.mean(row.evidence)))
+
+
+def test_the_grid_is_whole():
+    """Every criterion, depth and operator but the recipe, which has a file of its own."""
+    rows = selections(stored("grid")).merge(scores(stored("grid")))
+    whole = rows.set_index(["criterion", "n", "operator", "dataset"]).value
+    for criterion in gl.CRITERIA:
+        for n in (3, 5, 7, 9, 11):
+            for operator in (*OPERATORS, "ghost sequential"):
+                for corpus in ("wiki", "pydoc"):
+                    assert math.isfinite(whole[criterion, n, operator, corpus])
+    assert len(whole) == len(gl.CRITERIA) * 5 * 7 * 2
+    assert rows.groupby("dataset").dense.nunique().tolist() == [1, 1]
+
+
+def test_every_block_and_the_recipe():
+    starts, beyond = scores(stored("starts")), scores(stored("beyond"))
+    for rows, operators in ((starts, ("pruned", "ghost")), (beyond, ("pruned", "ghost", "auto"))):
+        for operator in operators:
+            assert set(rows[rows.operator == operator].layers) >= BLOCKS
+    assert set(choices(stored("beyond")).layers) >= BLOCKS
+    found = selections(stored("beyond")).merge(beyond).set_index(["criterion", "n", "operator"])
+    for criterion in SHORTLIST:
+        for n in (3, 5, 7, 9, 11):
+            assert set(found.loc[(criterion, n, "auto")].dataset) >= {"wiki", "pydoc"}
+
+
+def test_they_are_of_a_specification_that_can_be_run(embedded):
+    identity = gl.Specification(windows=8, test_windows=3, test_length=1024).identity(embedded[0])
+    for name in ("grid", "starts"):
+        (record,) = stored(name).of("specification")
+        assert {k: v for k, v in record.items() if k not in ("kind", "id")} == {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in identity.items()
+        }
+    assert {record["seed"] for record in stored("ablation").of("specification")} == {0, 1, 2}
