@@ -37,7 +37,10 @@ _EXAMPLES = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as for any other bad input."""
+    """One line for a mistake, as for any other bad input; no option is guessed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")

@@ -118,6 +118,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("--dtype float33", "unknown dtype 'float33': use float32"),
         ("--dtype nn", "unknown dtype 'nn'"),
         ("--device nowhere", "device 'nowhere' cannot be used"),
+        ("--oper ghost", "unrecognized arguments: --oper ghost; see ghostlib"),
         ("--operater ghost", "unrecognized arguments: --operater ghost; see ghostlib"),
     ],
 )
@@ -154,6 +155,16 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
     ):
         assert main(command) == 2
         assert "no such model folder: ./nope" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["recover", "experiment"])
+def test_a_hub_that_is_not_there_is_named_at_once(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("ghostlib.models.loading.ENDPOINT", "http://127.0.0.1:9")
+    out = str(tmp_path / "out")
+    model = ["no-such-org/no-such-model", out]
+    assert main([command, *(model if command == "recover" else [out, "--model", model[0]])]) == 2
+    assert "the Hugging Face hub cannot be reached" in one_line(capsys)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -223,9 +223,10 @@ def _have(there: bool) -> str:
     return "there" if there else "not there"
 
 
-# Set while a model runs or is trained, by device placement, or different in every object.
+# Set while a model runs or is trained, by device placement, or different in every object; and which
+# masks are made, of which the layers take theirs.
 _PASSING = re.compile(
-    r"_.*|training|gradient_checkpointing|max_seq_len_cached|all_tied_weights_keys|hf_device_map|name_or_path|warnings_issued|vocab_size"
+    r"_.*|training|gradient_checkpointing|max_seq_len_cached|all_tied_weights_keys|has_sliding_layers|hf_device_map|name_or_path|warnings_issued|vocab_size"
 )
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_session, try_to_load_from_cache
+from huggingface_hub.constants import CONFIG_NAME, ENDPOINT
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -50,6 +52,23 @@ def check_source(
             raise ValueError(f"device {device!r} cannot be used ({reason}): name another") from None
 
 
+def _check_reachable(name: str) -> None:
+    """Refuse a hub id that is not in the cache where there is no hub, without a minute of retries.
+
+    Raises:
+        ConnectionError: the hub cannot be reached.
+    """
+    if name == EMBEDDED or Path(name).is_dir() or try_to_load_from_cache(name, CONFIG_NAME):
+        return
+    try:
+        get_session().head(ENDPOINT, timeout=10)
+    except Exception as error:  # of another library in each release of huggingface_hub
+        raise ConnectionError(
+            f"model {name!r} is neither a local folder nor in the cache, and the Hugging Face hub "
+            f"cannot be reached ({error}): check the name or the network"
+        ) from error
+
+
 def load_model(
     name: str | Path = EMBEDDED,
     *,
@@ -71,9 +90,11 @@ def load_model(
         ValueError: the architecture is not supported (the message lists those that are), a dtype
             that no weights have, or a device that is not there.
         OSError: nothing was found under that name.
+        ConnectionError: a hub id that is not in the cache, and no hub.
         FileNotFoundError: a path, and there is no such folder.
     """
     check_source(name, dtype, device or options.get("device_map"))
+    _check_reachable(str(name))
     if not shown():
         disable_progress_bar()
     folder = embedded_model_dir() if str(name) == EMBEDDED else name

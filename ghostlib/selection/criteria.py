@@ -119,7 +119,8 @@ def select_layers(
 
     Raises:
         ValueError: unknown criterion, ``n`` out of range, a calibration without the statistics the
-            criterion needs, or a score that is not a number.
+            criterion needs, windows that do not fit the model, a score that is not a number, or no
+            ``n`` layers that this model can do without.
     """
     rule, total = CRITERIA[criterion], num_layers(model)
     contiguous(n, total)  # checks n
@@ -221,7 +222,7 @@ def _search(
 ) -> tuple[Layers, dict[Layers, float]]:
     scores: dict[Layers, float] = {}
 
-    def ranked(candidates: list[Layers]) -> list[Layers]:
+    def score(candidates: list[Layers]) -> None:
         for layers in candidates:
             if layers not in scores:
                 # What cannot be removed is left out; what it would have scored is not asked.
@@ -232,12 +233,16 @@ def _search(
                         f"criterion {criterion!r} scores NaN without layers {layers}: try a wider "
                         "dtype (bfloat16 or float32), or other windows"
                     )
-        if all(scores[layers] == math.inf for layers in candidates):
+
+    def ranked(candidates: list[Layers]) -> list[Layers]:
+        score(candidates)
+        possible = [layers for layers in candidates if scores[layers] < math.inf]
+        if not possible:
             raise ValueError(
                 f"criterion {criterion!r} finds nothing that can be removed: "
                 f"{refusal(evidence.model, candidates[0]) or 'no candidate has a finite score'}"
             )
-        return sorted(candidates, key=lambda layers: (scores[layers], layers))
+        return sorted(possible, key=lambda layers: (scores[layers], layers))
 
     if rule.search == "block":
         return ranked([tuple(b.removed) for b in contiguous(n, total)])[0], scores
@@ -256,9 +261,9 @@ def _search(
         children: set[Layers] = set()
         for parent in parents:
             evidence.grow_from(parent)
-            mine = [
-                tuple(sorted({*parent, layer})) for layer in range(total) if layer not in parent
-            ]
-            children.update(ranked(mine))
+            others = (layer for layer in range(total) if layer not in parent)
+            grown = [tuple(sorted((*parent, layer))) for layer in others]
+            score(grown)
+            children.update(grown)
         parents = ranked(list(children))[:beam]
     return parents[0], scores

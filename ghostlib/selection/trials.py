@@ -33,13 +33,15 @@ class Trials:
         batch_size: windows per forward pass.
 
     Raises:
-        ValueError: windows that do not fit the model, or of one token.
+        ValueError: windows that do not fit the model, or of one token; a batch size below 1.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> None:
         check_windows(model, windows)
         if windows.shape[1] < 2:
             raise ValueError("windows of one token predict nothing: use a length of at least 2")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model = model
         self.batches = windows.split(batch_size)
         self.total = num_layers(model)
@@ -86,7 +88,8 @@ class Trials:
                     hidden = final_hidden(part, ids)
             else:
                 hidden = final_hidden(variant, ids)
-            losses.append(token_losses(part, hidden, ids).mean(1))
+            # The head is that of every variant, and what it does to logits is found once a model.
+            losses.append(token_losses(self.model, hidden, ids).mean(1))
         return torch.cat(losses)
 
     def loss(

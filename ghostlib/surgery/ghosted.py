@@ -277,9 +277,7 @@ class GhostedMixin:
             ("unexpected_keys", "has weights that its config.json does not name"),
         ):
             if lost := sorted(info[kind]):
-                raise ValueError(
-                    f"the saved model {complaint}, such as {lost[0]}: save it again"
-                )
+                raise ValueError(f"the saved model {complaint}, such as {lost[0]}: save it again")
         return (model, info) if wants_info else model
 
 

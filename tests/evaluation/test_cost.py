@@ -205,10 +205,10 @@ def delayed():
 
 def test_prefill_and_decoding_take_what_their_passes_take(delayed):
     model, delays, passes = delayed
-    delays += [0.2, 0.1, 0.1]
+    delays += [0.6, 0.2, 0.2]
     found = gl.latency({"a": model}, 7, 2, batch_size=3, warmup=0, repeats=1)["a"]
-    assert 0.2 < found.prefill.median < 0.29
-    assert 0.1 < found.decode.median < 0.19
+    assert 0.6 < found.prefill.median < 1.0
+    assert 0.2 < found.decode.median < 0.39
     assert passes == [(3, 7), (3, 1), (3, 1)]
 
 
@@ -225,7 +225,7 @@ def test_a_machine_that_slows_down_slows_all_models_alike(delayed):
     model, delays, _ = delayed
     delays += [0.01 * (step + 1) for step in range(20)]
     found = gl.latency({"a": model, "b": model}, 4, 1, warmup=0, repeats=5)
-    assert found["b"].prefill.median / found["a"].prefill.median < 1.5  # one after the other: 3
+    assert found["b"].prefill.median / found["a"].prefill.median < 2  # one after the other: 3
 
 
 def test_models_in_training_mode_are_timed_without_dropout_and_given_back():

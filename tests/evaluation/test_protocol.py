@@ -148,7 +148,9 @@ def test_published_corpora_have_their_splits_and_counts(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
-    found = [corpus_perplexity(model, tokenizer, name, length=8) for name in PUBLISHED]
+    found = [
+        corpus_perplexity(model, tokenizer, name, length=8, batch_size=256) for name in PUBLISHED
+    ]
     assert asked == ["test", "validation", "validation"] == [f.split for f in found]
     assert found[2].windows == 256 < found[0].windows
     few = corpus_perplexity(model, tokenizer, "c4", split="test", length=8, count=2)

@@ -88,7 +88,7 @@ REGULARISED = [name for name, family in FAMILIES.items() if "relative_ridge" in 
 REGRESSORS = ["x, n(x), n(prev)", "n(x); 1/|y|^2", "n(prev), x; 1/|y|^0.5"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     SEEDS,
     st.sampled_from([*REGULARISED, *REGRESSORS]),

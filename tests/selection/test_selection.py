@@ -255,6 +255,51 @@ def test_a_score_that_is_not_a_number_is_refused(monkeypatch, search):
         gl.select_layers(tiny_model("llama"), tiny_windows(), 1, "broken")
 
 
+def by_its_number(**changes):
+    """A model whose attention scales by the number of its layer, so that none can move up."""
+    return tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True, **changes)
+
+
+@pytest.mark.parametrize("beam", [1, 3, LAYERS])
+@pytest.mark.parametrize("criterion", ["perplexity", "greedy-recovered"])
+def test_a_beam_passes_by_what_cannot_be_removed(criterion, beam):
+    selection = gl.select_layers(by_its_number(), tiny_windows(), 3, criterion, beam=beam)
+    assert selection == (3, 4, 5)
+    assert selection.scores[(0,)] == math.inf > selection.scores[(5,)]
+
+
+@pytest.mark.parametrize("beam", [1, LAYERS])
+def test_a_repair_before_the_gap_never_chooses_the_first_layer(beam):
+    model, ids = tiny_model("llama"), tiny_windows()
+    how = {"operator": "replaceme", "beam": beam}
+    selection = gl.select_layers(model, ids, LAYERS - 1, "greedy-recovered", **how)
+    assert selection == (1, 2, 3, 4, 5)
+    assert selection.scores[(0,)] == math.inf
+    block = gl.select_layers(model, ids, LAYERS - 1, "residual", operator="replaceme")
+    assert block == (1, 2, 3, 4, 5) and block.scores[(0, 1, 2, 3, 4)] == math.inf
+
+
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_layers_that_cannot_go_are_named(criterion, monkeypatch):
+    model, ids = tiny_model("llama"), tiny_windows()
+    monkeypatch.setattr("ghostlib.selection.criteria.refusal", lambda model, layers: "they hold it")
+    with pytest.raises(ValueError, match=f"'{criterion}' finds nothing .* removed: they hold it"):
+        gl.select_layers(model, ids, 2, criterion)
+
+
+def test_layers_that_cannot_go_together_are_named():
+    with pytest.raises(
+        ValueError, match="'block-influence' finds no 5 layers that can go together"
+    ):
+        gl.select_layers(by_its_number(), tiny_windows(), 5, "block-influence")
+
+
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_windows_of_another_vocabulary_are_refused(criterion):
+    with pytest.raises(ValueError, match="do not fit a vocabulary of 97"):
+        gl.select_layers(tiny_model("llama"), tiny_windows() + 97, 2, criterion)
+
+
 def test_unknown_criterion_and_bad_beam_are_named():
     model, ids = tiny_model("llama"), tiny_windows()
     with pytest.raises(ValueError, match="unknown criterion 'cosin'; did you mean 'cosine'"):

@@ -82,6 +82,7 @@ def test_a_turned_mlp_counts_like_replaceme():
 def test_layers_before_the_first_change_do_not_run_again():
     model, ids = tiny_model("llama"), tiny_windows(2, 12)
     trials = Trials(model, ids)
+    trials.losses((3,))  # which finds out what the head does
     ran = []
     for index, layer in enumerate(decoder_layers(model)):
         # Variants share the model's parameters but not its modules: hooks are copied with them.
@@ -106,3 +107,7 @@ def test_loss_is_the_mean_and_the_model_stays():
         assert torch.equal(model(ids).logits, before)
     with pytest.raises(ValueError, match="predict nothing"):
         Trials(model, ids[:, :1])
+    with pytest.raises(ValueError, match="do not fit a vocabulary of 97"):
+        Trials(model, ids + 97)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        Trials(model, ids, batch_size=0)

@@ -7,7 +7,13 @@ import pytest
 import torch
 from conftest import LAYERS, VOCABULARY, tiny_model, tiny_windows
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
 
 import ghostlib as gl
 from ghostlib.surgery.previous import RememberingCache
@@ -19,13 +25,6 @@ NAME = "three-branch-relative"
 def repaired(kind: str = "llama") -> PreTrainedModel:
     model = tiny_model(kind)
     return gl.recover(model, tiny_windows(6, 40), SEVERAL, NAME, relative_ridge=1e-3)
-
-
-@pytest.fixture
-def model(any_tiny: PreTrainedModel) -> PreTrainedModel:
-    if any_tiny.config.model_type == "olmo2":
-        pytest.skip("reads its stream without a norm: see test_branches.py")
-    return gl.recover(any_tiny, tiny_windows(6, 40), SEVERAL, NAME, relative_ridge=1e-3)
 
 
 def into(cache: DynamicCache) -> dict[str, DynamicCache]:
@@ -63,24 +62,8 @@ def token_by_token(model: PreTrainedModel, ids: Tensor, cuts: list[int]) -> Tens
     return torch.cat(parts, 1)
 
 
-def test_the_cache_changes_nothing(model: PreTrainedModel) -> None:
-    ids = tiny_windows(3, 8)
-    cached = continued(model, ids, max_new_tokens=30, use_cache=True)
-    assert torch.equal(cached, continued(model, ids, max_new_tokens=30, use_cache=False))
-    for row, expected in zip(ids, cached, strict=True):
-        assert torch.equal(continued(model, row[None], max_new_tokens=30)[0], expected)
-
-
-def test_whatever_the_pieces_the_logits_are_those_of_one_pass(model: PreTrainedModel) -> None:
-    ids = tiny_windows(2, 16)
-    with torch.no_grad():
-        whole = model(ids).logits
-    for cuts in ([5], [1, 2, 3, 9], list(range(1, 16))):
-        torch.testing.assert_close(token_by_token(model, ids, cuts), whole, rtol=1e-3, atol=1e-3)
-
-
 def test_the_token_before_matters() -> None:
-    """Without its memory a boundary would go wrong: the tests above can fail."""
+    """Without its memory a boundary goes wrong."""
     model, ids = repaired(), tiny_windows(1, 6)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -92,15 +75,6 @@ def test_the_token_before_matters() -> None:
     assert (right - wrong).abs().max() > 0.1
 
 
-def test_a_padded_batch_is_continued_as_one_by_one(model: PreTrainedModel) -> None:
-    ids, mask = padded(prompts())
-    for use_cache in (True, False):
-        together = continued(model, ids, attention_mask=mask, use_cache=use_cache)
-        for row, prompt in zip(together, prompts(), strict=True):
-            alone = continued(model, prompt[None], use_cache=use_cache)
-            assert torch.equal(row[ids.shape[1] :], alone[0, len(prompt) :])
-
-
 def test_what_padding_holds_does_not_matter() -> None:
     model = repaired()
     for side in ("left", "right"):
@@ -109,6 +83,27 @@ def test_what_padding_holds_does_not_matter() -> None:
         with torch.no_grad():
             logits = [model(i, attention_mask=mask).logits[mask.bool()] for i in (ids, other)]
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_mask_as_long_as_a_static_cache_is_read_from_its_beginning() -> None:
+    model = repaired()
+    ids, mask = padded(prompts())
+    whole = model(ids, attention_mask=mask, position_ids=places(mask)).logits
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    longer = torch.nn.functional.pad(mask, (0, 32 - mask.shape[1]))
+    pieces = zip(ids.split([5, 6, 3], 1), places(mask).split([5, 6, 3], 1), strict=True)
+    parts = [
+        model(piece, attention_mask=longer, position_ids=where, **into(cache)).logits
+        for piece, where in pieces
+    ]
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-3, atol=1e-3)
+
+
+def places(mask: Tensor) -> Tensor:
+    """Positions of tokens, padding left out."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def test_right_padding_is_skipped_by_the_next_token() -> None:
@@ -216,6 +211,9 @@ def test_what_cannot_be_exact_is_refused() -> None:
         gl.prune(tiny_model("llama"), SEVERAL)(ids, **into(foreign))
     with pytest.raises(ValueError, match="filled by another model; begin with an empty one"):
         model(ids[:, :1], **into(foreign))
+    with pytest.raises(ValueError, match="must cover the 9 tokens of cache and input, got 1"):
+        mask = torch.ones(2, 1)
+        model(ids[:, :1], **into(cache), attention_mask=mask)
     with pytest.raises(ValueError, match=r"attention_mask \(batch, tokens\), got \(2, 1, 8, 8\)"):
         model(ids, attention_mask=torch.ones(2, 1, 8, 8))
     with pytest.raises(ValueError, match="mean packed sequences"):

@@ -269,7 +269,11 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "fewer layers": (
         lambda c: c.update(num_hidden_layers=c["num_hidden_layers"] - 1),
-        "has weights that its config.json does not name, such as model.layers.2",
+        "model.layers.2, model.norm, each of which must be another module of the model",
+    ),
+    "more layers": (
+        lambda c: c.update(num_hidden_layers=c["num_hidden_layers"] + 1),
+        "lacks weights that its config.json calls for, such as model.layers.3",
     ),
     "unknown feature": (lambda c: c["ghost"][0].update(features=["y"]), "unknown feature 'y'"),
 }
@@ -297,7 +301,7 @@ def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"lacks weights .*, such as {lost}"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
     save_file(tensors, file, metadata={"format": "pt"})
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 

@@ -4,17 +4,22 @@ import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, tiny_model, tiny_windows
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from conftest import LAYERS, tiny_model, tiny_windows
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
 import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers, receiver
-from ghostlib.models.streams import tap
+from ghostlib.models.streams import share, tap
+from ghostlib.surgery.testing import check_repaired_model
 
 LAYERS_TO_REMOVE = {
     "first": [0],
@@ -43,6 +48,7 @@ def check_recovered(dense, recovered, ids, folder) -> None:
     assert torch.equal(
         greedy(recovered, ids[:1, :8], 40, True), greedy(recovered, ids[:1, :8], 40, False)
     )
+    assert isinstance(recovered, type(dense))
     assert recovered.config.num_hidden_layers == len(decoder_layers(recovered))
     for position, layer in enumerate(decoder_layers(recovered)):
         assert {m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} <= {position}
@@ -155,25 +161,6 @@ def test_a_new_process_gives_the_same_logits(tmp_path, embedded, wiki):
     assert outcome.returncode == 0, outcome.stderr
 
 
-def test_a_file_that_lost_its_operator_is_refused(tmp_path):
-    gl.recover(tiny_model("llama"), tiny_windows(), [2, 3]).save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    lost = [name for name in tensors if ".boundary." in name]
-    assert lost
-    save_file({k: v for k, v in tensors.items() if k not in lost}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks weights .* such as model.layers.2.boundary.M"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_an_output_folder_that_holds_something_is_left_alone(tmp_path):
-    (tmp_path / "precious.txt").write_text("keep me")
-    recovered = gl.recover(tiny_model("llama"), tiny_windows(), [2])
-    with pytest.raises(FileExistsError, match="not empty"):
-        recovered.save_pretrained(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
-
-
 def test_pruning_gives_the_stock_class_and_the_dense_layers(any_tiny, tmp_path):
     ids = tiny_windows()
     pruned = gl.prune(any_tiny, [1, 2])
@@ -211,14 +198,6 @@ def test_affine_operators_keep_their_bias(tmp_path):
     assert recovered.config.ghost[0]["bias"] is True
     assert receiver(recovered, 2).boundary.b.abs().max() > 0
     check_recovered(model, recovered, ids, tmp_path / "model")
-
-
-def test_statistics_already_collected_serve_as_well():
-    model, ids = tiny_model("llama"), tiny_windows()
-    stats = gl.calibrate(model, ids, gl.contiguous(2, LAYERS))
-    from_stats = gl.recover(model, stats, [2, 3])
-    from_windows = gl.recover(model, ids, [2, 3])
-    assert torch.equal(receiver(from_stats, 2).boundary.M, receiver(from_windows, 2).boundary.M)
 
 
 def test_recovered_models_can_be_moved_cast_copied_and_pickled():
@@ -268,34 +247,17 @@ def test_a_text_generation_pipeline_takes_a_recovered_model(embedded, wiki):
 
 
 def test_models_placed_by_accelerate_hooks_are_repaired_too():
-    accelerate = pytest.importorskip("accelerate")
     model, ids = tiny_model("llama"), tiny_windows()
     expected = gl.recover(model, ids, [2, 3, LAYERS - 1])
     with torch.no_grad():
         logits = expected(ids).logits
     placed = tiny_model("llama")
     for module in (*decoder_layers(placed), receiver(placed, LAYERS)):
-        hook = accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
-        accelerate.hooks.add_hook_to_module(module, hook)
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
     recovered = gl.recover(placed, ids, [2, 3, LAYERS - 1])
     with torch.no_grad():
         assert torch.equal(recovered(ids).logits, logits)
     assert all(hasattr(layer, "_hf_hook") for layer in decoder_layers(recovered))
-
-
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ([], "no layer to remove"),
-        (range(LAYERS), "leaves no layer"),
-        ([LAYERS], "out of range"),
-        ([-1], "out of range"),
-        ([2, 2], "more than once"),
-    ],
-)
-def test_bad_layers_are_named(layers, message):
-    with pytest.raises(ValueError, match=message):
-        gl.recover(tiny_model("llama"), tiny_windows(), layers)
 
 
 def test_moments_of_something_else_are_refused():
@@ -323,10 +285,110 @@ def test_operators_of_the_wrong_shape_or_name_are_refused():
         gl.recover(model, ids, gap.removed, "gost")
 
 
-def test_a_recovered_model_is_not_operated_on_twice():
+def repair(model, name: str = "ghost") -> gl.Operator:
+    gap = Boundary(2, 4)
+    return gl.solve(gl.calibrate(model, tiny_windows(), [gap])[gap], name, relative_ridge=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "message"),
+    [
+        ([(1, 3), (2, 4)], r"boundaries \(1, 3\) and \(2, 4\) overlap, touch"),
+        ([(3, 4), (1, 3)], r"boundaries \(1, 3\) and \(3, 4\) overlap, touch"),
+        ([(2, 2)], r"boundary \(2, 2\) does not fit a model of 6 layers"),
+        ([(3, 2)], r"boundary \(3, 2\) does not fit"),
+        ([(-1, 2)], r"boundary \(-1, 2\) does not fit"),
+        ([(1, 9)], r"boundary \(1, 9\) does not fit"),
+        ([(0, LAYERS)], "removing 6 of 6 layers leaves no layer"),
+        ([(1.5, 3)], "layers must be integers, such as 12, got 1.5"),
+    ],
+)
+def test_boundaries_that_no_model_is_left_of_are_refused(gaps, message):
+    model = tiny_model("llama")
+    for op in (None, repair(model)):
+        with pytest.raises(ValueError, match=message):
+            gl.install(model, dict.fromkeys(gaps, op))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["M", "bias"])
+def test_operators_that_are_no_numbers_are_refused(part, value):
+    model, gap = tiny_model("llama"), Boundary(2, 4)
+    op = repair(model, "affine")
+    bad = getattr(op, part).clone()
+    bad[3] = value
+    with pytest.raises(ValueError, match=r"boundary \(2, 4\) has NaN or infinite entries: solve"):
+        gl.install(model, {gap: replace(op, **{part: bad})})
+
+
+@pytest.mark.parametrize("name", ["ghost", "replaceme"])
+def test_operators_too_large_for_the_dtype_are_refused(name):
+    model, gap = tiny_model("llama").half(), Boundary(2, 4)
+    regressor = gl.OPERATORS[name].regressor
+    stats = gl.calibrate(tiny_model("llama"), tiny_windows(), [gap], regressors=[regressor])
+    op = gl.solve(stats.of(regressor)[gap], name, relative_ridge=1e-3)
+    large = replace(op, M=op.M * 1e7)
+    with pytest.raises(
+        ValueError, match=r"fit into torch.float16: model\.layers\.[12]\..* infinite"
+    ):
+        gl.install(model, {gap: large})
+    gl.install(tiny_model("llama"), {gap: large})  # float32 has room
+
+
+def test_nothing_removed_is_the_dense_model():
     model, ids = tiny_model("llama"), tiny_windows()
-    recovered = gl.recover(model, ids, [2, 3])
-    with pytest.raises(ValueError, match="recovered before"):
-        gl.prune(recovered, [1])
-    assert isinstance(recovered, LlamaForCausalLM)
-    assert recovered.config.hidden_size == WIDTH
+    same = gl.install(model, {})
+    assert type(same) is type(model) and same is not model
+    with torch.no_grad():
+        assert torch.equal(same(ids).logits, model(ids).logits)
+
+
+# --- the boundaries that look back ------------------------------------------------------------
+
+LOOKING_BACK = (0, 1, 2)  # before both of the layers left, and before the norm
+
+
+def looking_back(placed: bool = False) -> PreTrainedModel:
+    dense, ids = tiny_model("llama"), tiny_windows(6, 40)
+    if placed:
+        for module in (*decoder_layers(dense), receiver(dense, LAYERS)):
+            add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    layers = LAYERS_TO_REMOVE["several"]
+    return gl.recover(dense, ids, layers, "three-branch-relative", relative_ridge=1e-3)
+
+
+def loaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder / "model")
+    return AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
+COPIES: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {
+    "itself": lambda model, folder: model,
+    "a copy": lambda model, folder: copy.deepcopy(model),
+    "a copy that shares": lambda model, folder: share(model),
+    "pickled": lambda model, folder: pickle.loads(pickle.dumps(model)),
+    "loaded": loaded,
+    "loaded twice": lambda model, folder: loaded(loaded(model, folder), folder / "again"),
+    "moved": lambda model, folder: copy.deepcopy(model).double().float().to("cpu"),
+    "placed": lambda model, folder: looking_back(placed=True),
+    "placed, and copied": lambda model, folder: copy.deepcopy(looking_back(placed=True)),
+}
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+def test_every_copy_knows_which_boundaries_look_back(make, tmp_path):
+    model, ids = looking_back(), tiny_windows()
+    other = make(model, tmp_path)
+    assert other.looking_back == model.looking_back == LOOKING_BACK
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)
+    assert set(check_repaired_model(other, checks=["dynamic cache", "beams"]).values()) == {"right"}
+
+
+def test_no_pass_searches_the_modules(monkeypatch):
+    ids = tiny_windows(1, 4)
+    for model in (looking_back(), gl.recover(tiny_model("llama"), tiny_windows(), [2])):
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(torch.nn.Module, "named_modules", None)
+            patch.setattr(torch.nn.Module, "modules", None)
+            assert model(ids, use_cache=True).logits.shape == (1, 4, 97)

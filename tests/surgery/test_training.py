@@ -65,7 +65,10 @@ def test_training_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_is_loaded_in_the_end(tmp_path: Path) -> None:
     how = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    how |= {"metric_for_best_model": "loss", "learning_rate": 3.0}  # which soon makes it worse
+    how |= {
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+    }  # so that it is not the last
     model, trainer = trained(tmp_path, "three-branch", 4, **how)
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")

@@ -1,0 +1,222 @@
+"""Recover does one thing: what it does is recorded, and what it cannot do is refused by name."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS, VOCABULARY, WIDTH, tiny_model, tiny_windows
+from transformers import PreTrainedModel
+
+import ghostlib as gl
+from ghostlib import Boundary
+
+GAPS = [Boundary(1, 3), Boundary(4, 5)]
+REMOVED = [1, 2, 4]
+RIDGE = {"relative_ridge": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(tiny_windows()).logits
+    return found
+
+
+# --- what is recorded -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operator", "reads"),
+    [
+        ("ghost", "x"),
+        ("two-branch-relative", "x, n(x); 1/|y|"),
+        ("replaceme", "f"),
+        ("x, n(prev)", "x, n(prev)"),
+    ],
+)
+def test_the_configuration_says_what_was_done(
+    model: PreTrainedModel, operator: str, reads: str
+) -> None:
+    recovered = gl.recover(model, tiny_windows(), REMOVED, operator, **RIDGE)
+    name = "branches" if "," in operator else operator
+    assert recovered.config.recovery == {
+        "removed": REMOVED,
+        "repairs": [{"boundary": list(gap), "operator": name, "reads": reads} for gap in GAPS],
+    }
+    modules = [] if operator == "replaceme" else [[1, 2], [4]]
+    assert [e["removed"] for e in getattr(recovered.config, "ghost", [])] == modules
+    assert not hasattr(model.config, "recovery")
+
+
+def test_what_was_not_repaired_and_what_was_folded_are_no_modules(model: PreTrainedModel) -> None:
+    ids, gaps = tiny_windows(), [Boundary(1, 2), Boundary(3, 4), Boundary(5, 6)]
+    stats = gl.calibrate(model, ids, gaps, regressors=["f"])
+    ghost = gl.solve(stats[gaps[1]], "ghost", **RIDGE)
+    folded = gl.solve(stats.of("f")[gaps[2]], "replaceme", **RIDGE)
+    recovered = gl.install(model, {gaps[2]: folded, gaps[0]: None, gaps[1]: ghost})
+    record = recovered.config.recovery
+    assert [r["operator"] for r in record["repairs"]] == ["pruned", "ghost", "replaceme"]
+    assert "reads" not in record["repairs"][0] and record["removed"] == [1, 3, 5]
+    assert [(e["receiver"], e["removed"]) for e in recovered.config.ghost] == [(2, [3])]
+    assert gl.prune(model, [1]).config.recovery == {
+        "removed": [1],
+        "repairs": [{"boundary": [1, 2], "operator": "pruned"}],
+    }
+
+
+def test_a_sequential_fit_and_a_recipe_are_recorded(model: PreTrainedModel) -> None:
+    ids = tiny_windows(6, 40)
+    recovered = gl.recover(model, ids, REMOVED, fit="sequential", **RIDGE)
+    assert recovered.config.recovery["fit"] == "sequential"
+    recovered = gl.recover(model, ids, REMOVED, "auto", verbose=False)
+    recipe = recovered.config.recovery["recipe"]
+    names = {repair["operator"] for repair in recovered.config.recovery["repairs"]}
+    assert names == {recipe["repair"]}
+
+
+# --- what comes in ----------------------------------------------------------------------------
+
+
+def test_windows_statistics_and_operators_give_the_same_model(model: PreTrainedModel) -> None:
+    ids = tiny_windows()
+    expected = logits(gl.recover(model, ids, REMOVED, **RIDGE))
+    stats = gl.calibrate(model, ids, [*GAPS, Boundary(0, 5)])
+    assert torch.equal(logits(gl.recover(model, stats, REMOVED, **RIDGE)), expected)
+    plain = {tuple(gap): stats[gap] for gap in GAPS}
+    assert torch.equal(logits(gl.recover(model, plain, REMOVED, **RIDGE)), expected)
+    solved = {gap: gl.solve(stats[gap], **RIDGE) for gap in reversed(GAPS)}
+    assert torch.equal(logits(gl.install(model, solved)), expected)
+    tuples = {tuple(gap): op for gap, op in solved.items()}
+    assert torch.equal(logits(gl.install(model, tuples)), expected)
+
+
+def test_arguments_of_the_pass_have_their_effect(model: PreTrainedModel) -> None:
+    ids = tiny_windows(6, 40)
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    how: dict[str, Any] = {"attention_mask": mask, "skip_leading": 3, "batch_size": 4}
+    stats = gl.calibrate(model, ids, GAPS, **how)
+    recovered = gl.recover(model, ids, REMOVED, **how, **RIDGE)
+    assert torch.equal(logits(recovered), logits(gl.recover(model, stats, REMOVED, **RIDGE)))
+    assert not torch.equal(logits(recovered), logits(gl.recover(model, ids, REMOVED, **RIDGE)))
+
+
+def test_too_few_tokens_are_reported(model: PreTrainedModel) -> None:
+    with pytest.warns(gl.SingularGramWarning, match="10 tokens"):
+        gl.recover(model, tiny_windows(1, 10), REMOVED)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+MASK = torch.ones(4, 24)
+MOMENTS = {gap: gl.Moments(WIDTH) for gap in GAPS}
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "fractions": ({"layers": [2.5]}, r"layers must be integers, such as 12, got 2\.5"),
+    "text": ({"layers": "23"}, "layers must be integers, such as 12, got '2'"),
+    "truth values": ({"layers": [True, False]}, "layers must be integers, such as 12, got True"),
+    "a mask of layers": (
+        {"layers": torch.tensor([False, True])},
+        r"layers must be integers, such as 12, got tensor\(False\)",
+    ),
+    "a number": ({"layers": 3}, r"got the number 3: choose them with select_layers"),
+    "none": ({"layers": []}, "no layer to remove"),
+    "all": ({"layers": range(LAYERS)}, "leaves no layer"),
+    "beyond": ({"layers": [LAYERS]}, "out of range"),
+    "negative": ({"layers": [-1]}, "out of range"),
+    "twice": ({"layers": [2, 2]}, "more than once"),
+    "no calibration": ({"calibration": None}, "calibration must be a .* tensor .*, got NoneType"),
+    "a list of ids": ({"calibration": [[5, 6]]}, "calibration must be a .* tensor .*, got list"),
+    "other words": ({"calibration": tiny_windows() + VOCABULARY}, "do not fit a vocabulary"),
+    "half a token": (
+        {"attention_mask": MASK * 0.5},
+        "attention_mask must hold 1, and 0 at padding, got 0.5",
+    ),
+    "two tokens": (
+        {"attention_mask": MASK * 2},
+        "attention_mask must hold 1, and 0 at padding, got 2",
+    ),
+    "a mask of another shape": ({"attention_mask": MASK[:2]}, r"got \(2, 24\)"),
+    "nothing but padding": ({"attention_mask": MASK * 0}, "leave no token"),
+    "a negative skip": ({"skip_leading": -1}, "skip_leading must not be negative, got -1"),
+    "no batch": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    "a fit unheard of": (
+        {"fit": "student"},
+        "fit must be 'teacher' or 'sequential', got 'student'",
+    ),
+    "an operator unheard of": (
+        {"operator": "gost"},
+        "unknown operator 'gost'; did you mean 'ghost'",
+    ),
+    "solved operators": ({"operator": {}}, r"solved already: use install\(model, operators\)"),
+    "an option unheard of": ({"typo": 3}, "ghost has no option 'typo': it takes rcond"),
+    "another family's option": (
+        {"operator": "scalar", "ridge": 1.0},
+        "scalar has no option 'ridge'",
+    ),
+    "an option out of range": ({"relative_ridge": -1.0}, "ridge"),
+    "a recipe's option": ({"budget": "any"}, "ghost has no option 'budget'"),
+    "a mask without effect": (
+        {"calibration": MOMENTS, "attention_mask": MASK},
+        "'attention_mask' belongs to a pass over windows",
+    ),
+    "a skip without effect": (
+        {"calibration": MOMENTS, "skip_leading": 5},
+        "'skip_leading' belongs to a pass over windows",
+    ),
+    "a batch without effect": (
+        {"calibration": MOMENTS, "batch_size": -3},
+        "'batch_size' belongs to a pass over windows",
+    ),
+    "a fit without effect": (
+        {"calibration": MOMENTS, "fit": "sequential"},
+        "'fit' belongs to a pass over windows",
+    ),
+    "auto: an operator's option": (
+        {"operator": "auto", "relative_ridge": 1e9},
+        "operator='auto' has no option 'relative_ridge': the recipe takes .*budget",
+    ),
+    "auto: a mask": ({"operator": "auto", "attention_mask": MASK}, "leave out attention_mask"),
+    "no tokens": ({"calibration": MOMENTS}, "these moments hold no tokens"),
+    "no layer before the gap": (
+        {"layers": [0, 3], "operator": "replaceme"},
+        r"boundary \(0, 1\) has no layer before it: keep layer 0",
+    ),
+    "no layer before the gap, from statistics": (
+        {"layers": [0, 3], "operator": "replaceme", "calibration": MOMENTS},
+        r"boundary \(0, 1\) has no layer before it: keep layer 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_named(
+    model: PreTrainedModel, changes: dict[str, Any], message: str
+) -> None:
+    asked = {"calibration": tiny_windows(), "layers": REMOVED} | changes
+    with pytest.raises(ValueError, match=message) as caught:
+        gl.recover(model, **asked)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recovered_model_is_refused_before_the_pass(model: PreTrainedModel) -> None:
+    recovered = gl.recover(model, tiny_windows(), [2], **RIDGE)
+    recovered.forward = None  # no pass could be made
+    for make in (
+        lambda: gl.recover(recovered, tiny_windows(), [1]),
+        lambda: gl.prune(recovered, [1]),
+        lambda: gl.install(recovered, {}),
+    ):
+        with pytest.raises(ValueError, match="recovered before: start from the dense model"):
+            make()
+
+
+def test_layers_of_any_kind_of_integer(model: PreTrainedModel) -> None:
+    expected = logits(gl.prune(model, [1, 2]))
+    numpy = pytest.importorskip("numpy")
+    for layers in (range(1, 3), (2, 1), {1, 2}, numpy.array([1, 2]), torch.tensor([1, 2])):
+        assert torch.equal(logits(gl.prune(model, layers)), expected)
