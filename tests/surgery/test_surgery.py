@@ -371,3 +371,13 @@ def test_no_pass_searches_the_modules(monkeypatch):
             patch.setattr(torch.nn.Module, "named_modules", None)
             patch.setattr(torch.nn.Module, "modules", None)
             assert model(ids, use_cache=True).logits.shape == (1, 4, 97)
+
+
+def test_a_gap_that_nothing_receives_is_refused():
+    """Its one norm stands before the first layer as well as behind the last."""
+    model, gap = tiny_model("nanochat"), Boundary(4, LAYERS)
+    with pytest.raises(
+        ValueError, match=r"receives the stream after its last layer .* keep layer 5"
+    ):
+        gl.install(model, {gap: None})
+    assert gl.prune(model, [4]).config.num_hidden_layers == LAYERS - 1
