@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import get_session, try_to_load_from_cache
 from huggingface_hub.constants import CONFIG_NAME, ENDPOINT
-from huggingface_hub.utils import get_session
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -76,6 +76,8 @@ class Family:
         regressor: what it is solved from: the features it reads and how tokens weigh.
         install: where its matrices go, a name in `ghostlib.surgery.installers.INSTALLERS`.
         color: in every figure.
+        marker: of its points.
+        dash: of its lines.
         least_squares: whether it minimises a squared error, which few tokens may own.
         options: what `solve` accepts beside the moments.
         default: options where no regularisation is given.
@@ -88,6 +90,8 @@ class Family:
     regressor: Regressor = STREAM
     install: str = "module"
     color: str = "#808080"
+    marker: str = "o"
+    dash: str = "-"
     least_squares: bool = True
     options: tuple[str, ...] = ()
     default: tuple[tuple[str, Any], ...] = ()
@@ -420,47 +424,54 @@ FAMILIES: Registry[Family] = Registry("operator")
 # fmt: off
 for _family in (
     Family("identity", "{I}", identity, lambda s: 0, install="nothing",
-           color="#c0392b", least_squares=False),
-    Family("scalar", "a I", scalar, lambda s: 1, color="#e6a57e"),
+           color="#c11608", marker="X", least_squares=False),
+    Family("scalar", "a I", scalar, lambda s: 1, color="#d7cbb0", marker="h", dash=":"),
     Family("magnitude", "a I, by mean magnitudes", magnitude, lambda s: 1,
-           install="earlier-writes", color="#cc79a7", least_squares=False),
-    Family("diagonal", "diag(d)", diagonal, lambda s: s.C, color="#e69f00"),
+           install="earlier-writes", color="#e97c96", marker="s", dash="-.", least_squares=False),
+    Family("diagonal", "diag(d)", diagonal, lambda s: s.C, color="#ef5a0b", marker="*"),
     Family("linearpatch-d", "diag(d), by mean magnitudes", linearpatch_d, lambda s: s.C,
-           color="#d4b106", least_squares=False, options=("pooled",)),
+           color="#e4d104", marker="p", dash="-.", least_squares=False, options=("pooled",)),
     Family("linearpatch-r", "H diag(d) H', by mean magnitudes", linearpatch_r, lambda s: s.C,
-           color="#8c7b00", least_squares=False),
+           color="#99b476", marker="d", dash="-.", least_squares=False),
     Family("hadamard-diagonal", "H diag(d) H'", hadamard_diagonal, lambda s: s.C,
-           color="#b8860b"),
+           color="#dea42b", marker="<"),
     Family("orthogonal", "W'W = I", orthogonal, lambda s: s.C * (s.C - 1) // 2,
-           color="#7f7fd5"),
+           color="#9da4c8", marker="P", dash=":"),
     Family("scaled-orthogonal", "s Q, Q'Q = I", scaled_orthogonal,
-           lambda s: s.C * (s.C - 1) // 2 + 1, color="#5b5bb0"),
+           lambda s: s.C * (s.C - 1) // 2 + 1, color="#4485f7", marker="^"),
     Family("symmetric", "W = W'", symmetric, lambda s: s.C * (s.C + 1) // 2,
-           color="#56b4e9", options=_RIDGES),
-    Family("low-rank", "I + M, rank M = r", low_rank, _whole, color="#66c2a5",
+           color="#1faaee", marker="v", options=_RIDGES),
+    Family("low-rank", "I + M, rank M = r", low_rank, _whole, color="#44e8dc", marker=">",
            options=(*_RIDGES, "rank")),
-    Family("ghost", "every matrix", ghost, _whole, color="#00876c",
+    Family("ghost", "every matrix", ghost, _whole, color="#008077", marker="o",
            options=(*_RIDGES, "around")),
-    Family("affine", "every matrix and bias", affine, _whole, color="#004d40", options=_RIDGES),
+    Family("affine", "every matrix and bias", affine, _whole, color="#054547", marker="p",
+           options=_RIDGES),
     Family("replaceme", "every matrix on the output of the last MLP before the gap",
-           color="#a65628", install="down-projection", **_on("f", options=_RIDGES)),
-    Family("refit", "the whole down-projection before the gap", color="#f781bf",
+           color="#754539", marker="s", install="down-projection", **_on("f", options=_RIDGES)),
+    Family("refit", "the whole down-projection before the gap", color="#f1a8bf", marker="D",
            install="down-projection", **_on("h", default=(("relative_ridge", 0.1),))),
     Family("ghost-refit", "a matrix on the stream and the down-projection before it, jointly",
-           color="#1b7837", install="module and down-projection", **_on("x, h", **_JOINT)),
+           color="#1765e1", marker="P", install="module and down-projection",
+           **_on("x, h", **_JOINT)),
     Family("ghost-refit-relative", "the same, tokens weighted by 1/|y|",
-           color="#00441b", install="module and down-projection", **_on("x, h; 1/|y|", **_JOINT)),
-    Family("ghost-relative", "every matrix, tokens weighted by 1/|y|", color="#4daf4a",
+           color="#003db5", marker="*", dash="--", install="module and down-projection",
+           **_on("x, h; 1/|y|", **_JOINT)),
+    Family("ghost-relative", "every matrix, tokens weighted by 1/|y|",
+           color="#629947", marker="p", dash="--",
            **_on("x; 1/|y|")),
-    Family("two-branch", "matrices on the stream and its normalised copy", color="#984ea3",
+    Family("two-branch", "matrices on the stream and its normalised copy",
+           color="#745fa1", marker="d",
            **_on("x, n(x)")),
-    Family("two-branch-relative", "the same, tokens weighted by 1/|y|", color="#54278f",
+    Family("two-branch-relative", "the same, tokens weighted by 1/|y|",
+           color="#5a1d6b", marker="^", dash="--",
            **_on("x, n(x); 1/|y|")),
     Family("three-branch", "the same and the normalised stream of the token before",
-           color="#6baed6", **_on("x, n(x), n(prev)")),
-    Family("three-branch-relative", "the same, tokens weighted by 1/|y|", color="#08519c",
+           color="#43d8fe", marker="*", dash=":", **_on("x, n(x), n(prev)")),
+    Family("three-branch-relative", "the same, tokens weighted by 1/|y|",
+           color="#4d8eaf", marker=">", dash="--",
            **_on("x, n(x), n(prev); 1/|y|")),
-    Family("branches", "matrices on any features of the stream", color="#a1558a",
+    Family("branches", "matrices on any features of the stream", color="#ac6a8b", marker="h",
            **_on("x, n(x); 1/|y|")),
 ):
     FAMILIES[_family.name] = _family

@@ -42,36 +42,14 @@ class Look(NamedTuple):
 
 
 LOOKS: Registry[Look] = Registry("operator or model with a look")
+"""Of what is no family; a family's look is on its record."""
 LOOKS |= {
     "dense": Look("#242424", ""),
     "pruned": Look("#c11608", "X"),
-    "identity": Look("#c11608", "X"),
-    "scalar": Look("#d7cbb0", "h", ":"),
-    "magnitude": Look("#e97c96", "s", "-."),
-    "diagonal": Look("#ef5a0b", "*"),
-    "linearpatch-d": Look("#e4d104", "p", "-."),
-    "linearpatch-r": Look("#99b476", "d", "-."),
-    "hadamard-diagonal": Look("#dea42b", "<"),
-    "orthogonal": Look("#9da4c8", "P", ":"),
-    "scaled-orthogonal": Look("#4485f7", "^"),
-    "symmetric": Look("#1faaee", "v"),
-    "low-rank": Look("#44e8dc", ">"),
-    "ghost": Look("#008077", "o"),
-    "affine": Look("#054547", "p"),
-    "replaceme": Look("#754539", "s"),
     "replaceme-cosine": Look("#876e4f", "D", "-."),
-    "refit": Look("#f1a8bf", "D"),
     "refit-relative": Look("#955262", "v", "--"),
-    "ghost-refit": Look("#1765e1", "P"),
-    "ghost-refit-relative": Look("#003db5", "*", "--"),
-    "ghost-relative": Look("#629947", "p", "--"),
     "ghost sequential": Look("#50b4a3", "o", ":"),
     "ghost skip-leading": Look("#ced583", "X", ":"),
-    "two-branch": Look("#745fa1", "d"),
-    "two-branch-relative": Look("#5a1d6b", "^", "--"),
-    "three-branch": Look("#43d8fe", "*", ":"),
-    "three-branch-relative": Look("#4d8eaf", ">", "--"),
-    "branches": Look("#ac6a8b", "h"),
     "auto": Look("#e81b7f", "<", (0, (6, 1, 1, 1, 1, 1))),
 }
 NEUTRAL = Look("#808080", "o")  # what has no look of its own
@@ -80,17 +58,17 @@ NEUTRAL = Look("#808080", "o")  # what has no look of its own
 def look(name: str) -> Look:
     """How a model or operator is drawn.
 
-    A family that is not in `LOOKS` has its record's colour; with the suffix ``" sequential"`` its
-    line is dotted.
+    A family's is on its record; with the suffix ``" sequential"`` its line is dotted.
 
     Raises:
         ValueError: a name without a look; the message lists those that have one.
     """
+    known: Registry[Look] = Registry(LOOKS.kind)
+    known |= {f.name: Look(f.color, f.marker, f.dash) for f in FAMILIES.values()} | LOOKS
     family = name.removesuffix(" sequential")
-    if name not in LOOKS and family in FAMILIES:
-        known = LOOKS.get(family, Look(FAMILIES[family].color, NEUTRAL.marker))
-        return known if family == name else known._replace(dash=":")
-    return LOOKS[name]
+    if name not in known and family in FAMILIES:
+        return known[family]._replace(dash=":")
+    return known[name]
 
 
 def color(name: str) -> str:

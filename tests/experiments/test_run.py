@@ -267,6 +267,7 @@ def test_layers_can_be_chosen_and_nothing_scored(folder, tmp_path):
     assert "residual, n = 2: " in report(results)
 
 
+@pytest.mark.slow
 def test_three_shards_in_processes_of_their_own_are_one_run(done, folder, tmp_path):
     code = (
         "import json, sys, ghostlib as gl;"

@@ -300,6 +300,12 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
         Gram(torch.eye(6).double(), (4, 2)).regularise(**options)
 
 
+@pytest.mark.parametrize("ridges", [[], [1.0, 1.0], [1.0, 2.0], [1.0] * 4])
+def test_ridges_are_one_or_one_for_each_feature(ridges: list[float]) -> None:
+    with pytest.raises(ValueError, match=f"{len(ridges)} values for 3 features: give one, or one"):
+        Gram(torch.eye(6).double(), (2, 2, 2)).regularise(relative_ridge=ridges)
+
+
 def test_none_is_no_option() -> None:
     inverse = Gram(torch.eye(3).double()).regularise(rcond=None, ridge=None, relative_ridge=None)
     assert isinstance(inverse, Regularised) and inverse.rcond == module.RCOND

@@ -56,6 +56,7 @@ def test_every_block_and_the_recipe():
             assert set(found.loc[(criterion, n, "auto")].dataset) >= {"wiki", "pydoc"}
 
 
+@pytest.mark.embedded
 def test_they_are_of_a_specification_that_can_be_run(embedded):
     identity = gl.Specification(windows=8, test_windows=3, test_length=1024).identity(embedded[0])
     for name in ("grid", "starts"):

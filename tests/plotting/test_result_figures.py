@@ -15,7 +15,7 @@ from scipy import stats
 
 from ghostlib import plotting
 from ghostlib.models.boundaries import contiguous
-from ghostlib.plotting import LOOKS, alt_text, color
+from ghostlib.plotting import alt_text, color, look
 
 matplotlib.use("agg")
 
@@ -79,7 +79,7 @@ def test_perplexity_bars_rise_from_the_reference():
     assert labels(ax.get_legend().get_texts()) == ["pruned", "linearpatch-d", "ghost"]
     assert {"33.0", "18.0", "dense 12.0", "dense 11.0"} <= set(labels(ax.texts))
     markers = [line.get_marker() for line in ax.get_lines()]
-    assert markers == [LOOKS[n].marker for n in ("pruned", "linearpatch-d", "ghost")] * 2
+    assert markers == [look(n).marker for n in ("pruned", "linearpatch-d", "ghost")] * 2
     assert "wiki: dense 12.0, pruned 33.0, linearpatch-d 30.0, ghost 18.0; pydoc" in alt_text(ax)
     assert apart(ax)
 
@@ -166,7 +166,7 @@ def test_ratios_have_a_panel_a_corpus_every_seed_and_their_geometric_mean():
     mean, seeds, *_ = wiki.lines
     assert mean.get_xdata()[0] == pytest.approx(1.0) and list(seeds.get_xdata()) == [0.5, 2.0]
     assert {to_hex(line.get_color()) for line in (mean, seeds)} == {color("two-branch")}
-    assert seeds.get_marker() == LOOKS["two-branch"].marker
+    assert seeds.get_marker() == look("two-branch").marker
     assert to_hex(wiki.lines[2].get_color()) == "#808080", "a label without an operator is grey"
     assert to_hex(wiki.lines[-1].get_color()) == color("ghost")
     assert list(wiki.lines[-1].get_xdata()) == [1, 1]
