@@ -42,7 +42,7 @@ test: ## lint, unit tests and all notebooks, from a fresh state
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
 
 test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
-	$(call phase,installing the lowest versions,python3.11 -m venv --clear $(LOWEST) && \
+	$(call phase,installing the lowest versions,$(ALIVE) python3.11 -m venv --clear $(LOWEST) && \
 	  $(LOWEST)/bin/python -m pip install -q uv && \
 	  $(LOWEST)/bin/python -m uv pip install --python $(LOWEST) --resolution lowest-direct -e '.[dev]')
 	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(LOWEST)/bin/python -m pytest -q $(TWICE) -m 'not embedded')
@@ -93,12 +93,11 @@ distclean: clean ## … and the environments
 
 # Made once; again only when the list of dependencies changes.
 $(STAMP): pyproject.toml constraints.txt | $(PY)
-	$(call phase,installing the project and what it needs,$(ALIVE) $(PY) -m pip install -q --progress-bar on $(CONSTRAINTS) -e '.[dev]')
+	$(call phase,installing the project and what it needs,$(ALIVE) $(PY) -m pip install -q $(CONSTRAINTS) -e '.[dev]')
 	@touch $@
 
-# pip -q with bars is quiet on a terminal and shows how far it is. In a log it would say nothing for
-# the minute in which it unpacks: there a sign of life every ten seconds.
-ALIVE = [ -t 1 ] || while sleep 10 && kill -0 $$$$; do echo '  …'; done 2>/dev/null &
+# pip is either silent or says everything, its bars included: it is silent, and here is a sign of life.
+ALIVE = (s=0; while sleep 10 && kill -0 $$$$; do s=$$((s + 10)); echo "   $$s s"; done) 2>/dev/null &
 
 $(PY):
 	@$(ALIVE) for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \

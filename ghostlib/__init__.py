@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ghostlib.linalg.gram import SingularGramWarning
     from ghostlib.models.architectures import decoder_layers, receiver
     from ghostlib.models.boundaries import Boundary, contiguous, runs, spell
-    from ghostlib.models.inspect import Inspection, inspect
     from ghostlib.models.loading import load_model
     from ghostlib.models.streams import record, tap
     from ghostlib.operators.families import FAMILIES as OPERATORS
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from ghostlib.statistics.features import Regressor
     from ghostlib.statistics.moments import Moments
     from ghostlib.surgery.cut import install, prune
+    from ghostlib.surgery.inspect import Inspection, inspect
     from ghostlib.surgery.saving import save
     from ghostlib.text.corpora import CORPORA, documents, token_windows
     from ghostlib.tutorial.paper import published

@@ -25,6 +25,10 @@ _EXAMPLES = {
   ghostlib names                            everything that an option may name
   ghostlib names | grep patch               what is there of one kind
   ghostlib names | less                     page by page""",
+    "inspect": """
+  ghostlib inspect smollm2                  layers, widths, which operators fit
+  ghostlib inspect org/model                from the hub's configuration alone
+  ghostlib inspect folder | less            page by page""",
     "recover": """
   ghostlib recover smollm2 out --n 7 --operator ghost
   ghostlib recover org/model out --layers 12-18 --operator low-rank --rank 64 --corpus c4
@@ -65,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
 
     add("fetch", "fetch and check the embedded model and corpus")
     add("names", "list operators, criteria, corpora and tasks by name")
+    make = add("inspect", "what is found of a model, without its weights")
+    make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
     make = add("recover", "prune, recover, score and save a model")
     make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
     make.add_argument("output", help="new folder for the recovered model and its tokenizer")
@@ -74,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--layers", nargs="+", help="remove these instead, such as 12-15 17")
     text = "what repairs the gaps: a family, a regressor, or auto (a recipe chooses) [ghost]"
     make.add_argument("--operator", default="ghost", help=text)
+    make.add_argument("--budget", help="what auto may add: none, matrix or any [any]")
     make.add_argument("--relative-ridge", type=float, help="ridge in units of the mean eigenvalue")
     make.add_argument("--rank", type=_count, help="of operators that have one")
     text = "for several gaps: teacher or sequential [teacher]"
@@ -136,6 +143,10 @@ def recover(options: argparse.Namespace) -> None:
     asked = {"relative_ridge": options.relative_ridge, "rank": options.rank}
     solver = {name: value for name, value in asked.items() if value is not None}
     auto = options.operator == AUTO
+    if options.budget and not auto:
+        raise ValueError(
+            f"--budget is for --operator auto, not for {options.operator}: leave it out"
+        )
     if auto and (solver or options.fit != "teacher"):
         raise ValueError(
             "--operator auto chooses the ridge itself, with full rank and the dense model's text: "
@@ -143,40 +154,50 @@ def recover(options: argparse.Namespace) -> None:
         )
     import torch
 
-    import ghostlib as gl
+    from ghostlib.evaluation.cost import weight_bytes
+    from ghostlib.evaluation.perplexity import perplexity
     from ghostlib.experiments.spec import base_name, canonical
     from ghostlib.models.boundaries import read_layers
-    from ghostlib.models.loading import check_source
+    from ghostlib.models.loading import check_source, load_model
+    from ghostlib.operators.families import Family
     from ghostlib.operators.solve import check_options
+    from ghostlib.recovery.recipe import BUDGETS, Recipe
+    from ghostlib.recovery.recover import recover as recover_model
+    from ghostlib.selection.criteria import CRITERIA, select_layers
+    from ghostlib.surgery.cut import prune
     from ghostlib.surgery.saving import check_output, save
+    from ghostlib.text.corpora import documents, token_windows
 
     check_output(options.output)
     if not auto:
-        check_options(gl.Family.of(options.operator), solver)
+        check_options(Family.of(options.operator), solver)
         if options.rank is None:
             canonical(options.operator)  # refuses one that needs it
-    gl.CRITERIA[options.criterion or "cosine"]
-    gl.documents(options.corpus)
+    CRITERIA[options.criterion or "cosine"]
+    BUDGETS[options.budget or "any"]
+    documents(options.corpus)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_source(options.model, options.dtype, device)
     layers: Any = read_layers(",".join(options.layers)) if options.layers else None
-    model, tokenizer = gl.load_model(options.model, dtype=options.dtype, device=device)
-    check_output(options.output, bytes_needed=gl.weight_bytes(model))
+    model, tokenizer = load_model(options.model, dtype=options.dtype, device=device)
+    check_output(options.output, bytes_needed=weight_bytes(model))
     drawn = {"length": options.length, "seed": options.seed}
-    calib = gl.token_windows(options.corpus, tokenizer, count=options.windows, **drawn)
+    calib = token_windows(options.corpus, tokenizer, count=options.windows, **drawn)
     held_out = {"split": "test", "count": options.test_windows}
-    test = gl.token_windows(options.corpus, tokenizer, **held_out, **drawn)
+    test = token_windows(options.corpus, tokenizer, **held_out, **drawn)
     if not layers and (options.criterion or not auto):
-        layers = gl.select_layers(model, calib, options.n or 7, options.criterion or "cosine")
+        layers = select_layers(model, calib, options.n or 7, options.criterion or "cosine")
     if auto:
-        choice = gl.Recipe(model, calib).choose(layers or options.n or 7)
+        choice = Recipe(model, calib, budget=options.budget or "any").choose(
+            layers or options.n or 7
+        )
         print(choice)
         layers, recovered = choice.layers, choice.apply(model)
     else:
-        recovered = gl.recover(model, calib, layers, options.operator, fit=options.fit, **solver)
+        recovered = recover_model(model, calib, layers, options.operator, fit=options.fit, **solver)
     print(f"removing layers {', '.join(map(str, layers))}")
-    scored = {"dense": model, PRUNED: gl.prune(model, layers), options.operator: recovered}
-    perplexities = {name: gl.perplexity(variant, test) for name, variant in scored.items()}
+    scored = {"dense": model, PRUNED: prune(model, layers), options.operator: recovered}
+    perplexities = {name: perplexity(variant, test) for name, variant in scored.items()}
     for name, value in perplexities.items():
         print(f"{name:>18}: held-out perplexity {value:.2f}")
     facts = {"base_model": base_name(options.model), "text": base_name(options.corpus), **drawn}
@@ -195,22 +216,32 @@ def fetch(options: argparse.Namespace) -> None:
 
 def names(options: argparse.Namespace) -> None:
     """Carry out ``ghostlib names``; prints a line for each name."""
-    import ghostlib as gl
     from ghostlib.evaluation.tasks import EMBEDDED, PAPER_TASKS
+    from ghostlib.operators.families import FAMILIES
+    from ghostlib.selection.criteria import CRITERIA
+    from ghostlib.text.corpora import CORPORA
 
-    for family in gl.OPERATORS.values():
+    for family in FAMILIES.values():
         print(f"operator   {family.name:<24} {family.searches}")
-    for criterion in gl.CRITERIA:
+    for criterion in CRITERIA:
         print(f"criterion  {criterion}")
-    for corpus, source in gl.CORPORA.items():
+    for corpus, source in CORPORA.items():
         print(f"corpus     {corpus:<24} {source.description}")
     for task in (*EMBEDDED, *PAPER_TASKS):
         print(f"task       {task}")
 
 
+def inspect(options: argparse.Namespace) -> None:
+    """Carry out ``ghostlib inspect``; prints what is found of a model, from its configuration."""
+    from ghostlib.surgery.inspect import inspect as inspect_model
+
+    print(inspect_model(options.model))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. Bad input ends in one line on standard error."""
-    commands = {"fetch": fetch, "names": names, "recover": recover, "experiment": experiment}
+    commands = {"fetch": fetch, "names": names, "inspect": inspect}
+    commands |= {"recover": recover, "experiment": experiment}
     try:
         options = parser().parse_args(arguments)
         commands[options.command](options)

@@ -1,7 +1,7 @@
 """The specification of an experiment: which model, which layers, which operators, on which text.
 
-Importing this module imports neither torch nor transformers: the command line takes its options
-from here, and answers at once.
+Neither torch nor transformers is imported here: the command line, whose options are its
+fields, answers at once.
 """
 
 from collections.abc import Callable, Sequence

@@ -63,12 +63,12 @@ def look(name: str) -> Look:
     Raises:
         ValueError: a name without a look; the message lists those that have one.
     """
+    known: Registry[Look] = Registry(LOOKS.kind)
+    known |= {f.name: Look(f.color, f.marker, f.dash) for f in FAMILIES.values()} | LOOKS
     family = name.removesuffix(" sequential")
-    if name not in LOOKS and family in FAMILIES:
-        record = FAMILIES[family]
-        dash = record.dash if family == name else ":"
-        return Look(record.color, record.marker, dash)
-    return LOOKS[name]
+    if name not in known and family in FAMILIES:
+        return known[family]._replace(dash=":")
+    return known[name]
 
 
 def color(name: str) -> str:

@@ -173,11 +173,11 @@ def select_several(
         ``{n: Selection}``; those of a greedy criterion have the scores of the one search.
     """
     ns = list(ns)
-    found = {
+    searches = {
         n: select_layers(model, calibration, n, criterion, **options)
         for n in searched(criterion, ns)
     }
-    return {n: found[n] if n in found else found[max(ns)].first(n) for n in ns}
+    return {n: searches[n] if n in searches else searches[max(ns)].first(n) for n in ns}
 
 
 def searched(criterion: str, ns: Iterable[int]) -> list[int]:

@@ -139,8 +139,8 @@ def token_before(place: int, x: Tensor) -> Tensor:
                 f"got {now.real.shape[1]}"
             )
         real = now.real[:, now.begin : end].to(x.device)
-    found, now.last[place] = previous(x, real, now.before.get(place))
-    return found
+    before, now.last[place] = previous(x, real, now.before.get(place))
+    return before
 
 
 def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:

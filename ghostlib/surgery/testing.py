@@ -71,10 +71,10 @@ class Subject:
         _close(torch.stack(out.logits, 1), expected)
 
 
-def _close(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape, f"{tuple(found.shape)}, not {tuple(expected.shape)}"
+def _close(logits: Tensor, expected: Tensor) -> None:
+    assert logits.shape == expected.shape, f"{tuple(logits.shape)}, not {tuple(expected.shape)}"
     scale = float(expected.abs().max())
-    off = float((found.to(expected) - expected).abs().max())
+    off = float((logits.to(expected) - expected).abs().max())
     assert off <= _TOLERANCE * scale, f"logits are off by {off:.3g}, the largest is {scale:.3g}"
 
 
@@ -178,9 +178,10 @@ def _interleaved(subject: Subject) -> None:
 def _beams(subject: Subject) -> None:
     ids, mask = _padded(subject.prompts)
     for options in ({"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}):
-        how = {"attention_mask": mask, "output_logits": False, **options}
-        found, expected = (subject.generate(ids, use_cache=c, **how) for c in (True, False))
-        assert torch.equal(found.sequences, expected.sequences), "other tokens than without cache"
+        settings = {"attention_mask": mask, "output_logits": False, **options}
+        cached = subject.generate(ids, use_cache=True, **settings).sequences
+        plain = subject.generate(ids, use_cache=False, **settings).sequences
+        assert torch.equal(cached, plain), "other tokens than without cache"
 
 
 @_check("assisted by another model")
@@ -191,10 +192,10 @@ def _assisted(subject: Subject) -> None:
 @_check("assisting another model")
 def _assisting(subject: Subject) -> None:
     ids, partner = subject.ids[:1], subject.partner
-    how = {"model": partner, "attention_mask": torch.ones_like(ids)}
-    found = subject.generate(ids, assistant_model=subject.model, **how)
-    alone = subject.generate(ids, use_cache=False, **how)
-    assert torch.equal(found.sequences, alone.sequences), "other tokens than the model alone"
+    settings = {"model": partner, "attention_mask": torch.ones_like(ids)}
+    assisted = subject.generate(ids, assistant_model=subject.model, **settings).sequences
+    alone = subject.generate(ids, use_cache=False, **settings).sequences
+    assert torch.equal(assisted, alone), "other tokens than the model alone"
 
 
 @_check("prompt lookup")
@@ -344,17 +345,17 @@ def check_repaired_model(
     prompts = [torch.randint(1, words, (n,), generator=generator).to(place) for n in _LENGTHS]
     training = model.training
     subject = Subject(model.eval(), partner or model, prompts)
-    found: dict[str, str] = {}
+    answers: dict[str, str] = {}
     try:
         for name, check in chosen.items():
             try:
                 check(subject)
-                found[name] = "right"
+                answers[name] = "right"
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
             except (ValueError, NotImplementedError) as error:
                 assert "\n" not in str(error), f"{name}: refused in several lines: {error}"
-                found[name] = f"refused: {error}"
+                answers[name] = f"refused: {error}"
     finally:
         model.train(training)
-    return found
+    return answers

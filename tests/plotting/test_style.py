@@ -14,7 +14,9 @@ from PIL import Image
 
 from ghostlib import plotting
 from ghostlib.operators.families import FAMILIES
-from ghostlib.plotting import LOOKS
+from ghostlib.plotting import LOOKS, look
+
+EVERY = {name: look(name) for name in (*LOOKS, *FAMILIES)}
 
 matplotlib.use("agg")
 
@@ -106,11 +108,11 @@ def test_the_measure_of_differences_is_the_published_one(first, second, differen
 
 def test_no_two_operators_look_alike():
     """Apart by 15 for every kind of vision, or told apart by the marker; dashes besides."""
-    seen = {v: {name: lab(look.color, v) for name, look in LOOKS.items()} for v in VISIONS}
-    for a, b in combinations(set(LOOKS) - {"identity"}, 2):  # which is what "pruned" does
+    seen = {v: {name: lab(look.color, v) for name, look in EVERY.items()} for v in VISIONS}
+    for a, b in combinations(set(EVERY) - {"identity"}, 2):  # which is what "pruned" does
         closest = min(ciede2000(colours[a], colours[b]) for colours in seen.values())
-        assert closest > 15 or LOOKS[a].marker != LOOKS[b].marker, (a, b)
-        assert LOOKS[a][1:] != LOOKS[b][1:], (a, b)
+        assert closest > 15 or EVERY[a].marker != EVERY[b].marker, (a, b)
+        assert EVERY[a][1:] != EVERY[b][1:], (a, b)
         assert ciede2000(seen["normal"][a], seen["normal"][b]) > 10, (a, b)
 
 
@@ -120,16 +122,16 @@ def test_those_most_often_drawn_together_are_apart_in_colour_alone():
     for vision in ("normal", "protanopia", "deuteranopia"):
         colours = [lab(plotting.color(name), vision) for name in names]
         assert min(ciede2000(a, b) for a, b in combinations(colours, 2)) > 12, vision
-    assert len({LOOKS[name].marker for name in names}) == len(names)
+    assert len({EVERY[name].marker for name in names}) == len(names)
 
 
 def test_every_family_and_every_model_has_a_look():
     others = ["dense", "pruned", "auto", "ghost sequential", "replaceme-cosine"]
     coming = ["refit", "refit-relative", "ghost-refit", "ghost-refit-relative"]
-    assert set(LOOKS) >= {*FAMILIES, *others, *coming}
+    assert set(EVERY) >= {*FAMILIES, *others, *coming}
     assert plotting.color("pruned") == plotting.color("identity")
     assert plotting.style("dense")["marker"] == "", "a line, and always the same"
-    assert [name for name, look in LOOKS.items() if not look.marker] == ["dense"]
+    assert [name for name, look in EVERY.items() if not look.marker] == ["dense"]
     (line,) = plt.figure().gca().plot([1, 2], **plotting.style("ghost-relative"))
     assert (line.get_color(), line.get_marker(), line.get_linestyle()) == ("#629947", "p", "--")
     for find in (plotting.look, plotting.color, plotting.style):
@@ -142,7 +144,7 @@ def test_a_family_that_was_added_has_its_records_colour(monkeypatch: pytest.Monk
     monkeypatch.setitem(FAMILIES, "brand-new", new)
     assert plotting.look("brand-new") == plotting.Look("#123456", "o")
     assert plotting.look("brand-new sequential") == plotting.Look("#123456", "o", ":")
-    assert plotting.look("symmetric sequential") == LOOKS["symmetric"]._replace(dash=":")
+    assert plotting.look("symmetric sequential") == EVERY["symmetric"]._replace(dash=":")
     ax = plotting.through_depth({"brand-new": [1.0, 2.0]}, ylabel="norm")
     assert ax.get_lines()[0].get_color() == "#123456"
 
