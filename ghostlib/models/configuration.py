@@ -24,7 +24,10 @@ _LAST = ("num_kv_shared_layers",)
 _REPEATED = ("attention_types", "block_types")
 # What is divided by the square root of the number of layers.
 _BY_ROOT = ("scale_depth",)
-_INDICES = re.compile(r".*(layers|layer_ids|layer_indices|indices|idxs?|layer_idx)$")
+_INDICES = re.compile(r".*(layers|layer_ids|layer_indices|indices|idxs?|layer_idx|block_map)$")
+_BY_INDEX = ("layer_dic",)
+# Tables whose columns, or rows, are as many blocks side by side as there are layers.
+_TABLES = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
 _NUMBER = re.compile(r"_?(layer_?(idx|id|index|number|num)|idx|index|block_idx)$")
 
 
@@ -54,9 +57,32 @@ def follow(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
             config.per_layer_config = {kept.index(i): s for i, s in single.items() if i in kept}
     for owner in owners:
         _follow_settings(owner, total, kept)
-    for index in kept:
-        for module in layers[index].modules():
-            _follow_settings(module, total, kept)
+    # Layers may share modules, which follow once.
+    for module in {module for index in kept for module in layers[index].modules()}:
+        _follow_settings(module, total, kept)
+    if not hasattr(layers[kept[0]], "pre_ln") and hasattr(layers[0], "pre_ln"):
+        layers[kept[0]].pre_ln = nn.Identity()  # which the first RWKV layer calls; checked below
+    for owner in owners[1:]:
+        _follow_tables(owner, total, kept)
+    for owner in owners:
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            _follow_paths(vars(owner).get(name), path.rpartition(".")[2], kept)
+
+
+def _follow_paths(tied: dict[str, str] | None, name: str, kept: Sequence[int]) -> None:
+    """Number the layers anew in a table of weights that are tied, by their paths."""
+
+    def renumbered(path: str) -> str | None:
+        found = re.search(rf"(?<=\b{name}\.)\d+", path)
+        if not found:
+            return path
+        index = int(found[0])
+        return path[: found.start()] + str(kept.index(index)) + path[found.end() :] if index in kept else None
+
+    if tied:
+        pairs = [(renumbered(target), renumbered(source)) for target, source in tied.items()]
+        tied.clear()
+        tied.update({t: s for t, s in pairs if t is not None and s is not None})
 
 
 def _per_layer(config: PretrainedConfig) -> dict[int, Any]:
@@ -97,6 +123,20 @@ def _follow_settings(owner: Any, total: int, kept: Sequence[int]) -> None:
             setattr(owner, name, new)
 
 
+def _follow_tables(owner: Any, total: int, kept: Sequence[int]) -> None:
+    """Give each layer that is kept its own part of the tables that all are fed from (Gemma 3n)."""
+    for name, axis in _TABLES.items():
+        table = getattr(owner, name, None)
+        if table is None or table.weight.shape[axis] % total or len(kept) == total:
+            continue
+        blocks = table.weight.detach().unflatten(axis, (total, -1))
+        places = torch.tensor(kept, device=blocks.device)
+        weight = blocks.index_select(axis, places).flatten(axis, axis + 1)
+        table.weight = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
+        size = "embedding_dim" if isinstance(table, nn.Embedding) else "out_features"
+        setattr(table, size, weight.shape[axis])
+
+
 def _followed(name: str, value: Any, total: int, kept: Sequence[int]) -> Any:
     """The setting for the layers ``kept``, or None where it does not depend on them."""
     if type(value) is int:
@@ -106,6 +146,8 @@ def _followed(name: str, value: Any, total: int, kept: Sequence[int]) -> Any:
             return sum(index >= total - value for index in kept)
         if value == total and (_COUNT.fullmatch(name) or name == "first_kv_shared_layer_idx"):
             return len(kept)
+    if name in _BY_INDEX and isinstance(value, dict):
+        return {kept.index(index): v for index, v in value.items() if index in kept}
     if name in _BY_ROOT and isinstance(value, int | float):
         return value * math.sqrt(len(kept) / total)
     if isinstance(value, list | tuple) and value:

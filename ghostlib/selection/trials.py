@@ -79,6 +79,7 @@ class Trials:
         variant = self._variant(layers, operators)
         kept = _survivors(layers, self.total)
         place = sum(layer < self._first_change(layers, operators) for layer in kept)
+        place = min(place, len(kept) - 1)  # no model is made for less than a layer
         part = excerpt(variant, place)
         key = kept[place - 1] + 1 if place else 0
         losses = []
