@@ -46,6 +46,8 @@ EXCEPTIONS: dict[str, Structure] = {
     # Hyper-connections: the streams of a token are the stream, as wide as all of them.
     "deepseek_v4": Structure("model.layers", "model.hc_head", "btnc", "hc_mult"),
     "hy_v4": Structure("model.layers", "model.hc_head", "btnc", "hc_mult"),
+    # Its last module takes what blocks of layers have returned first, and the stream beside it.
+    "inkling2_text": Structure("model.layers", ""),
     "qwen4_exp_text": Structure("model.layers", "model.hyper_connection_mixer", "btc", "hc_count"),
     # What follows its last layer is spelt out in the pass of its model.
     "gemma3n": Structure("model.language_model.layers", "", "nbtc", "altup_num_inputs"),
@@ -62,7 +64,6 @@ REFUSED: dict[str, str] = {
     "gemma4_unified_assistant": "continues the hidden states of another model",
     "hrm_text": _LOOPS,
     "inkling2_loop_text": _LOOPS,
-    "inkling2_text": "reads in each layer what blocks of layers before it have returned",
     "prophetnet": "carries a stream for each token it predicts ahead",
     "reformer": "carries two streams, from which it computes the layers before backwards",
     "xlm": "keeps attention and MLP of a layer in separate lists",
@@ -244,6 +245,18 @@ def hidden_size(model: PreTrainedModel) -> int:
     """Width of the residual stream; of all together where there are several side by side."""
     config, streams = text_config(model), structure(model).streams
     return int(config.hidden_size * (getattr(config, streams) if streams else 1))
+
+
+def looks_back(model: PreTrainedModel) -> bool:
+    """Whether layers read more of those before them than the stream, so that none runs alone.
+
+    Keys and values, indices of tokens to attend to, or what blocks of layers have returned.
+    """
+    config = text_config(model)
+    shared = getattr(config, "num_kv_shared_layers", 0) or "shared" in (
+        getattr(config, "indexer_types", None) or ()
+    )
+    return bool(shared or getattr(config, "n_layers_per_attn_res_block", 0))
 
 
 def to_stream(state: Tensor, layout: str) -> Tensor:

@@ -222,28 +222,32 @@ def differences(model: PreTrainedModel, path: str) -> list[str]:
     """
     parent = path.rpartition(".")[0]
     other = twin(model)
-    ours, theirs = (dict(m.get_submodule(parent).named_modules()) for m in (model, other))
+    holder, expected = model.get_submodule(parent), other.get_submodule(parent)
+    ours, theirs = dict(holder.named_modules()), dict(expected.named_modules())
+    # What sets values that no file holds: the innermost model, where one is in another.
+    inner = [h if isinstance(h, PreTrainedModel) else m for h, m in ((holder, model), (expected, other))]
     found = []
     for name in ours.keys() | theirs.keys():
         if name not in ours or name not in theirs:
             found.append(f"{name}: {_have(name in ours)}, {_have(name in theirs)} in the twin")
             continue
-        settings = _settings(theirs[name], other)
-        have = _settings(ours[name], model)
-        for key, expected in settings.items():
-            if key in have and not _agree(have[key], expected, theirs[name]):
-                found.append(f"{name}.{key}: {have[key]}, not {expected}".lstrip("."))
+        have, wanted = _settings(ours[name], inner[0]), _settings(theirs[name], inner[1])
+        for key, value in wanted.items():
+            if key in have and not _agree(have[key], value, theirs[name]):
+                found.append(f"{name}.{key}: {have[key]}, not {value}".lstrip("."))
     return sorted(found)
 
 
 def uniform(model: PreTrainedModel, path: str) -> bool:
     """Whether the layers at ``path`` differ in nothing but their numbers and weights."""
     layers: Any = model.get_submodule(path)
+    holder = model.get_submodule(path.rpartition(".")[0])
+    inner = holder if isinstance(holder, PreTrainedModel) else model
     kinds = []
     for layer in layers:
         kind = {}
         for name, module in layer.named_modules():
-            settings = _settings(module, model)
+            settings = _settings(module, inner)
             kind[name] = {k: v for k, v in settings.items() if not _NUMBER.fullmatch(k)}
         kinds.append(kind)
     return all(kind == kinds[0] for kind in kinds)

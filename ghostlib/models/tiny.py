@@ -114,6 +114,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
+    "inkling2_text": {"n_layers_per_attn_res_block": 6},
     "inkling2_loop_text": {"n_layers_per_attn_res_block": 2},
     "jamba": {"attn_layer_offset": 1, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
