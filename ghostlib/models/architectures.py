@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ghostlib.common import GHOSTED
-from ghostlib.models.configuration import check_agreement, follow, uniform
+from ghostlib.models.configuration import check_agreement, follow, kinds
 from ghostlib.models.placement import input_device, loaded_parameters
 
 
@@ -325,12 +325,17 @@ def check_layers(model: PreTrainedModel, original: PreTrainedModel) -> None:
 
 def same_layers(model: PreTrainedModel) -> bool:
     """Whether the layers differ in nothing but their weights, so that any of them can go."""
-    if model not in _SAME:
-        _SAME[model] = uniform(model, structure(model).layers)
-    return _SAME[model]
+    return not any(layer_kinds(model))
 
 
-_SAME: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+def layer_kinds(model: PreTrainedModel) -> list[int]:
+    """Of each layer, the first that differs from it in nothing but its number and weights."""
+    if model not in _KINDS:
+        _KINDS[model] = kinds(model, structure(model).layers)
+    return _KINDS[model]
+
+
+_KINDS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 # Numbers of layers left of a model whose layers are the same that have been found to agree.
 _PASSED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,11 @@ def _follow_paths(tied: dict[str, str] | None, name: str, kept: Sequence[int]) -
         if not found:
             return path
         index = int(found[0])
-        return path[: found.start()] + str(kept.index(index)) + path[found.end() :] if index in kept else None
+        return (
+            path[: found.start()] + str(kept.index(index)) + path[found.end() :]
+            if index in kept
+            else None
+        )
 
     if tied:
         pairs = [(renumbered(target), renumbered(source)) for target, source in tied.items()]
@@ -199,19 +204,44 @@ def _numbers(layers: nn.ModuleList) -> list[tuple[int, nn.Module, str, int, int]
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that the configuration of ``model`` describes, on the meta device: no weights."""
+    """The model that the configuration of ``model``, once saved, describes; without weights."""
     config: Any = model.config
     with torch.device("meta"):
-        # what of it is saved, and what is made of that when it is read
-        made: PreTrainedModel = type(model)(type(config).from_dict(config.to_diff_dict()))
-    return made
+        made = type(model)._from_config(
+            type(config).from_dict(config.to_diff_dict()), dtype=model.dtype
+        )
+    found: PreTrainedModel = made
+    return found
+
+
+# Settings of a few twins, by all that makes them: removing one layer or its like is the same.
+_DESCRIBED: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+
+
+def _described(model: PreTrainedModel, path: str) -> dict[str, dict[str, Any]]:
+    """As `_parts`, of the twin."""
+    key = (type(model), model.config.to_json_string(), model.dtype, path)
+    if key not in _DESCRIBED:
+        if len(_DESCRIBED) > 7:
+            _DESCRIBED.clear()
+        _DESCRIBED[key] = _parts(twin(model), path)
+    return _DESCRIBED[key]
+
+
+def _parts(model: PreTrainedModel, path: str) -> dict[str, dict[str, Any]]:
+    """Settings of every module, by name, from what holds the layers at ``path`` down."""
+    holder = model.get_submodule(path.rpartition(".")[0])
+    # What sets values that no file holds: the innermost model, where one is in another.
+    inner = holder if isinstance(holder, PreTrainedModel) else model
+    return {name: _settings(module, inner) for name, module in holder.named_modules()}
 
 
 def differences(model: PreTrainedModel, path: str) -> list[str]:
-    """Where ``model``, from what holds its layers down, is not its `twin`.
+    """Where ``model`` is not its `twin`.
 
-    Compared by name: classes of modules, shapes of parameters and buffers, every plain setting of a
-    module, and the values of buffers that no file holds.
+    Compared by name, from what holds the layers down: classes of modules, shapes and dtypes of
+    parameters and buffers, every plain setting of a module, and the values of buffers that no file
+    holds.
 
     Args:
         path: of the list of decoder layers.
@@ -220,44 +250,38 @@ def differences(model: PreTrainedModel, path: str) -> list[str]:
         One line a difference, such as ``layers.3.self_attn.sliding_window: 8, not None``: what the
         model has, and what one made from its configuration has.
     """
-    parent = path.rpartition(".")[0]
-    other = twin(model)
-    holder, expected = model.get_submodule(parent), other.get_submodule(parent)
-    ours, theirs = dict(holder.named_modules()), dict(expected.named_modules())
-    # What sets values that no file holds: the innermost model, where one is in another.
-    inner = [h if isinstance(h, PreTrainedModel) else m for h, m in ((holder, model), (expected, other))]
+    ours, theirs = _parts(model, path), _described(model, path)
     found = []
     for name in ours.keys() | theirs.keys():
         if name not in ours or name not in theirs:
             found.append(f"{name}: {_have(name in ours)}, {_have(name in theirs)} in the twin")
             continue
-        have, wanted = _settings(ours[name], inner[0]), _settings(theirs[name], inner[1])
+        have, wanted = ours[name], theirs[name]
         for key, value in wanted.items():
-            if key in have and not _agree(have[key], value, theirs[name]):
+            if key in have and not _agree(have[key], value, wanted["class"]):
                 found.append(f"{name}.{key}: {have[key]}, not {value}".lstrip("."))
     return sorted(found)
 
 
-def uniform(model: PreTrainedModel, path: str) -> bool:
-    """Whether the layers at ``path`` differ in nothing but their numbers and weights."""
-    layers: Any = model.get_submodule(path)
-    holder = model.get_submodule(path.rpartition(".")[0])
-    inner = holder if isinstance(holder, PreTrainedModel) else model
-    kinds = []
-    for layer in layers:
-        kind = {}
-        for name, module in layer.named_modules():
-            settings = _settings(module, inner)
-            kind[name] = {k: v for k, v in settings.items() if not _NUMBER.fullmatch(k)}
-        kinds.append(kind)
-    return all(kind == kinds[0] for kind in kinds)
+def kinds(model: PreTrainedModel, path: str) -> list[int]:
+    """Of each layer at ``path``, the first that differs from it in its number and weights alone."""
+    found: list[dict[str, dict[str, Any]]] = []
+    for index in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
+        parts = _parts(model, f"{path}.{index}.")
+        found.append(
+            {
+                name: {k: v for k, v in settings.items() if not _NUMBER.fullmatch(k)}
+                for name, settings in parts.items()
+            }
+        )
+    return [found.index(kind) for kind in found]
 
 
-def _agree(ours: Any, theirs: Any, module: nn.Module) -> bool:
+def _agree(ours: Any, theirs: Any, kind: str) -> bool:
     """Equal, up to rounding; rotary embeddings may know kinds of layers that are gone."""
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
-    if "Rotary" in type(module).__name__:
+    if "Rotary" in kind:
         if isinstance(ours, dict) and isinstance(theirs, dict):
             return theirs.items() <= ours.items()
         if isinstance(ours, list) and isinstance(theirs, list):
@@ -284,6 +308,7 @@ def _settings(module: nn.Module, model: PreTrainedModel) -> dict[str, Any]:
             found[name] = value
     for name, tensor in (*module.named_parameters(recurse=False), *_buffers(module)):
         found[f"{name}, shape"] = tuple(tensor.shape)
+        found[f"{name}, dtype"] = tensor.dtype
     for name, values in _computed(module, model):
         found[f"{name}, values"] = values
     return found
@@ -316,6 +341,8 @@ def _computed(module: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, 
             yield name, values.double().flatten().tolist()
 
 
+# In what models differ from their own configuration before any layer is removed.
+_BEFORE: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 _NUMBERS = re.compile(r"\.\d+\.")
 
 
@@ -329,14 +356,16 @@ def check_agreement(model: PreTrainedModel, path: str, original: PreTrainedModel
             configuration already, ``model`` may differ too.
 
     Raises:
-        ValueError: it shows up to three differences to the `twin`.
+        ValueError: it shows up to three `differences`.
     """
     try:
         found = differences(model, path)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         found = [f"{type(error).__name__}: {error}".splitlines()[0]]
     if found:
-        before = {_NUMBERS.sub("", line) for line in differences(original, path)}
+        if original not in _BEFORE:
+            _BEFORE[original] = {_NUMBERS.sub("", line) for line in differences(original, path)}
+        before = _BEFORE[original]
         found = [line for line in found if _NUMBERS.sub("", line) not in before]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""

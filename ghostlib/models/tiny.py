@@ -61,7 +61,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"ple_embed_dim|pronunciation_embed_dim|shape_embed_dim|router_hidden_size", WIDTH),
     (r".*hidden_size.*|n_embd|d_model|(emb_|embed_|embedding_)?dim|lru_width", WIDTH),
     (
-        r"word_embed_proj_dim|(vision_|)output_dim|.*adapter_(in|out)_dim|projector_(in|out)put_dim",
+        r"word_embed_proj_dim|(vision_|)output_dim|.*adapter_(in|out)_dim|projector_(in|out)put_dim|adapter_input_size",
         WIDTH,
     ),
     (r"(.*_)?sliding_window(_size)?|window_size|attention_window_size|keep_window_size", 8),
