@@ -21,7 +21,7 @@ TWICE  := -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-interop test-lowest lint unit nbval lab notebooks fill format bench assets clean distclean
+.PHONY: help run test test-all test-interop test-lowest lint unit nbval lab notebooks fill format bench assets clean distclean
 
 # $(call phase,name,command): run the command, say how long it took, fail if it fails
 define phase
@@ -40,6 +40,9 @@ test: ## lint, unit tests and all notebooks, from a fresh state
 	@begin=$$(date +%s); \
 	$(MAKE) --no-print-directory lint assets unit nbval && \
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
+
+test-all: test ## … and every causal type of transformers through the contract of docs/models.md
+	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m contract_all tests/models/test_contract.py)
 
 test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
 	$(call phase,installing the lowest versions,$(ALIVE) python3.11 -m venv --clear $(LOWEST) && \

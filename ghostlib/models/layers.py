@@ -233,8 +233,8 @@ def down_projection(model: PreTrainedModel, index: int) -> nn.Module:
     if not last:
         raise ValueError(
             f"layer {index} of this {model_type(model)} normalises, scales or routes what its MLP "
-            "returns before it is added to the stream: nothing can be folded into its last matrix; "
-            "use an operator at the gap, such as ghost"
+            "returns before it is added to the stream, or keeps it quantised: nothing can be "
+            "folded into its last matrix; use an operator at the gap, such as ghost"
         )
     return decoder_layers(model)[index].get_submodule(last)
 
