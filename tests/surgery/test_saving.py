@@ -102,6 +102,15 @@ def test_without_ghostlib_or_trust_loading_fails_loudly(portable: bool, tmp_path
     assert ("trust_remote_code" if portable else "ghosted_llama") in done.stderr
 
 
+def test_a_portable_folder_edited_by_hand_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = save(repaired("ghost"), tmp_path / "model", portable=True)
+    edited(folder, lambda settings: settings["ghost"].pop())
+    done = run_elsewhere(folder, trust_remote_code=True)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("ValueError: ")
+    assert "lists its operators in config.ghost, got []" in done.stderr.splitlines()[-1]
+
+
 def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     facts = {
         "base_model": "someone/model",
