@@ -39,7 +39,8 @@ def add_features(width: int, seed: int) -> None:
     R, S = torch.randn(2, width, width, generator=generator).double() / math.sqrt(width)
 
     def relu(X: Tensor) -> Tensor:
-        return torch.relu(rms_norm(X) @ R.to(X))
+        kept: Tensor = torch.relu(rms_norm(X) @ R.to(X))
+        return kept
 
     def swiglu(X: Tensor) -> Tensor:
         n = rms_norm(X)
