@@ -16,6 +16,7 @@ from ghostlib.models.architectures import (
     keep_layers,
     num_layers,
     receiver,
+    structure,
 )
 from ghostlib.models.boundaries import Boundary, check_order, runs
 from ghostlib.models.placement import compute_device
@@ -169,6 +170,7 @@ def _install_modules(
             "bias": operator.bias is not None,
             "rank": factors[place][0].shape[1] if place in factors else None,
             "features": [feature.name for feature in operator.regressor.features],
+            "layout": structure(recovered).layout,
         }
         for place, operator in modules.items()
     ]
