@@ -45,7 +45,8 @@ def add_features(width: int, seed: int) -> None:
     def swiglu(X: Tensor) -> Tensor:
         n = rms_norm(X)
         gate: Tensor = torch.nn.functional.silu(n @ R.to(X))
-        return gate * (n @ S.to(X))
+        up: Tensor = n @ S.to(X)
+        return gate * up
 
     features: dict[str, Callable[[Tensor], Tensor]] = {
         "|n(x)|": lambda X: rms_norm(X).abs(),
