@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ghostlib.surgery.registration import announce
 
 if TYPE_CHECKING:
+    from ghostlib.evaluation.abilities import PROBES, Profile, abilities
     from ghostlib.evaluation.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
     from ghostlib.evaluation.generation import generate
     from ghostlib.evaluation.perplexity import (
@@ -71,6 +72,7 @@ __all__ = [
     "CORPORA",
     "CRITERIA",
     "OPERATORS",
+    "PROBES",
     "Boundary",
     "Calibration",
     "Family",
@@ -78,6 +80,7 @@ __all__ = [
     "MassiveActivationWarning",
     "Moments",
     "Operator",
+    "Profile",
     "RankPath",
     "Recipe",
     "Regressor",
@@ -87,6 +90,7 @@ __all__ = [
     "SingularGramWarning",
     "Specification",
     "Trials",
+    "abilities",
     "antisymmetric_share",
     "cache_bytes",
     "calibrate",
