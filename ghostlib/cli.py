@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     text = "what repairs the gaps: a family, a regressor, or auto (a recipe chooses) [ghost]"
     make.add_argument("--operator", default="ghost", help=text)
     make.add_argument("--budget", help="what auto may add: none, matrix or any [any]")
+    make.add_argument("--keep", help="with auto: an ability that counts too, such as copying")
     make.add_argument("--relative-ridge", type=float, help="ridge in units of the mean eigenvalue")
     make.add_argument("--rank", type=_count, help="of operators that have one")
     text = "for several gaps: teacher or sequential [teacher]"
@@ -159,6 +160,8 @@ def recover(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--budget is for --operator auto, not for {options.operator}: leave it out"
         )
+    if options.keep and not auto:
+        raise ValueError(f"--keep is for --operator auto, not for {options.operator}: leave it out")
     if auto and (solver or options.fit != "teacher"):
         raise ValueError(
             "--operator auto chooses the ridge itself, with full rank and the dense model's text: "
@@ -202,9 +205,8 @@ def recover(options: argparse.Namespace) -> None:
     if not layers and (options.criterion or not auto):
         layers = select_layers(model, calib, options.n or 7, options.criterion or "cosine")
     if auto:
-        choice = Recipe(model, calib, budget=options.budget or "any").choose(
-            layers or options.n or 7
-        )
+        recipe = Recipe(model, calib, budget=options.budget or "any", keep=options.keep)
+        choice = recipe.choose(layers or options.n or 7)
         print(choice)
         layers, recovered = choice.layers, choice.apply(model)
     else:

@@ -108,9 +108,14 @@ class _Run:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     todo: dict[tuple[Layers, str], list[tuple[str, str]]] = field(default_factory=dict)
+    probes: dict[str, ProbeSet] = field(default_factory=dict)
 
     def run(self, index: int, total: int) -> None:
         """Choose layers, plan, and compute cell by cell."""
+        spec = self.specification
+        drawn: dict[str, Any] = {"seed": spec.seed, "count": spec.probe_items, "strict": True}
+        for name in spec.probes:  # one that cannot be asked is refused before anything is scored
+            self.probes[name] = ProbeSet(self.model, self.tokenizer, [name], **drawn)
         measures = [
             *product([PERPLEXITY], self.specification.perplexity),
             *product([ACCURACY], self.specification.tasks),
@@ -226,7 +231,7 @@ class _Run:
     def _ability(
         self, probe: str, layers: Layers, operators: Mapping[Boundary, Operator]
     ) -> dict[str, Any]:
-        values = self._probes[probe].abilities(layers, operators)[probe]
+        values = self._asking[probe].abilities(layers, operators)[probe]
         if not np.isfinite(values).all():
             return {"value": math.nan}
         chance = PROBES[probe].chance(text_config(self.model).vocab_size)
@@ -267,14 +272,9 @@ class _Run:
         return {c: Trials(self.model, text.windows) for c, text in self._texts.items()}
 
     @cached_property
-    def _probes(self) -> dict[str, Trials]:
+    def _asking(self) -> dict[str, Trials]:
         """What all models have in common on each probe."""
-        spec, known = self.specification, {}
-        for name in spec.probes:
-            options: dict[str, Any] = {"seed": spec.seed, "count": spec.probe_items, "strict": True}
-            asked = ProbeSet(self.model, self.tokenizer, [name], **options)
-            known[name] = Trials(self.model, None, probes=asked)
-        return known
+        return {name: Trials(self.model, None, probes=p) for name, p in self.probes.items()}
 
     @cached_property
     def _recipe(self) -> Recipe:
