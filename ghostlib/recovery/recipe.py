@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from ghostlib.common import AUTO, PRUNED, Registry, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
-from ghostlib.models.layers import mlp_output
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge, choose_ridges
@@ -31,6 +30,7 @@ from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate, suited
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install
+from ghostlib.surgery.installers import projection_before
 
 Ridge = float | tuple[float, ...]
 
@@ -297,12 +297,13 @@ def check_ground(model: PreTrainedModel, family: Family) -> None:
 
     Raises:
         ValueError: normalised features where layers read the stream without a norm, or a repair of
-            the MLP where its output is normalised; the message says what works instead.
+            the MLP where its output is normalised or its weights cannot be changed; the message
+            says what works instead.
     """
     try:
         suited(model, family.regressor)
         if family.regressor.reads_mlp:
-            mlp_output(model, 0)
+            projection_before(model, 1, family.name)
     except ValueError as error:
         raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None
 
