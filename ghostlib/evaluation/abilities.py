@@ -333,13 +333,14 @@ class ProbeSet:
             # Probes whose names end alike are asked of the same text.
             rng = random.Random(f"{seed} {probe.name.rpartition('-')[2]}")
             items: list[Item] = []
+            most = min(count or probe.count, probe.count)
             try:
                 for item in probe.items(rng, language):
                     items.append(item if first is None else _after(tokenizer, item))
                     if positions is not None and len(items[-1].ids) > positions:
                         long = len(items[-1].ids)
                         raise LeftOut(f"takes {long} tokens, and the model knows {positions}")
-                    if len(items) == (count or probe.count):
+                    if len(items) == most:
                         break
                 if not items:
                     raise LeftOut("finds no item in the text")

@@ -48,7 +48,7 @@ class Specification:
         test_length: tokens of a scored window.
         tasks: zero-shot tasks that are scored: embedded, of lm-eval, or .jsonl files.
         probes: abilities that are scored, such as copying.
-        probe_items: the first so many items of each probe; by default as many as it has.
+        probe_items: items of each probe at most.
         limit: the first so many items of each task; by default all.
         batch_size: sequences in a forward pass of a task.
         seed: which windows are drawn.
@@ -141,6 +141,8 @@ class Specification:
         """
         apart = {"device_map", "dtype", "criteria", "n", "layers", "starts", "operators"}
         apart |= {"perplexity", "tasks", "probes", "batch_size"}
+        if self.probe_items is None:  # files from before there were probes resume
+            apart.add("probe_items")
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         known |= {
             "model": base_name(self.model),
