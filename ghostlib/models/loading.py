@@ -68,7 +68,6 @@ def check_reachable(name: str) -> None:
         )
 
 
-
 def load_model(
     name: str | Path = EMBEDDED,
     *,
