@@ -285,7 +285,8 @@ def to_state(stream: Tensor, like: Tensor, layout: str) -> Tensor:
         return stream
     axes = layout.index("b"), layout.index("t")
     rest = like.movedim(axes, (0, 1)).shape[2:]
-    return stream.unflatten(2, rest).movedim((0, 1), axes)
+    unfolded: Tensor = stream.unflatten(2, rest)
+    return unfolded.movedim((0, 1), axes)
 
 
 def receiver(model: PreTrainedModel, index: int) -> nn.Module:

@@ -266,7 +266,7 @@ def differences(model: PreTrainedModel, path: str) -> list[str]:
 def kinds(model: PreTrainedModel, path: str) -> list[int]:
     """Of each layer at ``path``, the first that differs from it in its number and weights alone."""
     found: list[dict[str, dict[str, Any]]] = []
-    for index in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
+    for index in range(len(model.get_submodule(path))):
         parts = _parts(model, f"{path}.{index}.")
         found.append(
             {

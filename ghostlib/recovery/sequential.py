@@ -155,7 +155,7 @@ def fit_sequential(
         operators[gap] = solve(moments, family, **options)
         if following is not None:
             x, hidden, output = before
-            repaired = operators[gap].apply(x, real, hidden=hidden, output=output)
+            repaired: Tensor | None = operators[gap].apply(x, real, hidden=hidden, output=output)
             if looks_back(model):  # all layers before the gap again, repaired so far
                 whole = install(model, dict(operators), at_gap=True)
                 removed = sum(len(done.removed) for done in operators)

@@ -104,7 +104,7 @@ def calibrate(
         boundaries: which blocks may be removed, in any number and overlapping as they like.
         attention_mask: (windows, length), 0 at padding; padding enters no statistic.
         skip_leading: how many of the first (unpadded) positions of each window to leave out. (For
-            massive activations that is no remedy, see notebook 10: the model needs them repaired.)
+            massive activations that is no remedy, see notebook 13: the model needs them repaired.)
         batch_size: windows per forward pass.
         moments: collect second moments; without them the pass gives similarities only.
         regressors: what else to regress on beside the stream, for every boundary: a family's

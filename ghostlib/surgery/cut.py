@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,13 @@ from ghostlib.models.boundaries import Boundary, check_order, runs
 from ghostlib.models.placement import compute_device
 from ghostlib.operators.solve import Operator
 from ghostlib.statistics.calibration import suited
-from ghostlib.surgery.ghosted import become, ghosted_class, install_boundaries
+from ghostlib.surgery.ghosted import (
+    GhostedMixin,
+    become,
+    ghosted_class,
+    install_boundaries,
+    save_stock,
+)
 from ghostlib.surgery.installers import fold
 
 
@@ -97,6 +104,8 @@ def install(
     if modules:
         _install_modules(recovered, modules, places)
     _check_new_weights(model, recovered)
+    if not isinstance(recovered, GhostedMixin):  # of which transformers says nothing
+        recovered.save_pretrained = partial(save_stock, recovered)
     return recovered if share else copy.deepcopy(recovered)
 
 

@@ -256,8 +256,7 @@ class GhostedMixin:
             super().save_pretrained(folder, **options)  # type: ignore[misc]
             return
         training = "is_main_process" in kwargs or "state_dict" in kwargs
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"output {folder} is a file: name a new folder")
+        _check_no_file(folder)
         if not training and folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(f"output folder {folder} exists and is not empty: name a new one")
         if kwargs.get("push_to_hub"):
@@ -282,6 +281,23 @@ class GhostedMixin:
             if lost := sorted(info[kind]):
                 raise ValueError(f"the saved model {complaint}, such as {lost[0]}: save it again")
         return (model, info) if wants_info else model
+
+
+def _check_no_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file: name a new folder")
+
+
+def save_stock(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    """As `PreTrainedModel.save_pretrained`, which would log a file of that name and save nothing.
+
+    Raises:
+        FileExistsError: there is a file of that name.
+    """
+    _check_no_file(Path(save_directory))
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
 @contextmanager

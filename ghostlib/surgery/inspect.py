@@ -22,7 +22,7 @@ from ghostlib.models.architectures import (
 )
 from ghostlib.models.boundaries import spell
 from ghostlib.models.layers import down_projection, embeddings, stream_norm, writers
-from ghostlib.models.loading import EMBEDDED
+from ghostlib.models.loading import EMBEDDED, check_reachable, check_source
 from ghostlib.models.streams import refusal
 from ghostlib.models.tiny import tiny_model
 from ghostlib.operators.families import FAMILIES
@@ -105,6 +105,7 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     Raises:
         ValueError: it is no causal language model, or one whose layers cannot be removed.
         OSError: nothing was found under that name.
+        ConnectionError: a hub id that is not in the cache, and no hub.
 
     >>> from transformers import LlamaConfig
     >>> found = inspect(LlamaConfig(num_hidden_layers=4, hidden_size=64, intermediate_size=96))
@@ -112,6 +113,8 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     ('attention', 34944, {})
     """
     if isinstance(model, str | Path):
+        check_source(model)
+        check_reachable(str(model))
         folder = embedded_model_dir() if str(model) == EMBEDDED else model
         model = AutoConfig.from_pretrained(folder, **options)
     if isinstance(model, PretrainedConfig):

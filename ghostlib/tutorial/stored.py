@@ -8,7 +8,7 @@ from ghostlib.experiments.results import Results, read_results
 def stored(name: str) -> Results:
     """The results stored under a name: ``"grid"``, ``"starts"``, ``"beyond"``, ``"ablation"``.
 
-    Notebooks 11 and 13 name the commands that computed them.
+    Notebooks 14 and 17 name the commands that computed them.
     """
     file = resources.files("ghostlib.tutorial") / "data" / f"{name}-smollm2.jsonl"
     with resources.as_file(file) as path:

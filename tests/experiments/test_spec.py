@@ -174,12 +174,12 @@ def of_command(line: str) -> gl.Specification:
 
 def test_notebook_09_has_every_field_as_a_parameter_of_papermill():
     names = {field.name for field in fields(gl.Specification)} - {"layers", "starts"}
-    found = inspect_notebook(str(NOTEBOOKS / "09_full_model_evaluation.ipynb"))
+    found = inspect_notebook(str(NOTEBOOKS / "10_full_model_evaluation.ipynb"))
     assert set(found) == names | {"output"}
 
 
 def test_the_commands_of_notebook_09_are_of_the_papers_settings():
-    by_cli, by_papermill = documented("09_full_model_evaluation")
+    by_cli, by_papermill = documented("10_full_model_evaluation")
     (models,) = re.findall(r"for model in (.*?);", by_cli)
     assert len(models.split()) == 3 and "for windows in 32 128;" in by_cli
     (line,) = re.findall(r"ghostlib experiment .*", by_cli)
@@ -187,7 +187,7 @@ def test_the_commands_of_notebook_09_are_of_the_papers_settings():
     first = of_command(line.replace("$model", models.split()[1]).replace("$windows", "32"))
     (parameters,) = re.findall(r"-y '(\{.*\})'", by_papermill, re.DOTALL)
     given = yaml.safe_load(parameters)
-    parameters = inspect_notebook(str(NOTEBOOKS / "09_full_model_evaluation.ipynb"))
+    parameters = inspect_notebook(str(NOTEBOOKS / "10_full_model_evaluation.ipynb"))
     assert given.keys() <= parameters.keys()
     second = gl.Specification(**{name: value for name, value in given.items() if name != "output"})
     assert first == second
@@ -197,8 +197,8 @@ def test_the_commands_of_notebook_09_are_of_the_papers_settings():
 
 
 def test_the_commands_of_notebooks_11_and_13_are_of_the_stored_results():
-    grid, beyond = documented("13_the_whole_grid")
-    (ablation,) = documented("11_beyond_linear")
+    grid, beyond = documented("17_the_whole_grid")
+    (ablation,) = documented("14_features_of_the_stream")
     commands = [line for line in (*grid.splitlines(), beyond, ablation) if line.strip()]
     names = ("grid", "starts", "beyond", "ablation")
     for line, name in zip(commands, names, strict=True):

@@ -212,7 +212,7 @@ def test_a_quantised_model_is_repaired_at_the_gap_and_not_in_its_weights() -> No
                 setattr(holder, name, Int8Linear(child))
     repaired = gl.recover(model, ids, [2, 3], "ghost", relative_ridge=1e-3)
     assert len(decoder_layers(repaired)) == LAYERS - 2
-    with pytest.raises(ValueError, match=r"or keeps it quantised: .*use an operator at the gap"):
+    with pytest.raises(ValueError, match=r"are quantised and .*or use an operator at the gap"):
         gl.recover(model, ids, [2, 3], "refit")
 
 

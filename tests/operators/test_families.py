@@ -14,7 +14,7 @@ from torch import Tensor
 from ghostlib.linalg.gram import Regularised
 from ghostlib.models.boundaries import Boundary
 from ghostlib.operators.families import FAMILIES, Family, Fit, Shape
-from ghostlib.operators.solve import Operator
+from ghostlib.operators.solve import Operator, solve
 from ghostlib.operators.testing import RULES, Trial, check_family
 from ghostlib.statistics.features import Feature, Regressor
 from ghostlib.statistics.moments import Moments
@@ -268,11 +268,22 @@ def test_a_repair_of_the_mlp_needs_a_layer_before_the_gap(name: str) -> None:
         family.check_place(gaps)
 
 
+def test_defaults_hold_where_no_regularisation_is_given() -> None:
+    trials = [Trial(family) for family in FAMILIES.values() if family.default]
+    assert {trial.family.name for trial in trials} >= {"refit", "ghost-refit"}
+    for trial in trials:
+        moments, default = trial.moments(*trial.sequences()), dict(trial.family.default)
+        plain, spelt = solve(moments, trial.family), solve(moments, trial.family, **default)
+        assert torch.equal(plain.M, spelt.M)
+        for other in ({"rcond": 1e-6}, {"ridge": 1e-6}, {"relative_ridge": 1.0}):
+            assert not torch.allclose(solve(moments, trial.family, **other).M, plain.M)
+
+
 def test_a_fit_keeps_what_it_was_solved_with() -> None:
     X = torch.randn(30, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     moments = Moments(8).update(X, 2 * X)
     assert isinstance(FAMILIES["ghost"].solve(moments).inverse, Regularised)
-    assert FAMILIES["orthogonal"].solve(moments)[1:] == (None, None, None)
+    assert FAMILIES["orthogonal"].solve(moments)[1:] == (None,) * 4
     seen = FAMILIES["diagonal"].solve(moments).seen
     assert seen is not None
     torch.testing.assert_close(seen, X.square().sum(0))

@@ -583,7 +583,7 @@ def test_few_tokens_that_own_the_objective_are_reported_and_rightly() -> None:
         "boundary (2, 4): 4 of 4000 tokens own the squared error that ghost minimises"
     )
     assert "'two-branch-relative'" in advice and "operator='auto'" in advice
-    assert "skip_leading" not in advice  # measured to be no remedy: notebook 10
+    assert "skip_leading" not in advice  # measured to be no remedy: notebook 13
     # and indeed: all other tokens fare worse than without a repair, and weighted they do not
     relative = Moments(WIDTH, regressor="x; 1/|y|^2").update(X, Y)
     helping = Moments(WIDTH, regressor="x, n(x); 1/|y|").update(X, Y)
