@@ -116,7 +116,7 @@ def test_every_layer_keeps_its_part_of_a_table_of_all() -> None:
     assert torch.equal(kept, torch.cat([table[i] for i in (0, 2, 3, 5)], 1))
     table_of_all = model.model.embed_tokens_per_layer
     table_of_all.to("meta")._hf_hook = None
-    with pytest.raises(ValueError, match="table embed_tokens_per_layer, .* is offloaded"):
+    with pytest.raises(ValueError, match=r"table embed_tokens_per_layer, .* is offloaded"):
         gl.prune(model, [1, 4])
 
 
