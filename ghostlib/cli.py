@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         shown = " ".join(default) if isinstance(default, tuple) else default
         make.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=int if "int" in str(field.type) else str,
+            type=_yes if field.name == "bos" else int if "int" in str(field.type) else str,
             nargs="*" if several else None,
             default=default,
             help=described[field.name] + (f" [{shown}]" if shown not in (None, "") else ""),
@@ -130,6 +130,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def _yes(text: str) -> bool:
+    """True for yes, False for no."""
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+    return text == "yes"
 
 
 def _described() -> Iterator[tuple[str, str]]:

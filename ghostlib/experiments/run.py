@@ -216,6 +216,8 @@ class _Run:
         count, length = text.windows.shape
         sizes = {"windows": count, "length": length, "tokens": count * (length - 1)}
         scored = {"split": text.split, **sizes, "bytes": text.bytes, "losses": losses}
+        if text.bos is not None:
+            scored["bos"] = text.bos  # which every window begins with
         return {"value": value, "low": low, "high": high, **scored}
 
     def _accuracy(

@@ -49,6 +49,8 @@ class Specification:
         tasks: zero-shot tasks that are scored: embedded, of lm-eval, or .jsonl files.
         probes: abilities that are scored, such as copying.
         probe_items: items of each probe at most.
+        bos: whether every window of a corpus begins with BOS; by default as the tokenizer does it,
+            False as published.
         limit: the first so many items of each task; by default all.
         batch_size: sequences in a forward pass of a task.
         seed: which windows are drawn.
@@ -81,6 +83,7 @@ class Specification:
     tasks: Sequence[str] = ()
     probes: Sequence[str] = ()
     probe_items: int | None = None
+    bos: bool | None = None
     limit: int | None = None
     batch_size: int = 8
     seed: int = 0
@@ -106,6 +109,8 @@ class Specification:
         object.__setattr__(self, "selection_length", part)
         if part > self.length:
             raise ValueError(f"selection_length = {part}: at most length = {self.length}")
+        if not isinstance(self.bos, bool | None):
+            raise ValueError(f"bos = {self.bos!r}: give True, False, or None for the tokenizer's")
         check_source(self.model, self.dtype, self.device_map)
         for corpus in self.calibration:
             documents(corpus, split=self.split)
@@ -141,8 +146,8 @@ class Specification:
         """
         apart = {"device_map", "dtype", "criteria", "n", "layers", "starts", "operators"}
         apart |= {"perplexity", "tasks", "probes", "batch_size"}
-        if self.probe_items is None:  # files from before there were probes resume
-            apart.add("probe_items")
+        # files from before there were these resume
+        apart |= {name for name in ("probe_items", "bos") if getattr(self, name) is None}
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         known |= {
             "model": base_name(self.model),
@@ -172,7 +177,12 @@ class Specification:
     def _draw(self, corpus: str, tokenizer: "PreTrainedTokenizerBase", count: int) -> "Tensor":
         from ghostlib.text.corpora import token_windows
 
-        drawn: dict[str, Any] = {"split": self.split, "length": self.length, "seed": self.seed}
+        drawn: dict[str, Any] = {
+            "split": self.split,
+            "length": self.length,
+            "seed": self.seed,
+            "bos": self.bos,
+        }
         return token_windows(corpus, tokenizer, count=count, **drawn)
 
     def draw_test(self, tokenizer: "PreTrainedTokenizerBase", corpus: str) -> "ScoredText":
@@ -184,6 +194,7 @@ class Specification:
             "split": self.test_split,
             "length": self.test_length,
             "seed": self.seed,
+            "bos": self.bos,
         }
         return scored_text(tokenizer, corpus, count=count, **drawn)
 
