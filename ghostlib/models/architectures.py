@@ -114,6 +114,11 @@ def check_model(model: Any) -> None:
             f"the model is wrapped in {kind}: pass model.module; calibrate_distributed spreads a "
             "calibration over processes"
         )
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+        raise ValueError(
+            f"the weights of this {kind} are spread over processes by fully_shard: load it "
+            "without, and with device_map where one device is too small"
+        )
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise ValueError(
             f"the model is a {kind} of PEFT, whose adapters are no part of its layers: pass "
@@ -215,7 +220,7 @@ def _behind(model: PreTrainedModel, layers: str) -> str:
     parent = layers
     while parent:
         parent = parent.rpartition(".")[0]
-        if parent == "":
+        if parent == "" and "." in layers:  # the model holds its decoder, and its head beside it
             break
         norms = [
             name
@@ -244,7 +249,15 @@ def num_layers(model: PreTrainedModel) -> int:
 def hidden_size(model: PreTrainedModel) -> int:
     """Width of the residual stream; of all together where there are several side by side."""
     config, streams = text_config(model), structure(model).streams
-    return int(config.hidden_size * (getattr(config, streams) if streams else 1))
+    # Remote code may call it otherwise.
+    width = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]
+    return int(width * (getattr(config, streams) if streams else 1))
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Number of token ids."""
+    size = getattr(text_config(model), "vocab_size", None)
+    return int(size or model.get_input_embeddings().weight.shape[0])
 
 
 def looks_back(model: PreTrainedModel) -> bool:

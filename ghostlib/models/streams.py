@@ -29,6 +29,7 @@ from ghostlib.models.architectures import (
     to_state,
     to_stream,
     uncached,
+    vocabulary,
 )
 from ghostlib.models.placement import input_device, offload_stores, release_movers
 
@@ -272,10 +273,10 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
         raise ValueError(f"windows hold no token: shape {tuple(windows.shape)}")
     low, high = int(windows.min()), int(windows.max())
     structure(model)
-    vocabulary = text_config(model).vocab_size
-    if low < 0 or high >= vocabulary:
+    known = vocabulary(model)
+    if low < 0 or high >= known:
         raise ValueError(
-            f"token ids {low} … {high} do not fit a vocabulary of {vocabulary}: "
+            f"token ids {low} … {high} do not fit a vocabulary of {known}: "
             "were the windows made with another model's tokenizer?"
         )
     positions = known_positions(model)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ghostlib.common import GHOSTED
 from ghostlib.models import streams
@@ -165,7 +165,14 @@ def _install_modules(
 ) -> None:
     """Make ``recovered`` a ghosted model, in place, with a module for each operator."""
     factors = {place: _factors(op.M) for place, op in modules.items() if _is_low_rank(op)}
-    cls = ghosted_class(recovered.config.model_type)
+    name = recovered.config.model_type
+    if name not in CONFIG_MAPPING:
+        raise ValueError(
+            f"a {name} is made by code that transformers does not know, so that a module at the "
+            "gap could not be loaded again: use a repair of the weights, such as refit, or "
+            "register its classes with AutoConfig.register and AutoModelForCausalLM.register"
+        )
+    cls = ghosted_class(name)
     become(recovered, cls)
     recovered.config.__class__ = cls.config_class
     names = {module: name for name, module in recovered.named_modules()}
@@ -186,7 +193,8 @@ def _install_modules(
     install_boundaries(recovered)
     for (place, operator), entry in zip(modules.items(), recovered.config.ghost, strict=True):
         module = recovered.get_submodule(entry["module"])
-        device, dtype = compute_device(module), next(module.parameters()).dtype
+        floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+        device, dtype = compute_device(module), next(floating, recovered.dtype)
         values = {"M": operator.M}
         if place in factors:
             values = dict(zip("AB", factors[place], strict=True))

@@ -18,6 +18,7 @@ from ghostlib.models.architectures import (
     num_layers,
     structure,
     text_config,
+    vocabulary,
 )
 from ghostlib.models.boundaries import spell
 from ghostlib.models.layers import down_projection, embeddings, stream_norm, writers
@@ -125,7 +126,7 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     return Inspection(
         type=model_type(model),
         width=hidden_size(model),
-        vocabulary=int(text_config(model).vocab_size),
+        vocabulary=vocabulary(model),
         kinds=_kinds(model),
         parameters=parameters,
         cache=_cache(model),
