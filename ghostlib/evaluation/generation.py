@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ghostlib.common import checked
+from ghostlib.models.architectures import check_model
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import evaluating
 
 Message = dict[str, str]  # {"role": "user", "content": …}
 
 
+@checked
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,6 +43,7 @@ def generate(
             ``max_new_tokens`` below 1, an empty prompt where the tokenizer adds nothing, or a
             tokenizer that has nothing to pad with.
     """
+    check_model(model)
     several: Any = [prompts] if isinstance(prompts, str) else list(prompts)
     if not several:
         raise ValueError("no prompt to continue: give at least one text")

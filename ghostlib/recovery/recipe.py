@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import AUTO, PRUNED, Registry, track
+from ghostlib.common import AUTO, PRUNED, Registry, checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.layers import mlp_output
@@ -133,6 +133,7 @@ class Recipe:
             without ground in this architecture.
     """
 
+    @checked
     def __init__(
         self,
         model: PreTrainedModel,
@@ -159,6 +160,8 @@ class Recipe:
                     f"are such as {', '.join(within)}"
                 )
             check_ground(model, family)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
         kept_out = torch.zeros(len(windows), dtype=torch.bool)
@@ -170,6 +173,7 @@ class Recipe:
     def _trials(self) -> Trials:
         return Trials(self.model, self.judges, batch_size=self.batch_size)
 
+    @checked
     def shortlist(self, n: int) -> list[Layers]:
         """What each of `SHORTLIST` would remove, from one pass over the fitted windows."""
         wanted = {gap for name in SHORTLIST for gap in needed(name, n, self.total)}
@@ -177,6 +181,7 @@ class Recipe:
         chosen = [tuple(select_layers(self.model, known, n, name)) for name in SHORTLIST]
         return list(dict.fromkeys(chosen))
 
+    @checked
     def collect(self, choices: Iterable[Layers]) -> None:
         """Collect in one pass what all of ``choices`` will be solved from."""
         gaps = {gap for layers in choices for gap in runs(layers, self.total)}
@@ -187,6 +192,7 @@ class Recipe:
             held_out = calibrate(self.model, self.judges, missing, **how)
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
 
+    @checked
     def choose(self, layers: Iterable[int] | int) -> Choice:
         """The best candidate for ``layers``, or for the best on the `shortlist` of so many.
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import AUTO
+from ghostlib.common import AUTO, checked
 from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, runs
 from ghostlib.operators.families import Family
@@ -19,6 +19,7 @@ from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import check_dense, install
 
 
+@checked
 def recover(
     model: PreTrainedModel,
     calibration: Tensor | Mapping[Boundary, Moments],
@@ -149,7 +150,8 @@ def _moments_of(
     moments = collected[gap]
     if moments.width != hidden_size(model):
         raise ValueError(
-            f"moments of width {moments.width} do not fit a model of width {hidden_size(model)}"
+            f"moments of width {moments.width} do not fit a model of width {hidden_size(model)}: "
+            "calibrate again"
         )
     if moments.boundary not in (None, gap):
         raise ValueError(f"moments of boundary {moments.boundary} were given for {gap}")

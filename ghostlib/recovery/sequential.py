@@ -13,19 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import track
+from ghostlib.common import checked, track
 from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_order
 from ghostlib.models.layers import has_bias, listen
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import check_windows, excerpt, feed, record
 from ghostlib.operators.families import Family
-from ghostlib.operators.solve import (
-    Operator,
-    check_options,
-    solve,
-    warn_of_massive_activations,
-)
+from ghostlib.operators.solve import Operator, check_options, solve, warn_of_massive_activations
 from ghostlib.statistics.calibration import suited
 from ghostlib.statistics.features import Sources
 from ghostlib.statistics.moments import Moments
@@ -71,6 +66,7 @@ def dense_streams(
     return {index: torch.cat(parts) for index, parts in kept.items()}
 
 
+@checked
 def fit_sequential(
     model: PreTrainedModel,
     windows: Tensor,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import Registry, track
+from ghostlib.common import Registry, checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
 from ghostlib.models.streams import refusal
@@ -37,6 +37,7 @@ class Selection(tuple[int, ...]):
         selection.scores = dict(scores)
         return selection
 
+    @checked
     def first(self, n: int) -> "Selection":
         """The best set of ``n`` layers that was scored: where a greedy search stood at step ``n``.
 
@@ -86,6 +87,7 @@ CRITERIA["greedy-recovered"] = Criterion(
 )
 
 
+@checked
 def select_layers(
     model: PreTrainedModel,
     calibration: Tensor | Calibration,

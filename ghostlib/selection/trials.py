@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostlib.common import checked
 from ghostlib.evaluation.perplexity import token_losses
 from ghostlib.models.architectures import hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without
@@ -36,6 +37,7 @@ class Trials:
         ValueError: windows that do not fit the model, or of one token; a batch size below 1.
     """
 
+    @checked
     def __init__(self, model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> None:
         check_windows(model, windows)
         if windows.shape[1] < 2:
@@ -47,6 +49,7 @@ class Trials:
         self.total = num_layers(model)
         self.rebase(())
 
+    @checked
     def rebase(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> None:
@@ -66,6 +69,7 @@ class Trials:
             streams = record(variant, ids, places)
             self.streams.append({keys[place]: streams[place] for place in places})
 
+    @checked
     def losses(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> Tensor:
@@ -92,6 +96,7 @@ class Trials:
             losses.append(token_losses(self.model, hidden, ids).mean(1))
         return torch.cat(losses)
 
+    @checked
     def loss(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> float:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ghostlib.common import track
-from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
+from ghostlib.common import checked, track
+from ghostlib.models.architectures import check_model, fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
 from ghostlib.models.layers import has_bias, intermediate_size, listen, stream_norm
 from ghostlib.models.placement import input_device
@@ -85,6 +85,7 @@ class Calibration(dict[Boundary, Moments]):
         return chosen
 
 
+@checked
 def calibrate(
     model: PreTrainedModel,
     windows: Tensor,
@@ -349,6 +350,7 @@ class CalibrationBytes(NamedTuple):
         return sum(self)
 
 
+@checked
 def calibration_bytes(
     model: PreTrainedModel | int,
     boundaries: Iterable[Boundary | tuple[int, int]],
@@ -376,11 +378,14 @@ def calibration_bytes(
     >>> calibration_bytes(4096, [(20, 27)]).moments / 1e6  # 2 x 4096 x 4096 x 8 bytes, and sums
     268.664832
     """
+    if not isinstance(model, int) or isinstance(model, bool):
+        check_model(model)
     width = model if isinstance(model, int) else hidden_size(model)
-    for name, value in (("width", width), ("length", length), ("batch_size", batch_size)):
-        if value < 1:
+    sizes = {"width": width, "length": length, "batch_size": batch_size, "hidden": hidden}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    asked = {Boundary(*boundary) for boundary in boundaries}
+    asked = set(map(check_boundary, boundaries))
     if not asked:
         raise ValueError("no boundary to count: name at least one, such as Boundary(12, 19)")
     last_stop = _last_stops(asked)
