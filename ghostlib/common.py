@@ -131,6 +131,13 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def at_least(least: int, **sizes: int | None) -> None:
+    """Refuse a size below ``least``, by name; None is for those that may be left out."""
+    for name, value in sizes.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of an annotated kind; of what has no say in it, everything is."""
     parts, origin = get_args(kind), get_origin(kind)
@@ -191,5 +198,6 @@ def _described(kind: Any) -> str:
 def told(value: Any) -> str:
     """A value as an error message shows it: in one line, and not too long."""
     shape = getattr(value, "shape", None)
-    text = repr(value) if shape is None else f"a {type(value).__name__} {tuple(shape)}"
+    kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'items')}"
+    text = repr(value) if shape is None else f"a {kind}, {tuple(shape)}"
     return text if text.isprintable() and len(text) <= 80 else f"a {type(value).__name__}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
-from ghostlib.common import checked, track
+from ghostlib.common import at_least, checked, track
 from ghostlib.models.architectures import check_model, decoder_layers, text_config
 from ghostlib.models.configuration import twin
 from ghostlib.models.placement import input_device
@@ -74,8 +74,8 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
         ValueError: ``tokens`` is negative or ``batch_size`` below 1.
     """
     check_model(model)
-    _at_least(0, tokens=tokens)
-    _at_least(1, batch_size=batch_size)
+    at_least(0, tokens=tokens)
+    at_least(1, batch_size=batch_size)
     if tokens == 0:
         return 0
     cache: Any = DynamicCache(config=model.config)
@@ -111,8 +111,8 @@ def flops(
     12960
     """
     check_model(model)
-    _at_least(1, tokens=tokens, batch_size=batch_size)
-    _at_least(0, context=context, logits=logits)
+    at_least(1, tokens=tokens, batch_size=batch_size)
+    at_least(0, context=context, logits=logits)
     if logits > tokens:
         raise ValueError(f"logits must be at most tokens = {tokens}, got {logits}")
     copied = _without_weights(model)
@@ -214,14 +214,14 @@ def latency(
     """
     if not models:
         raise ValueError("no model to time: name at least one")
-    _at_least(
+    at_least(
         1,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch_size=batch_size,
         repeats=repeats,
     )
-    _at_least(0, warmup=warmup)
+    at_least(0, warmup=warmup)
     for name, model in models.items():
         check_model(model)
         positions = known_positions(model)
@@ -281,9 +281,3 @@ def _synchronize(devices: Iterable[torch.device]) -> None:
     """Wait until every accelerator has finished what it was given."""
     for device in devices:
         torch.accelerator.synchronize(device)
-
-
-def _at_least(least: int, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

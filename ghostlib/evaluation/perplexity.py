@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import checked, track
+from ghostlib.common import at_least, checked, track
 from ghostlib.models.architectures import head
 from ghostlib.models.streams import check_windows, final_hidden
 from ghostlib.text.corpora import CORPORA, tokenised
@@ -55,8 +55,7 @@ def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 
     check_windows(model, windows)
     if windows.shape[1] < 2:
         raise ValueError("windows of one token predict nothing: use a length of at least 2")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    at_least(1, batch_size=batch_size)
     losses = []
     for ids in track(torch.split(windows, batch_size), "scoring", unit="batch"):
         losses.append(token_losses(model, final_hidden(model, ids), ids).mean(1))

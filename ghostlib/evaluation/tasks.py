@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import Registry, checked, quiet, without_retries
+from ghostlib.common import Registry, at_least, checked, quiet, without_retries
 from ghostlib.evaluation.items import Item, descriptions, read_items, topics
 from ghostlib.evaluation.perplexity import NOT_FINITE
 from ghostlib.models.architectures import check_model
@@ -184,10 +184,7 @@ def zero_shot(
         ghostlib.text.assets.AssetError: an embedded task whose corpus is not to be had.
     """
     check_model(model)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be a positive number of items, not {limit}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    at_least(1, limit=limit, batch_size=batch_size)
     wanted = [tasks] if isinstance(tasks, str | Path) else list(tasks)
     if not wanted:
         raise ValueError(f"no task to score: {_INSTEAD}")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from ghostlib.common import checked, fits, told, whole
+from ghostlib.common import at_least, checked, fits, told, whole
 
 
 class Boundary(NamedTuple):
@@ -85,8 +85,7 @@ def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
     [Boundary(start=12, stop=15), Boundary(start=25, stop=26)]
     """
     ordered = sorted(_index(layer) for layer in layers)
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+    at_least(1, num_layers=num_layers)
     if not ordered:
         raise ValueError("no layer to remove: name at least one layer")
     if outside := [layer for layer in ordered if not 0 <= layer < num_layers]:
@@ -126,10 +125,7 @@ def contiguous(n: int, num_layers: int) -> list[Boundary]:
     Raises:
         ValueError: ``n`` is not between 1 and ``num_layers - 1``.
     """
-    if num_layers < 2:
-        raise ValueError(
-            f"num_layers must be at least 2, so that one can be removed, got {num_layers}"
-        )
+    at_least(2, num_layers=num_layers)
     if not 1 <= n < num_layers:
         raise ValueError(
             f"n = {n} layers cannot be removed from a model of {num_layers}: "

@@ -269,8 +269,9 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
     """
     integers = isinstance(windows, Tensor) and whole(windows.new_zeros(()))
     if not integers or windows.ndim != 2:
-        got = f"{told(windows)} {getattr(windows, 'dtype', '')}".strip()
-        raise ValueError(f"windows must be a (windows, length) tensor of token ids, got {got}")
+        raise ValueError(
+            f"windows must be a (windows, length) tensor of token ids, got {told(windows)}"
+        )
     if windows.numel() == 0:
         raise ValueError(f"windows hold no token: shape {tuple(windows.shape)}")
     low, high = int(windows.min()), int(windows.max())

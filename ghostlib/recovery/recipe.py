@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import AUTO, PRUNED, Registry, checked, track
+from ghostlib.common import AUTO, PRUNED, Registry, at_least, checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.layers import mlp_output
@@ -160,8 +160,7 @@ class Recipe:
                     f"are such as {', '.join(within)}"
                 )
             check_ground(model, family)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        at_least(1, batch_size=batch_size)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
         kept_out = torch.zeros(len(windows), dtype=torch.bool)

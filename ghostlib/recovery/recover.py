@@ -24,7 +24,7 @@ def recover(
     model: PreTrainedModel,
     calibration: Tensor | Mapping[Boundary, Moments],
     layers: Iterable[int] | int,
-    operator: str | Family = "ghost",
+    operator: "str | Family" = "ghost",  # in quotes: what else it may be is told below
     *,
     attention_mask: Tensor | None = None,
     skip_leading: int | None = None,
@@ -74,11 +74,6 @@ def recover(
     check_dense(model)
     if fit not in ("teacher", "sequential"):
         raise ValueError(f"fit must be 'teacher' or 'sequential', got {fit!r}")
-    if not isinstance(calibration, Tensor | Mapping):
-        raise ValueError(
-            "calibration must be a (windows, length) tensor of token ids or moments by boundary, "
-            f"got {type(calibration).__name__}"
-        )
     given: dict[str, Any] = {
         "attention_mask": attention_mask,
         "skip_leading": skip_leading,

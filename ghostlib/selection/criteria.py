@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import Registry, checked, track
+from ghostlib.common import Registry, at_least, checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
 from ghostlib.models.streams import refusal
@@ -126,8 +126,7 @@ def select_layers(
     """
     rule, total = CRITERIA[criterion], num_layers(model)
     contiguous(n, total)  # checks n
-    if beam < 1:
-        raise ValueError(f"beam must be at least 1, got {beam}")
+    at_least(1, beam=beam)
     if windows is None and isinstance(calibration, Tensor):
         if "windows" in rule.needs and attention_mask is not None and not attention_mask.all():
             raise ValueError(

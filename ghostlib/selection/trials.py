@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import checked
+from ghostlib.common import at_least, checked
 from ghostlib.evaluation.perplexity import token_losses
 from ghostlib.models.architectures import hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without
@@ -42,8 +42,7 @@ class Trials:
         check_windows(model, windows)
         if windows.shape[1] < 2:
             raise ValueError("windows of one token predict nothing: use a length of at least 2")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        at_least(1, batch_size=batch_size)
         self.model = model
         self.batches = windows.split(batch_size)
         self.total = num_layers(model)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ghostlib.common import Registry, checked, fits, told
+from ghostlib.common import Registry, at_least, checked, fits, told
 
 
 def rms_norm(X: Tensor) -> Tensor:
@@ -245,8 +245,7 @@ class Regressor:
         Raises:
             ValueError: it reads what the down-projection reads, and ``hidden`` is not given.
         """
-        if width < 1 or (hidden is not None and hidden < 1):
-            raise ValueError(f"width and hidden must be at least 1, got {width} and {hidden}")
+        at_least(1, width=width, hidden=hidden)
         if "hidden" in self.sources and hidden is None:
             raise ValueError(f"moments of {self} need the width of the MLP: pass hidden=…")
         return tuple(

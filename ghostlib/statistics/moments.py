@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ghostlib.common import checked
+from ghostlib.common import at_least, checked
 from ghostlib.linalg.gram import Gram, gram
 from ghostlib.linalg.hadamard import has_hadamard, rotate
 from ghostlib.models.boundaries import Boundary, check_boundary
@@ -140,9 +140,7 @@ class Moments:
         model: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, size in (("width", width), ("hidden", hidden)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        at_least(1, width=width, hidden=hidden)
         check_device(device)
         C = operator.index(width)
         self.regressor = Regressor.parse(regressor)

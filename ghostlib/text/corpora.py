@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghostlib.common import Registry, checked, told, whole
+from ghostlib.common import Registry, at_least, checked, told
 from ghostlib.text.assets import asset
 from ghostlib.text.documents import (
     Corpus,
@@ -159,8 +159,6 @@ def documents(
     if source.splits is not None and split not in source.splits:
         name, known = one_line(corpus), ", ".join(source.splits)
         raise ValueError(f"unknown split {split!r} of corpus {name}: use one of {known}")
-    if not whole(seed):
-        raise ValueError(f"seed must be an integer, not {seed!r}")
     return source.texts(split, seed, text_column)
 
 
@@ -240,9 +238,7 @@ def tokenised(
             begins, as published protocols have it.
     """
     texts = documents(corpus, split=split, seed=seed, text_column=text_column)
-    for name, value in (("length", length), ("count", count)):
-        if value is not None and (not whole(value) or value < 1):
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    at_least(1, length=length, count=count)
     if not callable(tokenizer):
         raise ValueError(
             f"tokenizer must be a tokenizer, as load_model gives it, got {told(tokenizer)}"
