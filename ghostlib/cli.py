@@ -197,8 +197,8 @@ def recover(options: argparse.Namespace) -> None:
         check_options(Family.of(options.operator), solver)
         if options.rank is None:
             canonical(options.operator)  # refuses one that needs it
-    CRITERIA[options.criterion or "cosine"]
-    BUDGETS[options.budget or "any"]
+    CRITERIA["cosine" if options.criterion is None else options.criterion]
+    BUDGETS["any" if options.budget is None else options.budget]
     documents(options.corpus)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_source(options.model, options.dtype, device)

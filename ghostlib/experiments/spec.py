@@ -4,13 +4,12 @@ Neither torch nor transformers is imported here: the command line, whose options
 fields, answers at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghostlib.common import AUTO, PRUNED, SEQUENTIAL
+from ghostlib.common import AUTO, PRUNED, SEQUENTIAL, fits, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,10 +95,13 @@ class Specification:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(field.default, tuple):
-                listed = [value] if isinstance(value, str | int | Path) else value
+                several = isinstance(value, Iterable) and not isinstance(value, str)
+                listed = value if several else [value]
                 self._set(field.name, [_READ.get(field.name, str)(each) for each in listed])
             elif "int" in str(field.type) and not (value is None and field.default is None):
                 whole_number(value, field.name, _LEAST.get(field.name, 1))
+            elif not fits(value, field.type):
+                raise ValueError(f"{field.name} = {value!r}: give text, as the name of one")
         if not (self.layers or self.starts):
             self._set("criteria", self.criteria or ["cosine"])
             self._set("n", self.n or [7])
@@ -210,7 +212,7 @@ def whole_number(value: Any, name: str = "n", least: int = 1) -> int:
     Raises:
         ValueError: it is not; the message names both.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    if not whole(value) or value < least:
         raise ValueError(f"{name} = {value!r}: give a whole number of at least {least}")
     return int(value)
 
@@ -242,7 +244,7 @@ def canonical(operator: str) -> str:
     family, name = family_of(operator), operator.removesuffix(SEQUENTIAL)
     if name != operator and family.regressor.reads_mlp:
         raise ValueError(
-            f"{operator!r}: {name} reads more than the stream, leave out{SEQUENTIAL!r}"
+            f"{operator!r}: {name} reads more than the stream, leave out {SEQUENTIAL!r}"
         )
     if family.regressor == STREAM:
         eye = torch.eye(4, dtype=torch.float64)  # one that needs an option says so of any moments
@@ -254,7 +256,7 @@ def canonical(operator: str) -> str:
 def _layers(layers: Any) -> tuple[int, ...]:
     from ghostlib.models.boundaries import read_layers, runs
 
-    if isinstance(layers, int):
+    if not isinstance(layers, Iterable):
         raise ValueError(f"layers = {layers}: give sets of layers, such as '12-18' or [(12, 13)]")
     listed = read_layers(layers) if isinstance(layers, str) else layers
     whole = tuple(sorted(whole_number(layer, "layer", 0) for layer in listed))
@@ -279,7 +281,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "n": whole_number,
     "layers": _layers,
     "criteria": _criterion,
-    "operators": canonical,
+    "operators": lambda name: canonical(str(name)),
     "probes": _probe,
 }
 _LEAST = {"test_length": 2, "selection_length": 2, "seed": 0}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import AUTO, PRUNED, Registry, track
+from ghostlib.common import AUTO, PRUNED, Registry, at_least, checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.streams import check_windows
@@ -144,6 +144,7 @@ class Recipe:
             without ground in this architecture; a probe that cannot be asked.
     """
 
+    @checked
     def __init__(
         self,
         model: PreTrainedModel,
@@ -172,6 +173,7 @@ class Recipe:
                     f"are such as {', '.join(within)}"
                 )
             check_ground(model, family)
+        at_least(1, batch_size=batch_size)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
         self.keep, self.weight = keep, weight
         self._probes = None if keep is None else to_keep(model, keep)
@@ -185,6 +187,7 @@ class Recipe:
     def _trials(self) -> Trials:
         return Trials(self.model, self.judges, batch_size=self.batch_size, probes=self._probes)
 
+    @checked
     def shortlist(self, n: int) -> list[Layers]:
         """What each of `SHORTLIST` would remove, from one pass over the fitted windows."""
         criteria = SHORTLIST if self.keep is None else (*SHORTLIST, "abilities")
@@ -196,6 +199,7 @@ class Recipe:
         chosen = [select_layers(self.model, known, n, name, **search) for name in criteria]
         return list(dict.fromkeys(map(tuple, chosen)))
 
+    @checked
     def collect(self, choices: Iterable[Layers]) -> None:
         """Collect in one pass what all of ``choices`` will be solved from."""
         gaps = {gap for layers in choices for gap in runs(layers, self.total)}
@@ -206,6 +210,7 @@ class Recipe:
             held_out = calibrate(self.model, self.judges, missing, **how)
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
 
+    @checked
     def choose(self, layers: Iterable[int] | int) -> Choice:
         """The best candidate for ``layers``, or for the best on the `shortlist` of so many.
 

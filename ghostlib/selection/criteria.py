@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import Registry, track
+from ghostlib.common import Registry, at_least, checked, track
 from ghostlib.evaluation.abilities import COPYING
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
@@ -38,6 +38,7 @@ class Selection(tuple[int, ...]):
         selection.scores = dict(scores)
         return selection
 
+    @checked
     def first(self, n: int) -> "Selection":
         """The best set of ``n`` layers that was scored: where a greedy search stood at step ``n``.
 
@@ -94,6 +95,7 @@ CRITERIA["abilities"] = Criterion(
 )
 
 
+@checked
 def select_layers(
     model: PreTrainedModel,
     calibration: Tensor | Calibration,
@@ -136,8 +138,7 @@ def select_layers(
     """
     rule, total = CRITERIA[criterion], num_layers(model)
     contiguous(n, total)  # checks n
-    if beam < 1:
-        raise ValueError(f"beam must be at least 1, got {beam}")
+    at_least(1, beam=beam)
     if windows is None and isinstance(calibration, Tensor):
         if "windows" in rule.needs and attention_mask is not None and not attention_mask.all():
             raise ValueError(

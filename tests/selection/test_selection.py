@@ -243,7 +243,7 @@ def test_n_must_leave_a_layer(n, criterion):
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_a_model_of_one_layer_has_none_to_spare(criterion):
     model = tiny_model("llama", num_hidden_layers=1)
-    with pytest.raises(ValueError, match="one layer has none to spare"):
+    with pytest.raises(ValueError, match="num_layers must be at least 2, got 1"):
         gl.select_layers(model, tiny_windows(), 1, criterion)
 
 
