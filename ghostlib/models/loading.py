@@ -52,7 +52,7 @@ def check_source(
             raise ValueError(f"device {device!r} cannot be used ({reason}): name another") from None
 
 
-def _check_reachable(name: str) -> None:
+def check_reachable(name: str) -> None:
     """Refuse a hub id that is not in the cache where there is no hub, without a minute of retries.
 
     Raises:
@@ -94,7 +94,7 @@ def load_model(
         FileNotFoundError: a path, and there is no such folder.
     """
     check_source(name, dtype, device or options.get("device_map"))
-    _check_reachable(str(name))
+    check_reachable(str(name))
     if not shown():
         disable_progress_bar()
     folder = embedded_model_dir() if str(name) == EMBEDDED else name
