@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ghostlib.tutorial import claims
-from notebooks import ROOT, Notebook, NotebookError, code_cells, dump, read, suite, write
+from notebooks import ROOT, Notebook, NotebookError, code_cells, dump, read, solutions, suite, write
 
 BRANCH = "main"
 QUICK = "00_quickstart.ipynb"  # what the README's badges open
@@ -138,7 +138,7 @@ def contents(root: Path) -> dict[Path, bytes]:
     bodies = {**addressed(repository), "notebooks": table(notebooks)}
     for path in filter(Path.exists, (root / name for name in FILLED)):
         found[path] = replace_regions(path.read_text(encoding="utf-8"), bodies).encode()
-    for path, nb in notebooks.items():
+    for path, nb in {**notebooks, **{path: read(path) for path in solutions(root)}}.items():
         for cell in code_cells(nb, "setup"):
             cell.source = setup_source(repository, "eval" in cell.metadata.tags)
         links = {"badges": badges(repository, path.name)}
