@@ -118,9 +118,11 @@ def select_layers(
         n: number of layers to remove.
         criterion: a name from `CRITERIA`. Every candidate is considered, first and last layers
             included; ties go to the lower index.
-        windows: (windows, length) ids that ``taylor``, ``perplexity`` and ``greedy-recovered``
-            score, without padding; the calibration windows by default. Never test text.
-        operator: the repair in place while ``residual`` and ``greedy-recovered`` score.
+        windows: (windows, length) ids that ``taylor``, ``perplexity``, ``greedy-recovered`` and
+            ``abilities`` score, without padding; the calibration windows by default. Never test
+            text.
+        operator: the repair in place while ``residual``, ``greedy-recovered`` and ``abilities``
+            score.
         beam: how many of the best sets a greedy search keeps at every step.
         keep: the probe of random tokens that ``abilities`` asks beside the windows.
         weight: nats of the windows' loss that one of the probe's is worth.
