@@ -203,7 +203,9 @@ def recover(options: argparse.Namespace) -> None:
     held_out = {"split": "test", "count": options.test_windows}
     test = token_windows(options.corpus, tokenizer, **held_out, **drawn)
     if not layers and (options.criterion or not auto):
-        layers = select_layers(model, calib, options.n or 7, options.criterion or "cosine")
+        rule = options.criterion or "cosine"
+        # A search scores one window of text for each set of layers that it considers.
+        layers = select_layers(model, calib, options.n or 7, rule, windows=calib[:1])
     if auto:
         recipe = Recipe(model, calib, budget=options.budget or "any", keep=options.keep)
         choice = recipe.choose(layers or options.n or 7)
