@@ -39,12 +39,14 @@ def add_features(width: int, seed: int) -> None:
     R, S = torch.randn(2, width, width, generator=generator).double() / math.sqrt(width)
 
     def relu(X: Tensor) -> Tensor:
-        return torch.relu(rms_norm(X) @ R.to(X))
+        kept: Tensor = torch.relu(rms_norm(X) @ R.to(X))
+        return kept
 
     def swiglu(X: Tensor) -> Tensor:
         n = rms_norm(X)
         gate: Tensor = torch.nn.functional.silu(n @ R.to(X))
-        return gate * (n @ S.to(X))
+        up: Tensor = n @ S.to(X)
+        return gate * up
 
     features: dict[str, Callable[[Tensor], Tensor]] = {
         "|n(x)|": lambda X: rms_norm(X).abs(),

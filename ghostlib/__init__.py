@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         antisymmetric_share,
         solve,
     )
+    from ghostlib.operators.testing import check_family
     from ghostlib.recovery.recipe import Recipe
     from ghostlib.recovery.recover import recover
     from ghostlib.recovery.sequential import fit_sequential
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from ghostlib.surgery.cut import install, prune
     from ghostlib.surgery.inspect import Inspection, inspect
     from ghostlib.surgery.saving import save
+    from ghostlib.surgery.testing import check_repaired_model
     from ghostlib.text.corpora import CORPORA, documents, token_windows
     from ghostlib.tutorial.paper import published
 
@@ -96,6 +98,8 @@ __all__ = [
     "calibrate",
     "calibrate_distributed",
     "calibration_bytes",
+    "check_family",
+    "check_repaired_model",
     "choose_rank",
     "choose_ridge",
     "choose_ridges",

@@ -136,7 +136,7 @@ def _described() -> Iterator[tuple[str, str]]:
     """The attributes of `Specification` with what its docstring says of them."""
     text = (Specification.__doc__ or "").partition("Raises:")[0]
     for name, line in re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", text, re.MULTILINE):
-        yield name, " ".join(line.split()).rstrip(".").replace("%", "%%")
+        yield name, " ".join(line.split()).rstrip(".").replace("``", "").replace("%", "%%")
 
 
 def experiment(options: argparse.Namespace) -> None:

@@ -188,7 +188,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["recover", "experiment"])
 def test_a_hub_that_is_not_there_is_named_at_once(tmp_path, capsys, monkeypatch, command):
-    monkeypatch.setattr("ghostlib.models.loading.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     out = str(tmp_path / "out")
     model = ["no-such-org/no-such-model", out]
     assert main([command, *(model if command == "recover" else [out, "--model", model[0]])]) == 2

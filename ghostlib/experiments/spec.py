@@ -34,8 +34,8 @@ class Specification:
         n: how many layers to remove, each in turn; by default 7.
         layers: remove these instead of choosing, such as 12-18 or 12-15,17.
         starts: remove every block of this many layers instead.
-        operators: families, regressors such as "x, n(x); 1/|y|", these with " sequential" behind
-            them; pruned (no repair); auto (the recipe).
+        operators: families, regressors such as ``"x, n(x); 1/|y|"``, these with " sequential"
+            behind them; pruned (no repair); auto (the recipe).
         calibration: corpora that operators are fitted on.
         split: part of the calibration corpora.
         windows: calibration windows of each corpus.

@@ -19,9 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from ghostlib.models.architectures import (
     decoder_layers,
     hidden_size,
+    looks_back,
     model_type,
     num_layers,
     receiver,
+    structure,
 )
 from ghostlib.models.placement import compute_device, input_device
 from ghostlib.models.streams import excerpt, feed, tap
@@ -121,6 +123,8 @@ class _Bench:
 
 
 def _find_out(model: PreTrainedModel, index: int) -> Facts:
+    if looks_back(model):  # no layer of it can be tried alone
+        return Facts((), "", "", False)
     bench = _Bench(model, index)
     modules = dict(bench.layer.named_modules())
     before, seen = bench.run()
@@ -319,7 +323,7 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
             "embeddings, so that it cannot be scaled in them; use an operator at the gap, such as "
             "scalar or ghost"
         )
-    last: Any = receiver(model, num_layers(model))
+    last: Any = receiver(model, num_layers(model)) if structure(model).receiver else None
     if not getattr(last, "weight", None) is not None or not _is_norm(last, plain):
         raise ValueError(
             f"a {model_type(model)} has no norm with weights after its last layer, so that scaling "

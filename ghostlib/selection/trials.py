@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.evaluation.perplexity import token_losses
-from ghostlib.models.architectures import hidden_size, num_layers
+from ghostlib.models.architectures import hidden_size, looks_back, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without
 from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
 from ghostlib.operators.solve import Operator
@@ -110,6 +110,9 @@ class Trials:
         variant = self._variant(layers, operators)
         kept = _survivors(layers, self.total)
         place = sum(layer < self._first_change(layers, operators) for layer in kept)
+        place = min(place, len(kept) - 1)  # no model is made for less than a layer
+        if looks_back(self.model):
+            place = 0
         part = excerpt(variant, place)
         key = kept[place - 1] + 1 if place else 0
         for index in batches:
