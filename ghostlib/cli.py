@@ -235,7 +235,8 @@ def recover(options: argparse.Namespace) -> None:
     test = token_windows(options.corpus, tokenizer, **held_out, **drawn)
     steps.begin("choosing layers")
     if not layers and (options.criterion or not auto):
-        layers = select_layers(model, calib, n, criterion)
+        # A search scores one window of text for each set of layers that it considers.
+        layers = select_layers(model, calib, n, criterion, windows=calib[:1])
     steps.begin("calibrating")
     chosen = ""
     if auto:

@@ -51,9 +51,11 @@ SHORTLIST = ("residual", "cosine", "block-influence")
 
 TOO_FEW = "the recipe fits some windows and judges by others: give at least 2"
 
-_SEARCHED = 1024  # tokens of them that a search scores
 HELD_OUT = 4096
 """Tokens kept out of the fit, or one window where that is longer."""
+
+# Of these, tokens that a search for layers scores; and the layers it tries after its first step.
+_SEARCHED, _TRIES = 1024, 9
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +197,7 @@ class Recipe:
         known = calibrate(self.model, self.fitted, sorted(wanted), batch_size=self.batch_size)
         search: dict[str, Any] = {"windows": self.judges[:1, :_SEARCHED]}
         if self.keep is not None:
-            search |= {"keep": self.keep, "weight": self.weight}
+            search |= {"keep": self.keep, "weight": self.weight, "tries": _TRIES}
         chosen = [select_layers(self.model, known, n, name, **search) for name in criteria]
         return list(dict.fromkeys(map(tuple, chosen)))
 
