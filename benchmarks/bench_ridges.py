@@ -2,9 +2,9 @@
 
     python benchmarks/bench_ridges.py refit.jsonl --seed 0
 
-Of 4 calibration windows of each corpus the last is kept out of the fit and chooses a relative ridge
-for each feature; the operator is then solved from all of them. Scored on 16 held-out windows of 256
-tokens of each corpus. The file resumes, and files of several seeds are joined by ``cat``: this made
+Of 4 calibration windows of 1,024 tokens of each corpus the last is kept out of the fit and chooses
+a relative ridge for each feature; the operator is then solved from all of them. Scored on 16
+held-out windows of 128 tokens of each corpus. The file resumes, and files of several seeds are joined by ``cat``: this made
 ``refit-smollm2.jsonl``, which notebook 16 reads.
 """
 
@@ -17,8 +17,8 @@ import ghostlib as gl
 from ghostlib.experiments.results import Results
 
 GAPS = (gl.Boundary(12, 19), gl.Boundary(9, 16))
-PLAIN = ("replaceme", "refit", "ghost", "ghost-refit", "two-branch")
-REPAIRS = (*PLAIN, "ghost-relative", "ghost-refit-relative", "two-branch-relative")
+RELATIVE = ("ghost", "ghost-refit-relative", "two-branch-relative")
+REPAIRS = {GAPS[0]: ("replaceme", "refit", "ghost", "ghost-refit", "two-branch"), GAPS[1]: RELATIVE}
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     layers = [gap.removed for gap in GAPS]
     plan = gl.Specification(
-        layers=layers, windows=4, test_windows=16, test_length=256, seed=options.seed
+        layers=layers, windows=4, length=1024, test_windows=16, test_length=128, seed=options.seed
     )
     model, tokenizer = plan.load()
     results = Results(options.output)
@@ -38,16 +38,16 @@ def main() -> None:
     windows = plan.draw_calibration(tokenizer)
     judges = torch.zeros(len(windows), dtype=torch.bool)
     judges[3::4] = True
-    regressors = {gl.OPERATORS[name].regressor for name in REPAIRS}
-    fit = gl.calibrate(model, windows[~judges], GAPS, regressors=regressors)
-    held_out = gl.calibrate(model, windows[judges], GAPS, regressors=regressors)
     trials = {}
     for corpus in plan.perplexity:
         text = plan.draw_test(tokenizer, corpus)
         trials[corpus] = gl.Trials(model, text.windows), text
     models = [((), "dense", {})] + [(tuple(gap.removed), "pruned", {}) for gap in GAPS]
-    for gap in GAPS:
-        for name in REPAIRS:
+    for gap, repairs in REPAIRS.items():
+        regressors = {gl.OPERATORS[name].regressor for name in repairs}
+        fit = gl.calibrate(model, windows[~judges], [gap], regressors=regressors)
+        held_out = gl.calibrate(model, windows[judges], [gap], regressors=regressors)
+        for name in repairs:
             here, there = (part.of(gl.OPERATORS[name].regressor)[gap] for part in (fit, held_out))
             ridges = gl.choose_ridges(here, there)
             solved = gl.solve(here + there, name, relative_ridge=ridges)
