@@ -4,7 +4,8 @@
 
 Of 4 calibration windows of 1,024 tokens of each corpus the last is kept out of the fit and chooses
 a relative ridge for each feature; the operator is then solved from all of them. Scored on 16
-held-out windows of 128 tokens of each corpus. The file resumes, and files of several seeds are joined by ``cat``: this made
+held-out windows of 128 tokens of each corpus. The file resumes, and files of several seeds are joined
+by ``cat``: this made
 ``refit-smollm2.jsonl``, which notebook 16 reads.
 """
 
