@@ -4,9 +4,8 @@
 
 Of 4 calibration windows of 1,024 tokens of each corpus the last is kept out of the fit and chooses
 a relative ridge for each feature; the operator is then solved from all of them. Scored on 16
-held-out windows of 128 tokens of each corpus. The file resumes, and files of several seeds are joined
-by ``cat``: this made
-``refit-smollm2.jsonl``, which notebook 16 reads.
+held-out windows of 128 tokens of each corpus. The file resumes, and files of several seeds are
+joined by ``cat``: this made ``refit-smollm2.jsonl``, which notebook 16 reads.
 """
 
 import argparse
@@ -17,9 +16,7 @@ import torch
 import ghostlib as gl
 from ghostlib.experiments.results import Results
 
-GAPS = (gl.Boundary(12, 19), gl.Boundary(9, 16))
-RELATIVE = ("ghost", "ghost-refit-relative", "two-branch-relative")
-REPAIRS = {GAPS[0]: ("replaceme", "refit", "ghost", "ghost-refit", "two-branch"), GAPS[1]: RELATIVE}
+REPAIRS = {gl.Boundary(12, 19): ("replaceme", "refit", "ghost", "ghost-refit")}
 
 
 def main() -> None:
@@ -28,7 +25,7 @@ def main() -> None:
     parser.add_argument("output", help="results file, made or resumed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    layers = [gap.removed for gap in GAPS]
+    layers = [gap.removed for gap in REPAIRS]
     plan = gl.Specification(
         layers=layers, windows=4, length=1024, test_windows=16, test_length=128, seed=options.seed
     )
@@ -43,7 +40,7 @@ def main() -> None:
     for corpus in plan.perplexity:
         text = plan.draw_test(tokenizer, corpus)
         trials[corpus] = gl.Trials(model, text.windows), text
-    models = [((), "dense", {})] + [(tuple(gap.removed), "pruned", {}) for gap in GAPS]
+    models = [((), "dense", {})] + [(tuple(gap.removed), "pruned", {}) for gap in REPAIRS]
     for gap, repairs in REPAIRS.items():
         regressors = {gl.OPERATORS[name].regressor for name in repairs}
         fit = gl.calibrate(model, windows[~judges], [gap], regressors=regressors)
