@@ -4,10 +4,10 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -65,3 +65,33 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back and frame.f_globals["__name__"].split(".")[0] == "ghostlib":
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def hub_trouble() -> str:
+    """Why the Hugging Face hub cannot be reached, after one try; empty where it can."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # of another library in each release of huggingface_hub
+        return str(error) or type(error).__name__
+    return ""
+
+
+@contextmanager
+def without_retries() -> Iterator[str]:
+    """Where the hub is out of reach, what is in the cache is found at once, and the rest missed.
+
+    Otherwise every file costs half a minute of retries. Yields `hub_trouble`.
+    """
+    trouble = hub_trouble()
+    known = (sys.modules.get(name) for name in ("huggingface_hub.constants", "datasets.config"))
+    places: list[Any] = [place for place in known if place and trouble]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield trouble
+    finally:
+        for place, offline in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = offline

@@ -96,6 +96,8 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) 
 def gap_closed(dense: float, pruned: float, recovered: float) -> float:
     """Share of the log-perplexity lost by pruning that recovery wins back (1 = all, < 0 = harm).
 
+    Of text alone: what else the model can no longer do, `ghostlib.abilities` asks.
+
     Args:
         dense: perplexity of the dense model.
         pruned: of the pruned model, on the same windows.

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import Registry, quiet
+from ghostlib.common import Registry, quiet, without_retries
 from ghostlib.evaluation.items import Item, descriptions, read_items, topics
 from ghostlib.evaluation.perplexity import NOT_FINITE
 from ghostlib.models.streams import evaluating
@@ -267,10 +267,12 @@ def _load(task: str | Path) -> list[Any]:
         return [_task_of(Path(name).stem, read_items(name))]
     _check_known(name)
     # datasets raises a dozen kinds of error for "not reachable", "not there" and "not readable".
+    trouble = ""
     try:
-        return list(_manager(True).load([name])["tasks"].values())
+        with without_retries() as trouble:
+            return list(_manager(True).load([name])["tasks"].values())
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
+        first = (str(trouble or error).splitlines() or [""])[0]
         raise ConnectionError(
             f"task {name!r} could not be read from the Hugging Face hub "
             f"({type(error).__name__}: {first}): without network {_INSTEAD}"

@@ -1,11 +1,12 @@
 """Loading: a model and its tokenizer, the embedded one or any other by its name."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_session, try_to_load_from_cache
-from huggingface_hub.constants import CONFIG_NAME, ENDPOINT
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import CONFIG_NAME
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,7 +15,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ghostlib.common import shown
+from ghostlib.common import hub_trouble, shown, without_retries
 from ghostlib.models.architectures import structure
 from ghostlib.text.assets import embedded_model_dir
 
@@ -52,7 +53,7 @@ def check_source(
             raise ValueError(f"device {device!r} cannot be used ({reason}): name another") from None
 
 
-def _check_reachable(name: str) -> None:
+def check_reachable(name: str) -> None:
     """Refuse a hub id that is not in the cache where there is no hub, without a minute of retries.
 
     Raises:
@@ -60,13 +61,11 @@ def _check_reachable(name: str) -> None:
     """
     if name == EMBEDDED or Path(name).is_dir() or try_to_load_from_cache(name, CONFIG_NAME):
         return
-    try:
-        get_session().head(ENDPOINT, timeout=10)
-    except Exception as error:  # of another library in each release of huggingface_hub
+    if trouble := hub_trouble():
         raise ConnectionError(
             f"model {name!r} is neither a local folder nor in the cache, and the Hugging Face hub "
-            f"cannot be reached ({error}): check the name or the network"
-        ) from error
+            f"cannot be reached ({trouble}): check the name or the network"
+        )
 
 
 def load_model(
@@ -94,12 +93,13 @@ def load_model(
         FileNotFoundError: a path, and there is no such folder.
     """
     check_source(name, dtype, device or options.get("device_map"))
-    _check_reachable(str(name))
+    check_reachable(str(name))
     if not shown():
         disable_progress_bar()
     folder = embedded_model_dir() if str(name) == EMBEDDED else name
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
+    with nullcontext() if Path(folder).is_dir() else without_retries():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
     structure(model)
     if device is not None:
         model = model.to(device=device)

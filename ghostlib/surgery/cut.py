@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,19 @@ from ghostlib.models.architectures import (
     keep_layers,
     num_layers,
     receiver,
+    structure,
 )
 from ghostlib.models.boundaries import Boundary, check_order, runs
 from ghostlib.models.placement import compute_device
 from ghostlib.operators.solve import Operator
 from ghostlib.statistics.calibration import suited
-from ghostlib.surgery.ghosted import become, ghosted_class, install_boundaries
+from ghostlib.surgery.ghosted import (
+    GhostedMixin,
+    become,
+    ghosted_class,
+    install_boundaries,
+    save_stock,
+)
 from ghostlib.surgery.installers import fold
 
 
@@ -96,6 +104,8 @@ def install(
     if modules:
         _install_modules(recovered, modules, places)
     _check_new_weights(model, recovered)
+    if not isinstance(recovered, GhostedMixin):  # of which transformers says nothing
+        recovered.save_pretrained = partial(save_stock, recovered)
     return recovered if share else copy.deepcopy(recovered)
 
 
@@ -169,6 +179,7 @@ def _install_modules(
             "bias": operator.bias is not None,
             "rank": factors[place][0].shape[1] if place in factors else None,
             "features": [feature.name for feature in operator.regressor.features],
+            "layout": structure(recovered).layout,
         }
         for place, operator in modules.items()
     ]

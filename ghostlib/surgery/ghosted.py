@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME
 
 from ghostlib.common import GHOSTED
+from ghostlib.models.architectures import to_state, to_stream
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
     Pass,
@@ -125,7 +126,8 @@ def _receiving(cls: Any) -> Any:
         self: Any, hidden_states: Tensor, *args: Any, begun: Pass | None = None, **kwargs: Any
     ) -> Any:
         with nullcontext() if begun is None else during(begun):
-            repaired = self.boundary(hidden_states)
+            stream = to_stream(hidden_states, self.layout)
+            repaired = to_state(self.boundary(stream), hidden_states, self.layout)
         return cls.forward(self, repaired, *args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +148,7 @@ def _empty_receiver(cls: type) -> Any:
     return kind.__new__(kind)
 
 
-_ENTRY = ("module", "receiver", "width", "bias", "rank", "features")
+_ENTRY = ("module", "receiver", "width", "bias", "rank", "features", "layout")
 
 
 def install_boundaries(model: PreTrainedModel) -> None:
@@ -177,6 +179,7 @@ def install_boundaries(model: PreTrainedModel) -> None:
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
         shape = {"bias": entry["bias"], "features": entry["features"]}
         module.boundary = kind(entry["width"], entry["receiver"], **shape)
+        module.layout = entry["layout"]
     # Found once: a forward pass should not search all modules for what is rarely there.
     boundaries = [known[path].boundary for path in paths]
     model.looking_back = tuple(b.place for b in boundaries if b.looks_back)
@@ -253,8 +256,7 @@ class GhostedMixin:
             super().save_pretrained(folder, **options)  # type: ignore[misc]
             return
         training = "is_main_process" in kwargs or "state_dict" in kwargs
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"output {folder} is a file: name a new folder")
+        _check_no_file(folder)
         if not training and folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(f"output folder {folder} exists and is not empty: name a new one")
         if kwargs.get("push_to_hub"):
@@ -279,6 +281,23 @@ class GhostedMixin:
             if lost := sorted(info[kind]):
                 raise ValueError(f"the saved model {complaint}, such as {lost[0]}: save it again")
         return (model, info) if wants_info else model
+
+
+def _check_no_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file: name a new folder")
+
+
+def save_stock(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    """As `PreTrainedModel.save_pretrained`, which would log a file of that name and save nothing.
+
+    Raises:
+        FileExistsError: there is a file of that name.
+    """
+    _check_no_file(Path(save_directory))
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
 @contextmanager

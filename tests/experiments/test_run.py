@@ -12,6 +12,7 @@ import torch
 from conftest import LAYERS, tiny_model, tiny_tokenizer
 
 import ghostlib as gl
+from ghostlib.evaluation.abilities import ProbeSet, t_interval
 from ghostlib.experiments import run as runner
 from ghostlib.experiments.run import read_shard, run_experiment
 from ghostlib.experiments.tables import choices, report, scores, selections
@@ -138,6 +139,25 @@ def test_tasks_are_scored_as_alone(folder, tmp_path):
             assert rows.loc[(operator, task), "evidence"] == score
             assert rows.loc[(operator, task), "size"] == 8
     assert "Zero-shot accuracy" in report(results) and "mean" in report(results)
+
+
+def test_abilities_are_scored_as_alone(folder, tmp_path):
+    changes = {"layers": ["2", "1-2"], "probes": ("copying-16", "brackets"), "perplexity": ()}
+    what = specification(folder, **changes, probe_items=5)
+    results = run_experiment(what, tmp_path / "a.jsonl")
+    rows = scores(results).set_index(["layers", "operator", "dataset"])
+    model, tokenizer = what.load()
+    asked = ProbeSet(model, tokenizer, what.probes, count=5)
+    dense, pruned = asked.ask(model), asked.ask(gl.prune(model, [1, 2]))
+    for name in what.probes:
+        row = rows.loc["1–2", "pruned", name]
+        assert row.value == pytest.approx(pruned[name].mean()) and row["size"] == 5
+        expected = t_interval(pruned[name] - dense[name])
+        found = row[["relative", "relative_low", "relative_high"]].tolist()
+        assert found == pytest.approx(list(expected), abs=1e-6)
+        assert rows.loc["", "dense", name].value == row.dense
+    assert "Abilities: share right, or nats per token" in report(results)
+    assert run_experiment(what, tmp_path / "a.jsonl").records == results.records
 
 
 def test_the_recipes_choice_is_kept(done, folder):
