@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ghostlib.common import GHOSTED
+from ghostlib.common import GHOSTED, checked, told
 from ghostlib.models.configuration import check_agreement, follow, kinds
 from ghostlib.models.placement import input_device, loaded_parameters
 
@@ -126,7 +126,7 @@ def check_model(model: Any) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a causal language model of transformers is needed, got {kind}: load one with "
+            f"a causal language model of transformers is needed, got {told(model)}: load one with "
             "load_model or AutoModelForCausalLM.from_pretrained"
         )
     name = model_type(model)
@@ -289,6 +289,14 @@ def to_state(stream: Tensor, like: Tensor, layout: str) -> Tensor:
     return unfolded.movedim((0, 1), axes)
 
 
+def check_index(model: PreTrainedModel, index: int) -> None:
+    """Refuse, by `ValueError`, an index that is neither of a layer nor of what comes behind."""
+    last = num_layers(model)
+    if not 0 <= index <= last:
+        raise ValueError(f"index must lie between 0 and the number of layers {last}, got {index}")
+
+
+@checked
 def receiver(model: PreTrainedModel, index: int) -> nn.Module:
     """The module whose first argument is the stream at ``index``.
 
@@ -296,8 +304,10 @@ def receiver(model: PreTrainedModel, index: int) -> nn.Module:
     the final norm, or the head of a model without one.
 
     Raises:
-        ValueError: nothing receives the stream after the last layer and nothing else.
+        ValueError: an index that is none, or nothing receives the stream after the last layer and
+            nothing else.
     """
+    check_index(model, index)
     layers = decoder_layers(model)
     if index < len(layers):
         return layers[index]

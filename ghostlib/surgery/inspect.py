@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ghostlib.common import checked
 from ghostlib.models.architectures import (
     decoder_layers,
     hidden_size,
@@ -94,6 +95,7 @@ def _shortened(layers: Sequence[int]) -> str:
     return text if len(text) <= 24 else f"{text[:16]} … ({len(layers)})"
 
 
+@checked
 def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: Any) -> Inspection:
     """What `ghostlib` finds in a model, and what can be done to it, without loading its weights.
 

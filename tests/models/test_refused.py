@@ -86,7 +86,7 @@ class PeftModel(nn.Module):
         (vision, "CLIPVisionModel has no language-model head"),
         (headless, "LlamaModel has no language-model head: load it with AutoModelForCausalLM"),
         (lambda: nn.Linear(2, 2), "a causal language model of transformers is needed, got Linear"),
-        (lambda: "gpt2", "a causal language model of transformers is needed, got str"),
+        (lambda: "gpt2", "a causal language model of transformers is needed, got 'gpt2'"),
         (
             lambda: nn.DataParallel(tiny_model("llama")),
             "wrapped in DataParallel: pass model.module",
