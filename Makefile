@@ -4,6 +4,7 @@
 
 PYTHON ?=
 CONSTRAINTS ?= --constraint constraints.txt
+SAMPLE ?= 100
 VENV   := .venv
 LOWEST := .venv-lowest
 PY     := $(VENV)/bin/python
@@ -21,7 +22,7 @@ TWICE  := -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-interop test-lowest lint unit nbval lab notebooks fill format bench assets clean distclean
+.PHONY: help run test mutation test-interop test-lowest lint unit nbval lab notebooks fill format bench assets clean distclean
 
 # $(call phase,name,command): run the command, say how long it took, fail if it fails
 define phase
@@ -50,6 +51,10 @@ test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (
 test-interop: $(STAMP) ## a repaired checkpoint in lm-eval, PEFT and CTranslate2 (installs them)
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[interop]')
 	$(call phase,interoperability,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q -m interop tests/interop)
+
+mutation: $(STAMP) ## mutants of the mathematics that the tests do not notice (installs cosmic-ray); SAMPLE=60 for so many a folder
+	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[mutation]')
+	$(call phase,mutation,OMP_NUM_THREADS=1 GHOSTLIB_PROGRESS=0 $(PY) tools/mutation.py --sample $(SAMPLE))
 
 lint: $(STAMP) ## formatting, style, types, and the house rules of the notebooks
 	$(call phase,ruff,$(PY) -m ruff format --check . && $(PY) -m ruff check .)

@@ -13,7 +13,11 @@ from dataclasses import fields
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from ghostlib.common import AUTO, PRUNED
+from ghostlib.common import (
+    AUTO,
+    PRUNED,
+    one_line,
+)
 from ghostlib.experiments.spec import Specification
 
 _EXAMPLES = {
@@ -203,7 +207,7 @@ def recover(options: argparse.Namespace) -> None:
     facts = {"base_model": base_name(options.model), "text": base_name(options.corpus), **drawn}
     facts |= {"windows": options.windows, "perplexity": perplexities}
     save(recovered, options.output, tokenizer, portable=options.portable, facts=facts)
-    print(f"saved to {options.output}; its README.md says how to load it")
+    print(f"saved to {one_line(options.output)}; its README.md says how to load it")
 
 
 def fetch(options: argparse.Namespace) -> None:
@@ -258,7 +262,7 @@ def _end(message: str, error: BaseException, status: int) -> int:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-    print(f"ghostlib: {message}", file=sys.stderr)
+    print(f"ghostlib: {one_line(message)}", file=sys.stderr)
     return status
 
 
