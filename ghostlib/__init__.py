@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ghostlib.surgery.registration import announce
 
 if TYPE_CHECKING:
+    from ghostlib.evaluation.abilities import PROBES, Profile, abilities
     from ghostlib.evaluation.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
     from ghostlib.evaluation.generation import generate
     from ghostlib.evaluation.perplexity import (
@@ -73,6 +74,7 @@ __all__ = [
     "CORPORA",
     "CRITERIA",
     "OPERATORS",
+    "PROBES",
     "Boundary",
     "Calibration",
     "Family",
@@ -80,6 +82,7 @@ __all__ = [
     "MassiveActivationWarning",
     "Moments",
     "Operator",
+    "Profile",
     "RankPath",
     "Recipe",
     "Regressor",
@@ -89,6 +92,7 @@ __all__ = [
     "SingularGramWarning",
     "Specification",
     "Trials",
+    "abilities",
     "antisymmetric_share",
     "cache_bytes",
     "calibrate",

@@ -33,6 +33,10 @@ _EXAMPLES = {
   ghostlib inspect smollm2                  layers, widths, which operators fit
   ghostlib inspect org/model                from the hub's configuration alone
   ghostlib inspect folder | less            page by page""",
+    "abilities": """
+  ghostlib abilities smollm2                what the embedded model can do
+  ghostlib abilities smollm2-ghost7 --reference smollm2
+  ghostlib abilities org/model --probes copying names --json""",
     "recover": """
   ghostlib recover smollm2 out --n 7 --operator ghost
   ghostlib recover org/model out --layers 12-18 --operator low-rank --rank 64 --corpus c4
@@ -75,6 +79,14 @@ def parser() -> argparse.ArgumentParser:
     add("names", "list operators, criteria, corpora and tasks by name")
     make = add("inspect", "what is found of a model, without its weights")
     make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
+    make = add("abilities", "what a model can do: copying, names, brackets, facts …")
+    make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
+    make.add_argument("--reference", help="the dense model it was made from")
+    make.add_argument("--probes", nargs="+", help="ask these alone; see ghostlib names")
+    make.add_argument("--seed", type=int, default=0, help="of the items [0]")
+    make.add_argument("--json", action="store_true", help="print JSON, every item included")
+    make.add_argument("--dtype", help="float32, bfloat16, … [as the model was saved]")
+    make.add_argument("--device", help="such as cpu or cuda:1 [a GPU if there is one]")
     make = add("recover", "prune, recover, score and save a model")
     make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
     make.add_argument("output", help="new folder for the recovered model and its tokenizer")
@@ -85,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     text = "what repairs the gaps: a family, a regressor, or auto (a recipe chooses) [ghost]"
     make.add_argument("--operator", default="ghost", help=text)
     make.add_argument("--budget", help="what auto may add: none, matrix or any [any]")
+    make.add_argument("--keep", help="with auto: an ability that counts too, such as copying")
     make.add_argument("--relative-ridge", type=float, help="ridge in units of the mean eigenvalue")
     make.add_argument("--rank", type=_count, help="of operators that have one")
     text = "for several gaps: teacher or sequential [teacher]"
@@ -106,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         shown = " ".join(default) if isinstance(default, tuple) else default
         make.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=int if "int" in str(field.type) else str,
+            type=_yes if field.name == "bos" else int if "int" in str(field.type) else str,
             nargs="*" if several else None,
             default=default,
             help=described[field.name] + (f" [{shown}]" if shown not in (None, "") else ""),
@@ -123,11 +136,18 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _yes(text: str) -> bool:
+    """True for yes, False for no."""
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+    return text == "yes"
+
+
 def _described() -> Iterator[tuple[str, str]]:
     """The attributes of `Specification` with what its docstring says of them."""
     text = (Specification.__doc__ or "").partition("Raises:")[0]
     for name, line in re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", text, re.MULTILINE):
-        yield name, " ".join(line.split()).rstrip(".").replace("%", "%%")
+        yield name, " ".join(line.split()).rstrip(".").replace("``", "").replace("%", "%%")
 
 
 def experiment(options: argparse.Namespace) -> None:
@@ -151,6 +171,8 @@ def recover(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--budget is for --operator auto, not for {options.operator}: leave it out"
         )
+    if options.keep and not auto:
+        raise ValueError(f"--keep is for --operator auto, not for {options.operator}: leave it out")
     if auto and (solver or options.fit != "teacher"):
         raise ValueError(
             "--operator auto chooses the ridge itself, with full rank and the dense model's text: "
@@ -158,6 +180,8 @@ def recover(options: argparse.Namespace) -> None:
         )
     import torch
 
+    from ghostlib.evaluation.abilities import BRIEF
+    from ghostlib.evaluation.abilities import abilities as profile_model
     from ghostlib.evaluation.cost import weight_bytes
     from ghostlib.evaluation.perplexity import perplexity
     from ghostlib.experiments.spec import base_name, canonical
@@ -192,9 +216,8 @@ def recover(options: argparse.Namespace) -> None:
     if not layers and (options.criterion or not auto):
         layers = select_layers(model, calib, options.n or 7, options.criterion or "cosine")
     if auto:
-        choice = Recipe(model, calib, budget=options.budget or "any").choose(
-            layers or options.n or 7
-        )
+        recipe = Recipe(model, calib, budget=options.budget or "any", keep=options.keep)
+        choice = recipe.choose(layers or options.n or 7)
         print(choice)
         layers, recovered = choice.layers, choice.apply(model)
     else:
@@ -204,8 +227,11 @@ def recover(options: argparse.Namespace) -> None:
     perplexities = {name: perplexity(variant, test) for name, variant in scored.items()}
     for name, value in perplexities.items():
         print(f"{name:>18}: held-out perplexity {value:.2f}")
+    before = profile_model(model, tokenizer, probes=BRIEF, seed=options.seed)
+    profile = profile_model(recovered, tokenizer, probes=BRIEF, seed=options.seed, reference=before)
+    print(profile, *profile.lost, sep="\n")
     facts = {"base_model": base_name(options.model), "text": base_name(options.corpus), **drawn}
-    facts |= {"windows": options.windows, "perplexity": perplexities}
+    facts |= {"windows": options.windows, "perplexity": perplexities, "abilities": profile}
     save(recovered, options.output, tokenizer, portable=options.portable, facts=facts)
     print(f"saved to {one_line(options.output)}; its README.md says how to load it")
 
@@ -220,6 +246,7 @@ def fetch(options: argparse.Namespace) -> None:
 
 def names(options: argparse.Namespace) -> None:
     """Carry out ``ghostlib names``; prints a line for each name."""
+    from ghostlib.evaluation.abilities import PROBES
     from ghostlib.evaluation.tasks import EMBEDDED, PAPER_TASKS
     from ghostlib.operators.families import FAMILIES
     from ghostlib.selection.criteria import CRITERIA
@@ -233,6 +260,8 @@ def names(options: argparse.Namespace) -> None:
         print(f"corpus     {corpus:<24} {source.description}")
     for task in (*EMBEDDED, *PAPER_TASKS):
         print(f"task       {task}")
+    for probe in PROBES.values():
+        print(f"probe      {probe.name:<24} {probe.text}")
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -242,10 +271,31 @@ def inspect(options: argparse.Namespace) -> None:
     print(inspect_model(options.model))
 
 
+def abilities(options: argparse.Namespace) -> None:
+    """Carry out ``ghostlib abilities``; prints a table, or JSON."""
+    import torch
+
+    from ghostlib.evaluation.abilities import PROBES
+    from ghostlib.evaluation.abilities import abilities as profile_model
+    from ghostlib.models.loading import check_source, load_model
+
+    probes = None if options.probes is None else [PROBES[name].name for name in options.probes]
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    profile = None
+    for source in filter(None, (options.reference, options.model)):
+        check_source(source, options.dtype, device)
+        model, tokenizer = load_model(source, dtype=options.dtype, device=device)
+        profile = profile_model(
+            model, tokenizer, seed=options.seed, probes=probes, reference=profile
+        )
+    assert profile is not None
+    print(profile.to_json() if options.json else "\n".join([str(profile), *profile.lost]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. Bad input ends in one line on standard error."""
     commands = {"fetch": fetch, "names": names, "inspect": inspect}
-    commands |= {"recover": recover, "experiment": experiment}
+    commands |= {"abilities": abilities, "recover": recover, "experiment": experiment}
     try:
         options = parser().parse_args(arguments)
         commands[options.command](options)

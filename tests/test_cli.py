@@ -47,11 +47,13 @@ def test_recover_saves_a_model_that_loads(recover, tmp_path, capsys):
     assert recover("--n", "2", "--relative-ridge", "1e-3") == 0
     printed = capsys.readouterr().out
     assert "removing layers" in printed and printed.count("held-out perplexity") == 3
+    assert re.search(r"^copying +nats per token", printed, re.MULTILINE)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.num_hidden_layers == LAYERS - 2
     assert again.config.ghost[0]["operator"] == "ghost"
     assert again.config.recovery["removed"]
-    assert "held-out perplexity" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "held-out perplexity" in card and "| brackets |" in card
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -82,6 +84,31 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     error = capsys.readouterr().err
     assert error.startswith("ghostlib: ") and error.count("\n") == 1 and "\r" not in error
     return error
+
+
+def test_abilities_of_a_model_and_of_one_made_from_it(tiny, recover, tmp_path, capsys):
+    assert recover("--layers", "2", "--relative-ridge", "1e-2") == 0
+    capsys.readouterr()
+    asked = ["abilities", str(tmp_path / "out"), "--reference", str(tiny / "tiny")]
+    assert main([*asked, "--probes", "copying-16", "brackets", "copying-256"]) == 0
+    printed = capsys.readouterr().out
+    assert "copying-16" in printed and "dense" in printed
+    assert "left out copying-256: it takes 512 tokens, and the model knows 128" in printed
+    assert main([*asked, "--probes", "brackets", "--json", "--seed", "3"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert read["seed"] == 3 and len(read["abilities"]["brackets"]["values"]) == 60
+    assert main([*asked, "--probes", "name"]) == 2
+    assert "unknown probe 'name'; did you mean 'names'" in one_line(capsys)
+    assert main(["abilities", "./nope"]) == 2
+    assert "no such model folder: ./nope" in one_line(capsys)
+
+
+def test_what_recover_lost_stands_in_its_output_and_card(recover, tmp_path, capsys, monkeypatch):
+    line = "lost copying: 2.60 -> 11.9 nats per token"
+    monkeypatch.setattr(gl.Profile, "lost", [line])
+    assert recover("--layers", "2") == 0
+    assert line in capsys.readouterr().out.splitlines()
+    assert "**L" + line[1:] + ".**" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -217,11 +244,11 @@ def test_fetch_names_the_files(capsys, monkeypatch, tmp_path):
 def test_names_lists_what_options_may_name(capsys):
     assert main(["names"]) == 0
     printed = capsys.readouterr().out
-    for name in (*gl.OPERATORS, *gl.CRITERIA, *gl.CORPORA, "wiki-topic", "arc_easy"):
+    for name in (*gl.OPERATORS, *gl.CRITERIA, *gl.CORPORA, *gl.PROBES, "wiki-topic", "arc_easy"):
         assert re.search(rf"^\w+ +{re.escape(name)}\b", printed, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["fetch", "names", "recover", "experiment"])
+@pytest.mark.parametrize("command", ["fetch", "names", "abilities", "recover", "experiment"])
 def test_help_has_three_examples_that_can_be_read(capsys, command):
     from ghostlib.cli import parser
 

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-CELL_METADATA = {"tags", "jupyter", "editable", "deletable", "slideshow"}  # the rest is stripped
+# the rest is stripped
+CELL_METADATA = {"tags", "numbers", "jupyter", "editable", "deletable", "slideshow"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 # progress bars would be stored as widgets
@@ -41,6 +42,11 @@ class NotebookError(SystemExit):
 def suite(root: Path) -> list[Path]:
     """All notebooks, in reading order."""
     return sorted((root / "notebooks").glob("*.ipynb"))
+
+
+def solutions(root: Path) -> list[Path]:
+    """The solved exercises, one notebook for each of the suite."""
+    return sorted((root / "notebooks" / "solutions").glob("*.ipynb"))
 
 
 def read(path: Path) -> Notebook:
@@ -160,7 +166,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all")
     options = parser.parse_args(arguments)
     failed = []
-    for path in [path.resolve() for path in options.notebooks] or suite(root):
+    for path in [path.resolve() for path in options.notebooks] or suite(root) + solutions(root):
         try:
             if options.command == "run":
                 run(path, root)

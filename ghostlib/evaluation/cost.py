@@ -142,7 +142,7 @@ def _without_weights(model: PreTrainedModel) -> Any:
     copied: Any = twin(model)
     copied.config.pad_token_id = None  # or else some models look for padding among the ids
     copied.set_attn_implementation("eager")  # the counter does not look into fused kernels
-    return copied.to(model.dtype).eval()
+    return copied.eval()
 
 
 @torch.no_grad()

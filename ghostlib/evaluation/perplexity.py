@@ -98,6 +98,8 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) 
 def gap_closed(dense: float, pruned: float, recovered: float) -> float:
     """Share of the log-perplexity lost by pruning that recovery wins back (1 = all, < 0 = harm).
 
+    Of text alone: what else the model can no longer do, `ghostlib.abilities` asks.
+
     Args:
         dense: perplexity of the dense model.
         pruned: of the pruned model, on the same windows.
@@ -218,7 +220,7 @@ def scored_text(
     count: int | None = None,
     seed: int = 0,
     text_column: str = "text",
-    bos: bool | None = False,
+    bos: bool | None = None,
 ) -> ScoredText:
     """The windows of a corpus that `corpus_perplexity` scores; its arguments and errors."""
     published_split, published_count = PUBLISHED.get(str(corpus), ("test", None))
@@ -258,7 +260,7 @@ def corpus_perplexity(
     batch_size: int = 1,
     **options: Any,
 ) -> Perplexity:
-    """Perplexity and bits per byte of a model on a corpus, by the published protocol.
+    """Perplexity and bits per byte of a model on a corpus; ``bos=False`` is the published protocol.
 
     The documents, joined by a blank line, are tokenised as one text and cut into windows without
     overlap, each scored by itself (as in the evaluation code of GPTQ, arXiv 2210.17323, and the
@@ -275,9 +277,9 @@ def corpus_perplexity(
         count: the first so many windows; by default as in `PUBLISHED`, and all of other corpora.
         seed: see `ghostlib.documents`.
         text_column: see `ghostlib.documents`.
-        bos: False, as published: what the tokenizer adds (a BOS for Llama, nothing for SmolLM2)
-            stands once, at the beginning of the corpus. True: every window begins with BOS, which
-            a model trained with one needs. None: every window, if the tokenizer adds one.
+        bos: whether every window begins with BOS, which a model trained with one needs; by default
+            if the tokenizer adds one. False as published: what the tokenizer adds (a BOS for Llama,
+            nothing for SmolLM2) stands once, at the beginning of the corpus.
 
     Raises:
         ValueError: less text than one window, and whatever `ghostlib.token_windows` and

@@ -20,16 +20,18 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.common import AUTO, DENSE, PRUNED, SEQUENTIAL, checked, track, warn
+from ghostlib.evaluation.abilities import PROBES, Ability, ProbeSet
 from ghostlib.evaluation.perplexity import ScoredText
 from ghostlib.evaluation.tasks import check_tasks, zero_shot
 from ghostlib.experiments.results import Results
 from ghostlib.experiments.spec import Specification, base_name, family_of
-from ghostlib.experiments.tables import ACCURACY, PERPLEXITY, mean_interval
-from ghostlib.models.architectures import check_model, num_layers
+from ghostlib.experiments.tables import ABILITY, ACCURACY, PERPLEXITY, mean_interval
+from ghostlib.models.architectures import check_model, num_layers, text_config
 from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.recovery.recipe import Recipe
@@ -110,12 +112,18 @@ class _Run:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     todo: dict[tuple[Layers, str], list[tuple[str, str]]] = field(default_factory=dict)
+    probes: dict[str, ProbeSet] = field(default_factory=dict)
 
     def run(self, index: int, total: int) -> None:
         """Choose layers, plan, and compute cell by cell."""
+        spec = self.specification
+        drawn: dict[str, Any] = {"seed": spec.seed, "count": spec.probe_items, "strict": True}
+        for name in spec.probes:  # one that cannot be asked is refused before anything is scored
+            self.probes[name] = ProbeSet(self.model, self.tokenizer, [name], **drawn)
         measures = [
             *product([PERPLEXITY], self.specification.perplexity),
             *product([ACCURACY], self.specification.tasks),
+            *product([ABILITY], self.specification.probes),
         ]
         models = [((), DENSE), *product(self._removed(), self.specification.operators)]
         for (layers, operator), (measure, dataset) in product(models, measures):
@@ -184,9 +192,13 @@ class _Run:
         """Solve the operators of one model, and append a record for each of its measures."""
         begin = time.perf_counter()
         operators = self._operators(layers, operator)
+        takes = {
+            PERPLEXITY: self._perplexity,
+            ACCURACY: self._accuracy,
+            ABILITY: self._ability,
+        }
         for measure, dataset in measures:
-            take = self._perplexity if measure == PERPLEXITY else self._accuracy
-            content = take(dataset, layers, operators)
+            content = takes[measure](dataset, layers, operators)
             names = {"layers": _spell(layers), "operator": operator, "dataset": base_name(dataset)}
             seconds, begin = time.perf_counter() - begin, time.perf_counter()
             if math.isfinite(content["value"]):
@@ -208,6 +220,8 @@ class _Run:
         count, length = text.windows.shape
         sizes = {"windows": count, "length": length, "tokens": count * (length - 1)}
         scored = {"split": text.split, **sizes, "bytes": text.bytes, "losses": losses}
+        if text.bos is not None:
+            scored["bos"] = text.bos  # which every window begins with
         return {"value": value, "low": low, "high": high, **scored}
 
     def _accuracy(
@@ -219,6 +233,17 @@ class _Run:
         parts = zero_shot(variant, self.tokenizer, task, limit=limit, batch_size=batch_size)
         scores = [asdict(part) for part in parts.values()]
         return {"value": fmean(score["acc"] for score in scores), "scores": scores}
+
+    def _ability(
+        self, probe: str, layers: Layers, operators: Mapping[Boundary, Operator]
+    ) -> dict[str, Any]:
+        values = self._asking[probe].abilities(layers, operators)[probe]
+        if not np.isfinite(values).all():
+            return {"value": math.nan}
+        chance = PROBES[probe].chance(text_config(self.model).vocab_size)
+        ability = Ability.of(PROBES[probe], values, chance)
+        bounds = {k: v for k, v in (("low", ability.low), ("high", ability.high)) if v == v}
+        return {"value": ability.score, "chance": chance, "items": values, **bounds}
 
     def _operators(self, layers: Layers, operator: str) -> Mapping[Boundary, Operator]:
         if operator in (DENSE, PRUNED):
@@ -251,6 +276,11 @@ class _Run:
     def _trials(self) -> dict[str, Trials]:
         """What all models have in common on each corpus."""
         return {c: Trials(self.model, text.windows) for c, text in self._texts.items()}
+
+    @cached_property
+    def _asking(self) -> dict[str, Trials]:
+        """What all models have in common on each probe."""
+        return {name: Trials(self.model, None, probes=p) for name, p in self.probes.items()}
 
     @cached_property
     def _recipe(self) -> Recipe:

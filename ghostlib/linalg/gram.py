@@ -235,6 +235,18 @@ class Regularised:
         V, d = self.spectrum.vectors, self.scaling[:, None]
         return (V @ (V.T @ (C / d)).mul_(self.gain[:, None])).div_(d)
 
+    def explained(self, M: Tensor, C: Tensor) -> float | None:
+        """By how much ``M = solve(C)`` lowers the squared error, without a product with ``G``.
+
+        The normal equations say what ``G M`` is. None where directions were dropped, whose rounding
+        they do not see.
+        """
+        if self._factor is None:
+            return None
+        rows = torch.linalg.vector_norm(M, dim=1)
+        penalty = self.shift * (self.scaling * rows).square().sum()
+        return float(torch.tensordot(M, C) + penalty)
+
     def trouble(self, tokens: int, blind: int = 0) -> str | None:
         """What is wrong with fitting a full matrix to these tokens, and what to do; or None.
 

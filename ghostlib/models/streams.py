@@ -28,7 +28,10 @@ from ghostlib.models.architectures import (
     same_layers,
     structure,
     text_config,
+    to_state,
+    to_stream,
     uncached,
+    vocabulary,
 )
 from ghostlib.models.placement import input_device, offload_stores, release_movers
 
@@ -155,9 +158,11 @@ def feed(model: PreTrainedModel, stream: Tensor) -> Iterator[None]:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        state = args[0] if args else kwargs["hidden_states"]
+        entering = to_state(stream.to(state), state, structure(model).layout)
         if args:
-            return (stream.to(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": stream.to(kwargs["hidden_states"])}
+            return (entering, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": entering}
 
     with _hooked(receiver(model, 0), hook, first=True):
         yield
@@ -200,16 +205,18 @@ def tap(
     for index in wanted:
         check_index(model, index)
     waiting: list[int] = []
+    layout = structure(model).layout
 
     def hook_for(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            if not isinstance(hidden, Tensor) or hidden.ndim != len(layout):
                 got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
                 raise ValueError(
                     f"layer {index} of a {model_type(model)} receives {got}, no stream "
                     "(batch, tokens, hidden): it cannot be pruned layer by layer"
                 )
+            hidden = to_stream(hidden, layout)
             # A layer that this pass skips, as text does those for images, leaves the stream as it
             # is: what enters it is what enters the next one.
             while waiting and waiting[0] <= index:
@@ -276,10 +283,10 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
         raise ValueError(f"windows hold no token: shape {tuple(windows.shape)}")
     low, high = int(windows.min()), int(windows.max())
     structure(model)
-    vocabulary = text_config(model).vocab_size
-    if low < 0 or high >= vocabulary:
+    known = vocabulary(model)
+    if low < 0 or high >= known:
         raise ValueError(
-            f"token ids {low} … {high} do not fit a vocabulary of {vocabulary}: "
+            f"token ids {low} … {high} do not fit a vocabulary of {known}: "
             "were the windows made with another model's tokenizer?"
         )
     positions = known_positions(model)

@@ -40,12 +40,14 @@ class Fit(NamedTuple):
         bias: (C,) or None.
         inverse: the regularised inverse it was solved with; None where no matrix was inverted.
         seen: the diagonal that was inverted instead, for families that invert one.
+        error: the squared error that is left, where solving gives it away.
     """
 
     M: Tensor
     bias: Tensor | None = None
     inverse: Regularised | None = None
     seen: Tensor | None = None
+    error: float | None = None
 
 
 class Shape(NamedTuple):
@@ -303,7 +305,10 @@ def least_squares(
         cross = cross - torch.outer(moments.f1, means[1])
     inverse = gram.regularise(**options)
     M = inverse.solve(cross) if rank is None else _reduced(inverse, cross, rank)
-    return Fit(M, means[1] - means[0] @ M if bias else None, inverse)
+    explained = inverse.explained(M, cross) if rank is None else None
+    total = moments.d2.sum() - (moments.d1 @ means[1] if bias else 0.0)
+    left = None if explained is None else max(float(total) - explained, 0.0)
+    return Fit(M, means[1] - means[0] @ M if bias else None, inverse, error=left)
 
 
 def joint_least_squares(

@@ -176,7 +176,7 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
             warn(f"{family}: {trouble}", SingularGramWarning)
     rank = options.get("rank") or 0
     shape = Shape(moments.width, sum(moments.blocks), rank, fit.bias is not None)
-    residual = moments.error_of(fit.M, fit.bias)
+    residual = moments.error_of(fit.M, fit.bias) if fit.error is None else fit.error
     return Operator(
         fit.M,
         family,

@@ -3,12 +3,12 @@
 A few calibration windows are kept out of every fit. Their moments choose the ridge of each
 candidate, and the loss of the repaired model on them chooses among the candidates, of which the
 pruned model is one. What was chosen is then solved once more from all windows. Test text plays no
-part.
+part. Loss on text does not show what else was lost: ``keep`` names an ability that counts as well.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
@@ -20,17 +20,17 @@ from transformers import PreTrainedModel
 from ghostlib.common import AUTO, PRUNED, Registry, at_least, checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
-from ghostlib.models.layers import mlp_output
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge, choose_ridges
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.selection.criteria import needed, select_layers
-from ghostlib.selection.evidence import Layers
+from ghostlib.selection.evidence import WEIGHT, Layers, to_keep
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate, suited
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install
+from ghostlib.surgery.installers import projection_before
 
 Ridge = float | tuple[float, ...]
 
@@ -51,6 +51,7 @@ SHORTLIST = ("residual", "cosine", "block-influence")
 
 TOO_FEW = "the recipe fits some windows and judges by others: give at least 2"
 
+_SEARCHED = 1024  # tokens of them that a search scores
 HELD_OUT = 4096
 """Tokens kept out of the fit, or one window where that is longer."""
 
@@ -67,6 +68,8 @@ class Choice:
         losses: nats per token on the held-out calibration tokens, by layers and repair, each
             solved without these tokens; infinite where the repaired model gives NaN.
         tokens: how many they are.
+        keep: the probe that counted beside them, or None.
+        kept: its scores, by layers and repair.
     """
 
     layers: Layers
@@ -75,6 +78,8 @@ class Choice:
     ridges: dict[Boundary, Ridge]
     losses: dict[tuple[Layers, str], float]
     tokens: int
+    keep: str | None = None
+    kept: dict[tuple[Layers, str], float] = field(default_factory=dict)
 
     def apply(self, model: PreTrainedModel, *, share: bool = True) -> PreTrainedModel:
         """A copy of the dense ``model`` without the layers and with the operators in place.
@@ -97,7 +102,8 @@ class Choice:
     def summary(self) -> dict[str, Any]:
         """The choice in what JSON can hold: repair, losses for its layers, held-out tokens."""
         losses = {k: loss if math.isfinite(loss) else None for k, loss in self.rivals.items()}
-        return {"repair": self.repair, "losses": losses, "tokens": self.tokens}
+        kept = {self.keep: self.kept[self.layers, self.repair]} if self.keep else {}
+        return {"repair": self.repair, "losses": losses, "tokens": self.tokens} | kept
 
     def __str__(self) -> str:
         """The choice explained in one line."""
@@ -113,6 +119,7 @@ class Choice:
             + ", ".join(
                 f"{k} {loss:.3f}" for k, loss in sorted(self.rivals.items(), key=itemgetter(1))
             )
+            + (f"; {self.keep} {self.kept[self.layers, self.repair]:.2f}" if self.keep else "")
         )
 
 
@@ -127,10 +134,14 @@ class Recipe:
             this architecture has a place for.
         candidates: families that take a relative ridge, instead of those of the budget.
         batch_size: windows per forward pass.
+        keep: a probe of random tokens, such as ``"copying"``, whose score counts beside the loss,
+            and by which a search for layers is added to the shortlist. That search scores one model
+            for every layer it considers: minutes for the embedded model.
+        weight: nats of text that one of the probe's is worth.
 
     Raises:
         ValueError: fewer than two windows, no candidate, or one that is unknown, of another kind or
-            without ground in this architecture.
+            without ground in this architecture; a probe that cannot be asked.
     """
 
     @checked
@@ -142,6 +153,8 @@ class Recipe:
         budget: str = "any",
         candidates: Sequence[str] | None = None,
         batch_size: int = 1,
+        keep: str | None = None,
+        weight: float = WEIGHT,
     ) -> None:
         check_windows(model, windows)
         if len(windows) < 2:
@@ -162,6 +175,8 @@ class Recipe:
             check_ground(model, family)
         at_least(1, batch_size=batch_size)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
+        self.keep, self.weight = keep, weight
+        self._probes = None if keep is None else to_keep(model, keep)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
         kept_out = torch.zeros(len(windows), dtype=torch.bool)
         kept_out[[(2 * i + 1) * len(windows) // (2 * count) for i in range(count)]] = True
@@ -170,15 +185,19 @@ class Recipe:
 
     @cached_property
     def _trials(self) -> Trials:
-        return Trials(self.model, self.judges, batch_size=self.batch_size)
+        return Trials(self.model, self.judges, batch_size=self.batch_size, probes=self._probes)
 
     @checked
     def shortlist(self, n: int) -> list[Layers]:
         """What each of `SHORTLIST` would remove, from one pass over the fitted windows."""
-        wanted = {gap for name in SHORTLIST for gap in needed(name, n, self.total)}
+        criteria = SHORTLIST if self.keep is None else (*SHORTLIST, "abilities")
+        wanted = {gap for name in criteria for gap in needed(name, n, self.total)}
         known = calibrate(self.model, self.fitted, sorted(wanted), batch_size=self.batch_size)
-        chosen = [tuple(select_layers(self.model, known, n, name)) for name in SHORTLIST]
-        return list(dict.fromkeys(chosen))
+        search: dict[str, Any] = {"windows": self.judges[:1, :_SEARCHED]}
+        if self.keep is not None:
+            search |= {"keep": self.keep, "weight": self.weight}
+        chosen = [select_layers(self.model, known, n, name, **search) for name in criteria]
+        return list(dict.fromkeys(map(tuple, chosen)))
 
     @checked
     def collect(self, choices: Iterable[Layers]) -> None:
@@ -202,17 +221,22 @@ class Recipe:
         self.collect(asked)
         by_window: dict[tuple[Layers, str], Tensor] = {}
         ridges: dict[tuple[Layers, str], dict[Boundary, Ridge]] = {}
+        kept: dict[tuple[Layers, str], float] = {}
         todo = [(layers, repair) for layers in asked for repair in self._repairs_of(layers)]
         for key in track(todo, "choosing", unit="repair"):
             layers, repair = key
             parts = self._moments(layers, repair)
             fits = {gap: fit for gap, (fit, _) in parts.items()}
             ridges[key] = {gap: _choose(*parts[gap]) for gap in parts}
-            loss = self._trials.losses(layers, self._solve(fits, repair, ridges[key]))
-            by_window[key] = loss.nan_to_num(math.inf)
+            operators = self._solve(fits, repair, ridges[key])
+            by_window[key] = self._trials.losses(layers, operators).nan_to_num(math.inf)
+            if self.keep is not None:
+                score = float(self._trials.abilities(layers, operators)[self.keep].mean())
+                kept[key] = score if math.isfinite(score) else math.inf
         losses = {key: float(loss.mean()) for key, loss in by_window.items()}
+        totals = {key: loss + self.weight * kept.get(key, 0.0) for key, loss in losses.items()}
         admitted = [key for key in losses if _admissible(key, by_window)]
-        best = min(admitted, key=lambda key: losses[key])  # ties: the fewest numbers, named first
+        best = min(admitted, key=lambda key: totals[key])  # ties: the fewest numbers, named first
         if math.isinf(losses[best]):
             raise ValueError(
                 "the pruned model and every repair of the recipe give NaN or an infinite loss: "
@@ -221,7 +245,8 @@ class Recipe:
         layers, repair = best
         whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
         final = self._solve(whole, repair, ridges[best])
-        return Choice(layers, repair, final, ridges[best], losses, self.judges.numel())
+        tokens = self.judges.numel()
+        return Choice(layers, repair, final, ridges[best], losses, tokens, self.keep, kept)
 
     def _repairs_of(self, layers: Layers) -> list[str]:
         """Those that there is a place for: some need a layer before the gap."""
@@ -277,12 +302,13 @@ def check_ground(model: PreTrainedModel, family: Family) -> None:
 
     Raises:
         ValueError: normalised features where layers read the stream without a norm, or a repair of
-            the MLP where its output is normalised; the message says what works instead.
+            the MLP where its output is normalised or its weights cannot be changed; the message
+            says what works instead.
     """
     try:
         suited(model, family.regressor)
         if family.regressor.reads_mlp:
-            mlp_output(model, 0)
+            projection_before(model, 1, family.name)
     except ValueError as error:
         raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None
 

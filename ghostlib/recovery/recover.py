@@ -17,6 +17,7 @@ from ghostlib.recovery.sequential import fit_sequential
 from ghostlib.statistics.calibration import Calibration, calibrate
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import check_dense, install
+from ghostlib.surgery.installers import check_place
 
 
 @checked
@@ -65,7 +66,8 @@ def recover(
         ValueError: layers that are no integers, out of range or repeated, none left; windows or
             mask that do not fit the model; moments of another model, width, boundary or regressor;
             an argument that would have no effect, by name; an unknown operator or option; a repair
-            of the MLP before a gap that has no layer before it; a model that was recovered before.
+            of the MLP before a gap that has no layer before it, or weights that cannot be
+            changed (quantised, offloaded, adapted, shared); a model that was recovered before.
 
     Warns:
         MassiveActivationWarning: a few tokens own the squared error the operator minimises.
@@ -110,7 +112,7 @@ def recover(
     family = Family.of(operator)  # an unknown name is refused before the long pass, not after it
     check_options(family, options)
     gaps = runs(layers, num_layers(model))
-    family.check_place(gaps)
+    check_place(model, gaps, family)
     if not isinstance(calibration, Tensor):
         if passes or fit == "sequential":
             raise ValueError(

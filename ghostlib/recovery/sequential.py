@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import at_least, checked, track
-from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
+from ghostlib.models.architectures import fingerprint, hidden_size, looks_back, num_layers
 from ghostlib.models.boundaries import Boundary, check_order
 from ghostlib.models.layers import has_bias, listen
 from ghostlib.models.placement import input_device
@@ -24,6 +24,7 @@ from ghostlib.operators.solve import Operator, check_options, solve, warn_of_mas
 from ghostlib.statistics.calibration import suited
 from ghostlib.statistics.features import Sources
 from ghostlib.statistics.moments import Moments
+from ghostlib.surgery.cut import install
 
 
 def dense_streams(
@@ -147,8 +148,13 @@ def fit_sequential(
         operators[gap] = solve(moments, family, **options)
         if following is not None:
             x, hidden, output = before
-            repaired = operators[gap].apply(x, real, hidden=hidden, output=output)
-            part = excerpt(model, gap.stop, following.start)
+            repaired: Tensor | None = operators[gap].apply(x, real, hidden=hidden, output=output)
+            if looks_back(model):  # all layers before the gap again, repaired so far
+                whole = install(model, dict(operators), at_gap=True)
+                removed = sum(len(done.removed) for done in operators)
+                part, repaired = excerpt(whole, 0, following.start - removed), None
+            else:
+                part = excerpt(model, gap.stop, following.start)
             before = _arrive(part, windows, repaired, mask, batch_size, regressor.reads_mlp)
     return operators
 

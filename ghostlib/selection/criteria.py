@@ -8,11 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import Registry, at_least, checked, track
+from ghostlib.evaluation.abilities import COPYING
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
 from ghostlib.models.streams import refusal
 from ghostlib.operators.families import Family
-from ghostlib.selection.evidence import Evidence, Layers
+from ghostlib.selection.evidence import WEIGHT, Evidence, Layers
 from ghostlib.statistics.calibration import Calibration, calibrate
 
 
@@ -56,7 +57,8 @@ class Criterion(NamedTuple):
     Attributes:
         search: ``"block"``: the best run of n layers; ``"each"``: the n best single layers;
             ``"greedy"``: one layer after another, each the best beside those chosen before.
-        needs: what the score is computed from: ``"similarity"``, ``"moments"``, ``"windows"``.
+        needs: what the score is computed from: ``"similarity"``, ``"moments"``, ``"windows"``,
+            ``"probes"``.
         score: from `Evidence` and the layers a candidate removes to a number.
     """
 
@@ -65,7 +67,9 @@ class Criterion(NamedTuple):
     score: Callable[[Evidence, Layers], float]
 
 
-_SIMILARITY, _MOMENTS, _WINDOWS = (frozenset({n}) for n in ("similarity", "moments", "windows"))
+_SIMILARITY, _MOMENTS, _WINDOWS, _PROBES = (
+    frozenset({n}) for n in ("similarity", "moments", "windows", "probes")
+)
 
 CRITERIA: Registry[Criterion] = Registry("criterion")
 # The block whose ends point the same way does least (LLM-Streamline, arXiv 2403.19135).
@@ -85,6 +89,10 @@ CRITERIA["residual"] = Criterion("block", _MOMENTS, lambda e, ls: e.residual(ls)
 CRITERIA["greedy-recovered"] = Criterion(
     "greedy", _MOMENTS | _WINDOWS, lambda e, ls: e.recovered_loss(ls)
 )
+# The same by text and by an ability that text does not show.
+CRITERIA["abilities"] = Criterion(
+    "greedy", _MOMENTS | _WINDOWS | _PROBES, lambda e, ls: e.balance(ls)
+)
 
 
 @checked
@@ -97,6 +105,8 @@ def select_layers(
     windows: Tensor | None = None,
     operator: str | Family = "ghost",
     beam: int = 1,
+    keep: str = COPYING,
+    weight: float = WEIGHT,
     attention_mask: Tensor | None = None,
     skip_leading: int = 0,
     batch_size: int = 1,
@@ -114,6 +124,8 @@ def select_layers(
             score, without padding; the calibration windows by default. Never test text.
         operator: the repair in place while ``residual`` and ``greedy-recovered`` score.
         beam: how many of the best sets a greedy search keeps at every step.
+        keep: the probe of random tokens that ``abilities`` asks beside the windows.
+        weight: nats of the windows' loss that one of the probe's is worth.
         attention_mask, skip_leading, batch_size: as in `calibrate`, when windows are given.
 
     Returns:
@@ -149,7 +161,8 @@ def select_layers(
             regressors=[Family.of(operator).regressor] if "moments" in rule.needs else (),
         )
     known = calibration if isinstance(calibration, Calibration) else None
-    evidence = Evidence(model, known, windows, operator=operator, batch_size=batch_size)
+    asked: dict[str, Any] = {"keep": keep, "weight": weight} if "probes" in rule.needs else {}
+    evidence = Evidence(model, known, windows, operator=operator, batch_size=batch_size, **asked)
     if known is not None:
         _check(criterion, n, known, boundaries)
     chosen, scores = _search(rule, evidence, n, total, beam, criterion)

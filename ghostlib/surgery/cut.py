@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ghostlib.common import GHOSTED, checked
 from ghostlib.models import streams
@@ -18,6 +18,7 @@ from ghostlib.models.architectures import (
     keep_layers,
     num_layers,
     receiver,
+    structure,
 )
 from ghostlib.models.boundaries import Boundary, check_boundary, check_order, runs
 from ghostlib.models.placement import compute_device
@@ -168,7 +169,14 @@ def _install_modules(
 ) -> None:
     """Make ``recovered`` a ghosted model, in place, with a module for each operator."""
     factors = {place: _factors(op.M) for place, op in modules.items() if _is_low_rank(op)}
-    cls = ghosted_class(recovered.config.model_type)
+    name = recovered.config.model_type
+    if name not in CONFIG_MAPPING:
+        raise ValueError(
+            f"a {name} is made by code that transformers does not know, so that a module at the "
+            "gap could not be loaded again: use a repair of the weights, such as refit, or "
+            "register its classes with AutoConfig.register and AutoModelForCausalLM.register"
+        )
+    cls = ghosted_class(name)
     become(recovered, cls)
     recovered.config.__class__ = cls.config_class
     names = {module: name for name, module in recovered.named_modules()}
@@ -182,13 +190,15 @@ def _install_modules(
             "bias": operator.bias is not None,
             "rank": factors[place][0].shape[1] if place in factors else None,
             "features": [feature.name for feature in operator.regressor.features],
+            "layout": structure(recovered).layout,
         }
         for place, operator in modules.items()
     ]
     install_boundaries(recovered)
     for (place, operator), entry in zip(modules.items(), recovered.config.ghost, strict=True):
         module = recovered.get_submodule(entry["module"])
-        device, dtype = compute_device(module), next(module.parameters()).dtype
+        floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+        device, dtype = compute_device(module), next(floating, recovered.dtype)
         values = {"M": operator.M}
         if place in factors:
             values = dict(zip("AB", factors[place], strict=True))

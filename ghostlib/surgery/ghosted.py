@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME
 
 from ghostlib.common import GHOSTED
+from ghostlib.models.architectures import to_state, to_stream
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
     Pass,
@@ -127,7 +128,8 @@ def _receiving(cls: Any) -> Any:
         self: Any, hidden_states: Tensor, *args: Any, begun: Pass | None = None, **kwargs: Any
     ) -> Any:
         with nullcontext() if begun is None else during(begun):
-            repaired = self.boundary(hidden_states)
+            stream = to_stream(hidden_states, self.layout)
+            repaired = to_state(self.boundary(stream), hidden_states, self.layout)
         return cls.forward(self, repaired, *args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +150,7 @@ def _empty_receiver(cls: type) -> Any:
     return kind.__new__(kind)
 
 
-_ENTRY = ("module", "receiver", "width", "bias", "rank", "features")
+_ENTRY = ("module", "receiver", "width", "bias", "rank", "features", "layout")
 
 
 def install_boundaries(model: PreTrainedModel) -> None:
@@ -179,6 +181,7 @@ def install_boundaries(model: PreTrainedModel) -> None:
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
         shape = {"bias": entry["bias"], "features": entry["features"]}
         module.boundary = kind(entry["width"], entry["receiver"], **shape)
+        module.layout = entry["layout"]
     # Found once: a forward pass should not search all modules for what is rarely there.
     boundaries = [known[path].boundary for path in paths]
     model.looking_back = tuple(b.place for b in boundaries if b.looks_back)

@@ -51,7 +51,8 @@ def save(
         portable: for a repair with a module at the boundary, add the code that loads it without
             this package under ``trust_remote_code=True``. Other repairs need none.
         facts: for the card: ``base_model``, ``license``, ``perplexity`` (a mapping such as
-            ``{"dense": 12.1, "recovered": 17.3}``), ``text``, ``tokens``, ``seed`` …
+            ``{"dense": 12.1, "recovered": 17.3}``), ``abilities`` (a `Profile` compared with the
+            dense model), ``text``, ``tokens``, ``seed`` …
 
     Returns:
         The folder.
@@ -143,7 +144,8 @@ def model_card(
         start, stop = repair["boundary"]
         reads = f", solved from `{repair['reads']}`" if "reads" in repair else ""
         lines.append(f"- layers {spell(range(start, stop))}: `{repair['operator']}`{reads}")
-    shown = {k: v for k, v in facts.items() if k not in ("base_model", "license", "perplexity")}
+    apart = ("base_model", "license", "perplexity", "abilities")
+    shown = {k: v for k, v in facts.items() if k not in apart}
     versions = ", ".join(f"{package} {_version(package)}" for package in _VERSIONS)
     lines += [
         "",
@@ -153,9 +155,21 @@ def model_card(
     if facts.get("perplexity"):
         lines += ["", "| model | held-out perplexity |", "|---|---|"]
         lines += [f"| {_safe(who)} | {value:.2f} |" for who, value in facts["perplexity"].items()]
+    if facts.get("abilities"):
+        lines += ["", *_abilities(facts["abilities"])]
     lines += ["", *_loading(model, name, portable)]
     lines += ["", "```json", json.dumps(record, indent=1), "```", ""]
     return f"---\n{front.to_yaml()}\n---\n\n" + "\n".join(lines)
+
+
+def _abilities(profile: Any) -> list[str]:
+    """What the repair gave back, as a `Profile` says it; what was lost first."""
+    lines = [f"**{text[0].upper()}{text[1:]}.**" for text in profile.lost]
+    lines += ["", "| ability | dense | this model | unit | verdict |", "|---|---|---|---|---|"]
+    for one in profile.abilities.values():
+        dense = "" if one.dense is None else f"{one.dense:.2f}"
+        lines.append(f"| {one.probe} | {dense} | {one.score:.2f} | {one.unit} | {one.verdict} |")
+    return [*lines, *(f"- not asked: {name}, it {why}" for name, why in profile.left_out.items())]
 
 
 def _loading(model: PreTrainedModel, name: str, portable: bool) -> list[str]:

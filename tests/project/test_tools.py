@@ -2,14 +2,18 @@
 
 import base64
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import fill
 import notebooks as tool
+import prose
 import rules
 
 FIRST = """# Prune a toy
@@ -22,6 +26,8 @@ FIRST = """# Prune a toy
 **What you’ll learn** Nothing.
 
 **What you'll need** One minute on two cores, 1 GB.
+
+**What do you expect?** One, or two?
 """
 PIXEL = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(8)).decode()
 
@@ -30,9 +36,25 @@ def tags(*names: str) -> dict[str, list[str]]:
     return {"tags": list(names)}
 
 
+def exercise(number: int, answer: str):
+    check = f"assert a{number} in (None, {number})"
+    return (
+        new_code_cell(f"a{number} = {answer}", metadata=tags("exercise")),
+        new_code_cell(check, metadata=tags("check")),
+    )
+
+
+def solved():
+    """The solutions that belong to `good`, filled and as if executed."""
+    cells = [new_code_cell(fill.setup_source("someone/something"), metadata=tags("setup"))]
+    nb = new_notebook(cells=[*cells, *exercise(1, "1"), *exercise(2, "2")])
+    tool.clean(nb, Path("nowhere"))
+    nb.cells[1].outputs = [new_output("stream", text="1\n")]
+    return nb
+
+
 def good(*cells):
     """A notebook that keeps the house rules once it is filled and executed."""
-    ending = "## Exercises\n1. Why?\n<details><summary>Solution</summary>Because.</details>"
     return new_notebook(
         cells=[
             new_markdown_cell(FIRST),
@@ -41,7 +63,9 @@ def good(*cells):
             *cells,
             new_code_cell("assert 1 + 1 == 2"),
             new_markdown_cell("## What we saw\nTwo."),
-            new_markdown_cell(ending),
+            new_markdown_cell("## Exercises"),
+            *exercise(1, "None"),
+            *exercise(2, "None"),
             new_markdown_cell("## Further reading\nNothing."),
         ]
     )
@@ -58,9 +82,9 @@ def root(tmp_path, monkeypatch):
     """A small repository with an address of its own, whose kernels find the package."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     address(tmp_path, "https://github.com/someone/something")
-    regions = [f"<!-- begin:{name} -->\n<!-- end:{name} -->\n" for name in ("notebooks", "clone")]
+    regions = [f"<!-- begin:{name} -->\n<!-- end:{name} -->\n" for name in ("notebooks", "start")]
     (tmp_path / "README.md").write_text("# X\n" + "".join(regions))
-    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "solutions").mkdir(parents=True)
     return tmp_path
 
 
@@ -81,12 +105,14 @@ print(os.path.join(os.getcwd(), "x"))
 print("noise", file=sys.stderr)
 os.environ["GHOSTLIB_PROGRESS"]"""
     path = put(root, good(new_code_cell(noisy)))
+    solution = put(root, solved(), "solutions/00_toy.ipynb")
     fill.fill(root)
     tool.main(["execute"], root)
     fill.fill(root)
     assert rules.check(root, [path]) == []
     nb = tool.read(path)
-    assert [c.execution_count for c in nb.cells if c.cell_type == "code"] == [1, 2, 3]
+    assert [c.execution_count for c in nb.cells if c.cell_type == "code"] == [*range(1, 8)]
+    assert tool.read(solution).cells[-1].execution_count == 5
     stream, result = nb.cells[3].outputs
     assert stream.text == "kept\nthe end\nnotebooks/x\n"
     assert result.data["text/plain"] == "'0'"
@@ -147,7 +173,7 @@ def test_written_notebooks_are_ordinary_files(root):
     fill.fill(root)
     text = path.read_text()
     assert text.endswith("}\n") and json.loads(text)["nbformat"] == 4
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert [p.name for p in path.parent.iterdir() if p.is_file()] == [path.name]
 
 
 # ---------------------------------------------------------------- fill
@@ -161,7 +187,7 @@ def test_setup_badges_and_table_follow_the_one_address(root):
     for site in ("colab.research.google.com/github", "mybinder.org/v2/gh"):
         assert f"{site}/someone/something" in nb.cells[0].source
     readme = (root / "README.md").read_text()
-    assert "[00 · Prune a toy](notebooks/00_toy.ipynb) | Take one layer out. |" in readme
+    assert "**Learn**\n\n- [00 · Prune a toy](notebooks/00_toy.ipynb)\n" in readme
     assert "git clone https://github.com/someone/something && cd something" in readme
     assert fill.stale(root) == {}
     address(root, "https://github.com/other/place")
@@ -176,12 +202,21 @@ def test_without_an_address_nothing_needs_one(root):
     address(root, None)
     fill.fill(root)
     text = path.read_text() + (root / "README.md").read_text()
-    assert not rules.ADDRESSED.search(text) and "github.com" not in text
-    assert "make run" in (root / "README.md").read_text()
-    with (root / "README.md").open("a") as file:
-        file.write("pip install git+https://github.com/some/where")
-    (found,) = rules.check(root, [])
-    assert found.startswith("README.md: git+https://github.com/some/where needs a public address")
+    assert not re.search(r"https?://|git\+|git clone", text)
+    assert "make run" in text and "make wheel" in tool.read(path).cells[0].source
+
+
+def test_the_course_has_parts_in_order_and_the_explorer_last(root):
+    for name in ("explore.ipynb", "13_b.ipynb", "07_a.ipynb", "00_toy.ipynb", "08_c.ipynb"):
+        put(root, good(), name)
+    found = fill.course({path: tool.read(path) for path in tool.suite(root)})
+    assert {part: [p.name for p in titles] for part, titles in found.items()} == {
+        "Learn": ["00_toy.ipynb", "07_a.ipynb"],
+        "Use": ["08_c.ipynb"],
+        "Beyond": ["13_b.ipynb"],
+        "Explore": ["explore.ipynb"],
+    }
+    assert found["Explore"][root / "notebooks" / "explore.ipynb"] == "Prune a toy"
 
 
 @pytest.mark.parametrize("url", ["", "https://example.com/a/b", "https://github.com/a"])
@@ -191,17 +226,31 @@ def test_an_address_that_is_none_is_refused(root, url):
         fill.fill(root)
 
 
+def run_setup(source: str) -> list[str]:
+    """Run a setup cell as IPython does; returns what it gives to %pip."""
+    given: list[str] = []
+    shell = SimpleNamespace(
+        run_line_magic=lambda magic, line: given.append(f"{magic} {line}"),
+    )
+    code = TransformerManager().transform_cell(source)
+    exec(compile(code, "setup", "exec"), {"get_ipython": lambda: shell})
+    return given
+
+
 @pytest.mark.parametrize("evaluates", [False, True])
-def test_the_setup_cell_is_silent_where_all_is_installed(evaluates, capsys, monkeypatch):
+def test_the_setup_cell_installs_what_is_missing_and_nothing_else(
+    evaluates, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
     source = fill.setup_source(None, evaluates)
-    exec(compile(source, "setup", "exec"), {})
-    assert capsys.readouterr() == ("", "")
+    assert run_setup(source) == [] and capsys.readouterr() == ("", "")
     missing = "lm_eval" if evaluates else "ghostlib"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
-    with pytest.raises(
-        ImportError, match=r"ghostlib.* is missing: pip install its wheel, or make lab"
-    ):
-        exec(compile(source, "setup", "exec"), {})
+    with pytest.raises(AssertionError, match=r"put ghostlib's wheel \(make wheel\) beside"):
+        run_setup(source)
+    (tmp_path / "ghostlib-1.0-py3-none-any.whl").touch()
+    (given,) = run_setup(source)
+    assert given.startswith("pip install --quiet ") and "wheels[0]" in given
 
 
 def test_a_notebook_with_zero_shot_tasks_installs_the_harness(root):
@@ -242,12 +291,15 @@ def test_the_ledger_comes_from_the_stored_outputs(root):
 def executed(nb):
     """``nb`` with numbers, as if it had been executed, and clean metadata."""
     tool.clean(nb, Path("nowhere"))
-    nb.cells[-4].outputs = [new_output("stream", text="2\n")]
+    nb.cells[-8].outputs = [new_output("stream", text="2\n")]
     return nb
 
 
 def problems(nb, root: Path) -> str:
-    return "\n".join(problem for rule in rules.RULES for problem in rule(nb, root))
+    path = put(root, nb)
+    if not (root / "notebooks" / "solutions" / path.name).exists():
+        put(root, solved(), "solutions/00_toy.ipynb")
+    return "\n".join(problem for rule in rules.RULES for problem in rule(nb, path))
 
 
 def test_a_good_notebook_has_no_problems(root):
@@ -272,21 +324,80 @@ def source(index, text):
         (source(0, FIRST.replace("begin:badges", "")), "lacks “<!-- begin:badges”"),
         (source(0, FIRST.replace("1 GB", "")), "how much memory"),
         (lambda nb: nb.cells[1].metadata.clear(), "must have the tag setup"),
-        (source(4, "one = 1"), "no assert"),
+        (lambda nb: [cell.update(source="one = 1") for cell in nb.cells[4:]], "no assert"),
         (source(4, "assert 1\n" * 26), "In [3] has 26 lines"),
         (source(3, ""), "In [2] has 0 lines"),
         (source(3, "open('" + "/ho" + "me/me/x')"), "absolute path /ho" + "me/me/x"),
         (source(3, "open('" + "/tm" + "p/')"), "absolute path /tm" + "p"),
         (source(2, "## See [this](none.ipynb)"), "dead link none.ipynb"),
         (drop(5), "the last sections are not What we saw"),
-        (source(6, "## Exercises\n1. Why?"), "no folded solution"),
-        (source(7, "## Further reading\n## And more"), "the last sections are not"),
+        (source(11, "## Further reading\n## And more"), "the last sections are not"),
+        (source(0, FIRST.replace("expect", "see")), "no line “**What do you expect?**"),
+        (drop(8), "not two to four pairs of cells tagged exercise and check"),
+        (source(8, "assert a1 == 1"), "solutions: no cell, tagged check, is ['assert a1 == 1']"),
+        (
+            lambda nb: nb.cells.extend(new_markdown_cell("…") for _ in range(40)),
+            "cells, more than 45",
+        ),
+        (source(2, "x" * 800_000), "kB, more than 700"),
     ],
 )
 def test_every_broken_rule_is_named(root, change, problem):
     nb = executed(good(new_code_cell("two = 2")))
     change(nb)
     assert problem in problems(nb, root)
+
+
+def test_solutions_keep_the_rules_too(root):
+    broken = solved()
+    broken.cells[2].source = "open('" + "/ho" + "me/me/x')"
+    put(root, broken, "solutions/00_toy.ipynb")
+    assert "solutions: cell 3, source: absolute path" in problems(executed(good()), root)
+    (root / "notebooks" / "solutions" / "00_toy.ipynb").unlink()
+    path = put(root, executed(good()))
+    assert "no solutions/00_toy.ipynb" in list(rules.exercises(tool.read(path), path))
+
+
+def test_next_and_back_are_links_to_the_neighbours(root):
+    nb = good()
+    paths = [put(root, nb, f"{name}.ipynb") for name in ("00_toy", "01_game", "02_end")]
+    wanted = [["Next"], ["Back", "Next"], ["Back"]]
+    for path, words in zip(paths, wanted, strict=True):
+        found = list(rules.ending(nb, path))
+        assert [problem.split("“")[1].split(":")[0] for problem in found] == words
+    nb.cells[-1].source += "\nBack: [toy](00_toy.ipynb) · Next: [the end](02_end.ipynb)"
+    assert not list(rules.ending(nb, paths[1]))
+
+
+PRINTED = "error 0.7213, gap 63.4%, 165.2 times, 18,060 tokens, step 3"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "unsupported"),
+    [
+        ("The error is 0.72, or 0.7213.", []),
+        ("The error is 0.73.", ["0.73"]),
+        ("The error is 0.721 and 0.72130.", ["0.72130"]),
+        ("It closes 63 %, or $63.4\\,\\%$.", []),
+        ("It closes 165 %.", ["165 %"]),
+        ("It is 165 times longer.", []),
+        ("It is 166 times longer.", ["166 times"]),
+        ("It is ten times longer.", ["ten times"]),
+        ("It is hundreds of times longer (165).", []),
+        ("The paper finds 46.9 % (figure 3).", []),
+        ("The paper finds 46.9 %. See figure 3.", ["46.9 %"]),
+        ("Notebook `07` finds 0.93.", []),
+        ("As [there](07_calibration.ipynb), 0.93.", []),
+        ("See [arXiv 2605.15491](https://arxiv.org/abs/2605.15491) and Llama-3.1-8B.", []),
+        ("With `relative_ridge=0.1` on 32,768 tokens.", []),
+        ("A setting of 0.5.", []),
+    ],
+)
+def test_a_number_in_prose_needs_support(sentence, unsupported):
+    exempt = {"numbers": {"0.5": "a setting"}}
+    nb = executed(good(new_markdown_cell(sentence, metadata=exempt)))
+    nb.cells[-8].outputs[0].text = PRINTED
+    assert [words for _, words in prose.unsupported(nb)] == unsupported
 
 
 @pytest.mark.parametrize(
