@@ -13,11 +13,7 @@ from dataclasses import fields
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from ghostlib.common import (
-    AUTO,
-    PRUNED,
-    one_line,
-)
+from ghostlib.common import AUTO, PRUNED, one_line
 from ghostlib.experiments.spec import Specification
 
 _EXAMPLES = {

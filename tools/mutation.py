@@ -97,7 +97,7 @@ def _replace(file: Path, source: bytes) -> None:
             raise OSError("not the compiled one")
         return source if path == str(file) else read(self, path)
 
-    importlib.machinery.SourceFileLoader.get_data = get_data  # type: ignore[method-assign]
+    importlib.machinery.SourceFileLoader.get_data = get_data  # type: ignore[method-assign, assignment]
 
 
 def main() -> int:

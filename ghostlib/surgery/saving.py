@@ -18,10 +18,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import (
-    checked,
-    one_line,
-)
+from ghostlib.common import checked, one_line
 from ghostlib.models.architectures import check_model
 from ghostlib.models.boundaries import spell
 from ghostlib.surgery.ghosted import GhostedMixin, whole
