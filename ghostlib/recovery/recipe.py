@@ -25,7 +25,7 @@ from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge, choose_ridges
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.selection.criteria import needed, select_layers
-from ghostlib.selection.evidence import WEIGHT, Layers, to_keep
+from ghostlib.selection.evidence import WEIGHT, Layers, check_weight, to_keep
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate, suited
 from ghostlib.statistics.moments import Moments
@@ -177,6 +177,7 @@ class Recipe:
             check_ground(model, family)
         at_least(1, batch_size=batch_size)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
+        check_weight(weight)
         self.keep, self.weight = keep, weight
         self._probes = None if keep is None else to_keep(model, keep)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
