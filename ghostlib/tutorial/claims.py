@@ -144,6 +144,17 @@ CLAIMS: dict[int, Claim] = {
         "perplexity at ghost's cost",
         "ours",
     ),
+    33: Claim(
+        "The block that cosine chooses takes copying from the context away, and ghost leaves less "
+        "than half of it",
+        "ours",
+    ),
+    34: Claim(
+        "There no repair of one token at a time returns a tenth of the copying that is lost", "ours"
+    ),
+    35: Claim(
+        "Other layers, as many, keep more than half of copying (below 7 nats) once repaired", "ours"
+    ),
 }
 
 

@@ -45,6 +45,16 @@ def test_the_grid_is_whole():
     assert rows.groupby("dataset").dense.nunique().tolist() == [1, 1]
 
 
+def test_copying_is_stored_for_every_block():
+    """And where it is lost, as at the block that cosine chooses, no repair returns it."""
+    rows = scores(stored("abilities")).query("measure == 'ability' and dataset == 'copying'")
+    for n, operators in ((7, ("pruned", "ghost", "two-branch-relative")), (4, ("pruned", "ghost"))):
+        for operator in operators:
+            found = set(rows[(rows.operator == operator) & (rows.n == n)].layers)
+            assert found >= {spell(b.removed) for b in gl.contiguous(n, 30)}
+    assert rows[rows.layers == "12–18"].value.min() > 4 * rows.dense.max()
+
+
 def test_every_block_and_the_recipe():
     starts, beyond = scores(stored("starts")), scores(stored("beyond"))
     for rows, operators in ((starts, ("pruned", "ghost")), (beyond, ("pruned", "ghost", "auto"))):
