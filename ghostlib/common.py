@@ -155,7 +155,8 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return whole(value)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool)
+        number = value.item() if getattr(value, "ndim", None) == 0 else value  # of a tensor
+        return isinstance(number, Real) and not isinstance(number, bool)
     if origin is tuple and parts[-1] is not Ellipsis:
         pair = isinstance(value, tuple | list) and len(value) == len(parts)
         return pair and all(map(fits, value, parts))
