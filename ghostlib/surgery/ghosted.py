@@ -7,8 +7,8 @@ name for each with transformers, and imports none of their files: the class is m
 recovered or loaded. Without this module, loading fails for want of the model type.
 """
 
-import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -311,9 +311,10 @@ def whole(folder: Path) -> Iterator[Path]:
     """
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-            pid = left.name.split(".")[-2]
-            if pid == str(os.getpid()) or not (pid.isdecimal() and psutil.pid_exists(int(pid))):
+        known = re.compile(rf"\.+{re.escape(folder.name)}(?:\.\d+\.tmp)*\.(\d+)\.tmp")
+        for left in folder.parent.iterdir() if folder.parent.exists() else ():
+            found = known.fullmatch(left.name)
+            if found and (int(found[1]) == os.getpid() or not psutil.pid_exists(int(found[1]))):
                 shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
         fresh.mkdir(parents=True)
         yield fresh
