@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,13 @@ def recover(tiny, tmp_path):
 def test_recover_saves_a_model_that_loads(recover, tmp_path, capsys):
     assert recover("--n", "2", "--relative-ridge", "1e-3") == 0
     printed = capsys.readouterr().out
-    assert "removing layers" in printed and printed.count("held-out perplexity") == 3
+    table = dict(
+        re.split(r"  +", line, maxsplit=1) for line in printed.split("\n\n")[0].splitlines()
+    )
+    assert table["layers removed"].endswith("(2)")
+    for name in ("dense", "pruned", "ghost"):
+        assert float(table[f"held-out perplexity, {name}"]) > 1
+    assert {"parameters", "gap closed", "time", "peak memory", "saved to"} <= set(table)
     assert re.search(r"^copying +nats per token", printed, re.MULTILINE)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.num_hidden_layers == LAYERS - 2
@@ -65,19 +72,65 @@ def test_recover_by_the_recipe(tiny, recover, tmp_path, capsys, options, layers)
     """Without layers or a criterion it chooses the layers as well."""
     assert recover("--operator", "auto", *options) == 0
     printed = capsys.readouterr().out
-    (line,) = [line for line in printed.splitlines() if line.startswith("auto: ")]
+    (line,) = re.findall(r"^chosen +(.+)$", printed, re.M)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.num_hidden_layers == LAYERS - 2
     model, tokenizer = gl.load_model(str(tiny / "tiny"))
     calib = gl.token_windows(tiny / "text.txt", tokenizer, length=32, count=4)
     choice = gl.Recipe(model, calib).choose(layers)
     assert line == str(choice)
-    assert f"removing layers {', '.join(map(str, choice.layers))}\n" in printed
-    assert "auto: held-out perplexity" in printed
+    assert re.search(rf"^layers removed +{gl.spell(choice.layers)} \(2\)$", printed, re.M)
+    assert "held-out perplexity, auto" in printed
     ids = tiny_windows(2, 16)
     with torch.no_grad():
         expected = choice.apply(model)(ids).logits
         torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_recover_as_json(recover, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GHOSTLIB_PROGRESS", "1")
+    assert recover("--layers", "2-3", "--json") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["layers"] == [2, 3] and found["folder"] == str(tmp_path / "out")
+    dense, pruned, repaired = (found["perplexity"][k] for k in ("dense", "pruned", "ghost"))
+    if found["gap_closed"] is not None:
+        assert found["gap_closed"] == pytest.approx(gl.gap_closed(dense, pruned, repaired))
+    assert found["parameters"]["dense"] > found["parameters"]["recovered"]
+    assert found["peak_memory"] > 1e8 and found["seconds"] > 0
+    for step in ("loading", "choosing layers", "calibrating", "scoring"):
+        assert re.search(rf"^{step}; about .+ left$", printed.err, re.M), step
+
+
+def test_a_dry_run_says_what_it_takes_and_does_nothing(recover, tiny, tmp_path, capsys):
+    assert recover("--n", "2", "--dry-run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    model, _ = gl.load_model(str(tiny / "tiny"))
+    assert found["memory"]["weights"] == gl.weight_bytes(model)
+    assert found["parameters"] == gl.count_parameters(model)
+    assert found["download"] == 0 and found["removed"] == 2
+    assert sum(found["seconds"].values()) > 0
+    assert recover("--n", "2", "--dry-run", "--operator", "auto") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^to download +nothing$", printed, re.M) and "memory on cpu" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_fit_is_refused_with_both_numbers(recover, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ghostlib.recovery.plan.available_bytes", lambda: 5_000_000)
+    assert recover("--n", "2", "--dry-run") == 3
+    error = capsys.readouterr().err
+    assert re.search(r"needs about [\d.]+ MB on cpu .* and 5\.0 MB are free: use", error)
+    assert recover("--n", "2") == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_recover_with_weights_on_disk(recover, tmp_path, capsys):
+    assert recover("--n", "2", "--offload", str(tmp_path / "weights"), "--json") == 0
+    spread = json.loads(capsys.readouterr().out)["perplexity"]
+    shutil.rmtree(tmp_path / "out")
+    assert recover("--n", "2", "--json") == 0
+    assert spread == pytest.approx(json.loads(capsys.readouterr().out)["perplexity"])
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

@@ -435,13 +435,13 @@ def require_memory(needed: CalibrationBytes) -> None:
     """
     available = available_bytes()
     if needed.total > available:
-        parts = ", ".join(f"{name} {_readable(count)}" for name, count in needed._asdict().items())
+        parts = ", ".join(f"{name} {readable(count)}" for name, count in needed._asdict().items())
         raise MemoryError(
-            f"this calibration needs {_readable(needed.total)} of memory ({parts}) and "
-            f"{_readable(available)} are available: name fewer boundaries or use shorter windows"
+            f"this calibration needs {readable(needed.total)} of memory ({parts}) and "
+            f"{readable(available)} are available: name fewer boundaries or use shorter windows"
         )
 
 
-def _readable(count: int) -> str:
+def readable(count: int) -> str:
     """Bytes in MB or GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

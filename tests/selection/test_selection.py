@@ -59,6 +59,19 @@ def test_cosine_equals_brute_force(any_tiny, n):
     assert (selection.criterion, selection.n) == ("cosine", n)
 
 
+def test_tries_limit_a_greedy_search_to_what_costs_least_alone():
+    model, ids = tiny_model("llama"), tiny_windows(2, 12)
+    whole = gl.select_layers(model, ids, 3, "perplexity")
+    assert gl.select_layers(model, ids, 3, "perplexity", tries=LAYERS).scores == whole.scores
+    few = gl.select_layers(model, ids, 3, "perplexity", tries=2)
+    alone = sorted(range(LAYERS), key=lambda layer: whole.scores[layer,])
+    (first,) = [layers for layers in few.scores if len(layers) == 1 and layers[0] == alone[0]]
+    pairs = [layers for layers in few.scores if len(layers) == 2]
+    assert pairs == [tuple(sorted((*first, layer))) for layer in alone[1:3]]
+    with pytest.raises(ValueError, match="tries must be at least 1, got 0"):
+        gl.select_layers(model, ids, 3, "perplexity", tries=0)
+
+
 def test_block_influence_takes_single_layers_anywhere():
     model, ids = tiny_model("llama"), tiny_windows(2, 10)
     selection = gl.select_layers(model, ids, 3, "block-influence")
