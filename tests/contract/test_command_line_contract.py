@@ -18,7 +18,7 @@ COUNTS = [(text, "is no whole number of at least 1") for text in NUMBERS]
 # {command: {option: [(value, words)]}}; MODEL, TEXT and OUT stand for what is there.
 TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
     "recover": {
-        "--n": [*COUNTS, ("99", "n = 99"), ("6", "between 1 and 5")],
+        "--n": [*COUNTS, ("99", "n = 99"), ("6", "n = 6")],
         "--criterion": [
             ("cosin", "did you mean 'cosine'"),
             ("''", "unknown criterion ''"),
@@ -27,6 +27,7 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
         "--layers": [
             ("99", "out of range"),
             ("3-", "layers '3-' are not of the form"),
+            ("1-2-3", "layers '1-2-3' are not of the form"),
             ("3-1", "layers '3-1' are not of the form"),
             ("2.5", "layers '2.5' are not"),
             ("2 2", "more than once"),
@@ -93,6 +94,9 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("nowhere", "device 'nowhere' cannot be used"),
             ("cpu:x", "device 'cpu:x' cannot be used"),
         ],
+        "--offload": [("there --device cpu", "leave out --device"), ("", "expected one argument")],
+        "--dry-run": [("yes", "unrecognized arguments: yes")],
+        "--json": [("yes", "unrecognized arguments: yes")],
         "--portable": [("yes", "unrecognized arguments: yes")],
         "--oper": [("ghost", "unrecognized arguments: --oper ghost; see ghostlib")],
     },
