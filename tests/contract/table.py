@@ -709,6 +709,13 @@ ROWS = [
         layers=[*bad("n = ", 0, LAYERS, -1), *LAYER_SETS],
     ),
     row(
+        "Recipe.fit",
+        gl.Recipe(MODEL, IDS, candidates=["ghost"]).fit,
+        {"layers": [2], "repair": "ghost"},
+        layers=LAYER_SETS,
+        repair=bad("none of the candidates", "gost", "", None, 3, ["ghost"]),
+    ),
+    row(
         "Recipe.shortlist", gl.Recipe(MODEL, IDS).shortlist, n=[*count("n"), Bad(LAYERS, "between")]
     ),
     row(
