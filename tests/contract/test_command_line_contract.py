@@ -59,7 +59,7 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
         "--rank": [
             *COUNTS,
             ("4", "ghost has no option 'rank'"),
-            ("999 --operator low-rank", "between 1 and"),
+            ("999 --operator low-rank --layers 2", "between 1 and"),
             ("4 --operator auto", "leave out --relative-ridge, --rank and --fit"),
         ],
         "--keep": [
@@ -77,9 +77,9 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("../../none.jsonl", "no such corpus file"),
             ("'<script>'", "unknown corpus '<script>'"),
         ],
-        "--windows": [*COUNTS, ("9999", "fewer than count = 9999")],
+        "--windows": [*COUNTS, ("9999 --layers 2", "fewer than count = 9999")],
         "--length": [*COUNTS, ("999 --layers 2", "128 positions")],
-        "--test-windows": [*COUNTS, ("9999", "fewer than count = 9999")],
+        "--test-windows": [*COUNTS, ("9999 --layers 2", "fewer than count = 9999")],
         "--seed": [
             ("x", "invalid int value: 'x'"),
             ("2.5", "invalid int value: '2.5'"),
