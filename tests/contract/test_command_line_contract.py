@@ -230,7 +230,7 @@ WHOLE = [
     ("recover MODEL TEXT", "is a file: name a folder"),
     ("recover MODEL TEXT/out", "is a file"),
     ("recover MODEL .", "exists and is not empty"),
-    ("recover MODEL /proc/out", "output folder /proc/out"),
+    ("recover MODEL /proc/out --layers 2", "output folder /proc/out"),
     ("experiment", "required: output"),
     ("experiment TEXT", "is no results file"),
     ("experiment MODEL", "cannot be written"),
