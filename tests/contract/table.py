@@ -566,6 +566,7 @@ ROWS = [
         calibration=bad("calibration|windows", None, "wiki", 3, [[3]], {}, IDS.float(), IDS[0]),
         n=[*count("n"), Bad(LAYERS, "between 1 and 5")],
         criterion=CRITERIA,
+        tries=count("tries", optional=True),
         beam=count("beam"),
         **PASS,
         weight=number("weight", -1.0, INF),
