@@ -59,7 +59,7 @@ lint: $(DEV) ## formatting, style, types, and the house rules of the notebooks
 	$(call phase,house rules,$(PY) tools/rules.py)
 
 unit: $(DEV) ## unit tests and docstring examples, with coverage
-	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not contract_all' --durations=10 --cov)
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not contract_all and not browser' --durations=10 --cov)
 
 nbval: $(DEV) ## every notebook, cell by cell
 	$(call phase,notebooks,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)
