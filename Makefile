@@ -43,6 +43,9 @@ test: ## lint, unit tests and all notebooks, from a fresh state
 	$(MAKE) --no-print-directory lint assets unit nbval && \
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
 
+test-all: test ## … and every causal type of transformers through the contract of docs/models.md
+	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m contract_all tests/models/test_contract.py)
+
 test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
 	$(call phase,installing the lowest versions,$(ALIVE) python3.11 -m venv --clear $(LOWEST) && \
 	  $(LOWEST)/bin/python -m pip install -q uv && \

@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
         shown = " ".join(default) if isinstance(default, tuple) else default
         make.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=int if "int" in str(field.type) else str,
+            type=_yes if field.name == "bos" else int if "int" in str(field.type) else str,
             nargs="*" if several else None,
             default=default,
             help=described[field.name] + (f" [{shown}]" if shown not in (None, "") else ""),
@@ -138,6 +138,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def _yes(text: str) -> bool:
+    """True for yes, False for no."""
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+    return text == "yes"
 
 
 def _described() -> Iterator[tuple[str, str]]:
@@ -188,9 +195,10 @@ def recover(options: argparse.Namespace) -> None:
             canonical(options.operator)  # refuses one that needs it
     elif options.windows < 2:
         raise ValueError(TOO_FEW)
-    criterion, n = options.criterion or "cosine", options.n or 7
+    criterion = "cosine" if options.criterion is None else options.criterion
+    n = 7 if options.n is None else options.n
     CRITERIA[criterion]
-    BUDGETS[options.budget or "any"]
+    BUDGETS["any" if options.budget is None else options.budget]
     documents(options.corpus)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_source(options.model, options.dtype, device)
@@ -227,7 +235,8 @@ def recover(options: argparse.Namespace) -> None:
     test = token_windows(options.corpus, tokenizer, **held_out, **drawn)
     steps.begin("choosing layers")
     if not layers and (options.criterion or not auto):
-        layers = select_layers(model, calib, n, criterion)
+        # A search scores one window of text for each set of layers that it considers.
+        layers = select_layers(model, calib, n, criterion, windows=calib[:1])
     steps.begin("calibrating")
     chosen = ""
     if auto:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -113,6 +113,56 @@ def _frame(results: Results, records: Sequence[Record], columns: dict[str, Any])
         if specification := known.get(record["specification"]):
             rows.append({"n": n} | {k: specification[k] for k in ("model", "seed")} | record)
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+
+class Ratio(NamedTuple):
+    """A ratio of perplexities, its 95 % interval, and what it rests on.
+
+    Attributes:
+        estimate: geometric mean over seeds and corpora.
+        low: lower end of its interval.
+        high: upper end.
+        seeds: how many draws of calibration and test text.
+        windows: scored windows of all seeds and corpora.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    seeds: int
+    windows: int
+
+
+def ratio(first: pd.DataFrame, second: pd.DataFrame) -> Ratio:
+    """Perplexity of one model over another's, on the same windows of the same seeds and corpora.
+
+    Differences of losses are taken window by window and averaged within a corpus, then over the
+    corpora. With three seeds or more the interval is Student's t over the seeds, which differ in
+    calibration text and in test text; with fewer, over the windows.
+
+    Args:
+        first: `scores` of one perplexity for each seed and corpus.
+        second: the same of another model.
+
+    Raises:
+        ValueError: seeds and corpora that differ, or several models in one of the two.
+
+    >>> rows = pd.DataFrame({"seed": 0, "dataset": "wiki", "evidence": [[2.0, 3.0]]})
+    >>> other = rows.assign(evidence=[[2.1, 3.3]])
+    >>> round(ratio(rows, other).estimate, 3), ratio(rows, other).windows
+    (0.819, 2)
+    """
+    keys = ["seed", "dataset"]
+    evidence = [rows.set_index(keys)["evidence"].sort_index() for rows in (first, second)]
+    if not all(one.index.is_unique for one in evidence) or set(evidence[0].index) != set(
+        evidence[1].index
+    ):
+        raise ValueError("give one model each, on the same seeds and corpora")
+    gaps = evidence[0].combine(evidence[1], np.subtract)
+    by_seed = gaps.map(np.mean).groupby("seed").mean()
+    windows = np.concatenate(gaps.tolist())
+    _, low, high = mean_interval(by_seed.to_numpy() if len(by_seed) > 2 else windows)
+    return Ratio(float(np.exp(by_seed.mean())), low, high, len(by_seed), len(windows))
 
 
 def with_means(rows: pd.DataFrame) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from ghostlib.common import Registry, warn
+from ghostlib.common import Registry, checked, warn
 from ghostlib.linalg.gram import Gram, Regularisation, Regularised, SingularGramWarning
 from ghostlib.linalg.hadamard import rotate
 from ghostlib.models.boundaries import Boundary
@@ -106,6 +106,7 @@ class Family:
         """Whether it adds no parameter and no operation: the checkpoint stays a stock one."""
         return self.install in ("down-projection", "earlier-writes", "nothing")
 
+    @checked
     def check_place(self, gaps: Iterable[Boundary]) -> None:
         """Refuse a gap that has no layer before it, where the repair needs one.
 
@@ -242,6 +243,7 @@ def symmetric(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
 # ---------------------------------------------------------------- least squares
 
 
+@checked
 def ghost(moments: Moments, *, around: str = "identity", **options: Unpack[Regularisation]) -> Fit:
     """The unconstrained optimum ``W = I + M``, ``M = pinv(X_pre) Delta`` (paper, eqs. 4-7).
 
@@ -265,6 +267,7 @@ def ghost(moments: Moments, *, around: str = "identity", **options: Unpack[Regul
     return least_squares(moments, **options)
 
 
+@checked
 def least_squares(
     moments: Moments,
     *,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import AUTO, PRUNED, Registry, track
+from ghostlib.common import AUTO, PRUNED, Registry, at_least, checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.streams import check_windows
@@ -51,9 +51,11 @@ SHORTLIST = ("residual", "cosine", "block-influence")
 
 TOO_FEW = "the recipe fits some windows and judges by others: give at least 2"
 
-_SEARCHED = 1024  # tokens of them that a search scores
 HELD_OUT = 4096
 """Tokens kept out of the fit, or one window where that is longer."""
+
+# Of these, tokens that a search for layers scores; and the layers it tries after its first step.
+_SEARCHED, _TRIES = 1024, 9
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +146,7 @@ class Recipe:
             without ground in this architecture; a probe that cannot be asked.
     """
 
+    @checked
     def __init__(
         self,
         model: PreTrainedModel,
@@ -172,6 +175,7 @@ class Recipe:
                     f"are such as {', '.join(within)}"
                 )
             check_ground(model, family)
+        at_least(1, batch_size=batch_size)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
         self.keep, self.weight = keep, weight
         self._probes = None if keep is None else to_keep(model, keep)
@@ -185,6 +189,7 @@ class Recipe:
     def _trials(self) -> Trials:
         return Trials(self.model, self.judges, batch_size=self.batch_size, probes=self._probes)
 
+    @checked
     def shortlist(self, n: int) -> list[Layers]:
         """What each of `SHORTLIST` would remove, from one pass over the fitted windows."""
         criteria = SHORTLIST if self.keep is None else (*SHORTLIST, "abilities")
@@ -192,10 +197,11 @@ class Recipe:
         known = calibrate(self.model, self.fitted, sorted(wanted), batch_size=self.batch_size)
         search: dict[str, Any] = {"windows": self.judges[:1, :_SEARCHED]}
         if self.keep is not None:
-            search |= {"keep": self.keep, "weight": self.weight}
+            search |= {"keep": self.keep, "weight": self.weight, "tries": _TRIES}
         chosen = [select_layers(self.model, known, n, name, **search) for name in criteria]
         return list(dict.fromkeys(map(tuple, chosen)))
 
+    @checked
     def collect(self, choices: Iterable[Layers]) -> None:
         """Collect in one pass what all of ``choices`` will be solved from."""
         gaps = {gap for layers in choices for gap in runs(layers, self.total)}
@@ -206,6 +212,7 @@ class Recipe:
             held_out = calibrate(self.model, self.judges, missing, **how)
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
 
+    @checked
     def choose(self, layers: Iterable[int] | int) -> Choice:
         """The best candidate for ``layers``, or for the best on the `shortlist` of so many.
 

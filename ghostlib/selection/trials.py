@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostlib.common import at_least, checked
 from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.evaluation.perplexity import token_losses
 from ghostlib.models.architectures import hidden_size, looks_back, num_layers
@@ -39,6 +40,7 @@ class Trials:
         ValueError: windows that do not fit the model, or of one token; a batch size below 1.
     """
 
+    @checked
     def __init__(
         self,
         model: PreTrainedModel,
@@ -47,8 +49,7 @@ class Trials:
         batch_size: int = 1,
         probes: ProbeSet | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        at_least(1, batch_size=batch_size)
         self.model, self.probes = model, probes
         self.batches: list[Tensor] = []
         if windows is not None:
@@ -62,6 +63,7 @@ class Trials:
         self.total = num_layers(model)
         self.rebase(())
 
+    @checked
     def rebase(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> None:
@@ -81,6 +83,7 @@ class Trials:
             streams = record(variant, ids, places)
             self.streams.append({keys[place]: streams[place] for place in places})
 
+    @checked
     def losses(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> Tensor:
@@ -124,6 +127,7 @@ class Trials:
                 hidden = final_hidden(variant, ids)
             yield hidden
 
+    @checked
     def loss(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> float:

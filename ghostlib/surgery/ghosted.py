@@ -7,6 +7,7 @@ name for each with transformers, and imports none of their files: the class is m
 recovered or loaded. Without this module, loading fails for want of the model type.
 """
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from safetensors import SafetensorError
@@ -309,7 +311,10 @@ def whole(folder: Path) -> Iterator[Path]:
     """
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+            pid = left.name.split(".")[-2]
+            if pid == str(os.getpid()) or not (pid.isdecimal() and psutil.pid_exists(int(pid))):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
         fresh.mkdir(parents=True)
         yield fresh
         if not folder.exists():

@@ -17,6 +17,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ghostlib.common import checked
+from ghostlib.models.architectures import check_model
 from ghostlib.models.boundaries import spell
 from ghostlib.surgery.ghosted import GhostedMixin, whole
 from ghostlib.surgery.portable import write_portable
@@ -25,6 +27,7 @@ _ROOM = 64 * 2**20  # bytes beside the weights: tokenizer, card, configuration
 _VERSIONS = ("ghostlib", "torch", "transformers")
 
 
+@checked
 def save(
     model: PreTrainedModel,
     folder: str | os.PathLike[str],
@@ -51,10 +54,12 @@ def save(
         The folder.
 
     Raises:
+        ValueError: it is no causal language model.
         FileExistsError: the folder is a file, or holds something already.
         OSError: it cannot be written, or the disk has less room than the weights need; nothing is
             left behind.
     """
+    check_model(model)
     target = Path(folder)
     check_output(target, bytes_needed=_weight_bytes(model))
     with whole(target.absolute()) as temporary:

@@ -86,8 +86,8 @@ def test_a_configuration_may_say_that_positions_have_no_end() -> None:
 @pytest.mark.parametrize(
     ("windows", "message"),
     [
-        ([[1, 2]], "got list"),
-        (torch.zeros(3, dtype=torch.long), r"got \(3,\)"),
+        ([[1, 2]], r"got \[\[1, 2\]\]"),
+        (torch.zeros(3, dtype=torch.long), r"got a Tensor of torch.int64, \(3,\)"),
         (torch.zeros(1, 0, dtype=torch.long), "hold no token"),
         (torch.full((1, 3), VOCABULARY), f"do not fit a vocabulary of {VOCABULARY}"),
         (torch.full((1, 3), -1), "do not fit"),

@@ -373,7 +373,7 @@ def test_to_keep_an_ability_layers_are_searched_by_it(monkeypatch) -> None:
     sets = recipe.shortlist(2)
     assert searched == [*SHORTLIST, "abilities"]
     known = gl.calibrate(model, recipe.fitted, needed("abilities", 2, LAYERS))
-    options = {"keep": "copying-16", "weight": 0.3, "windows": recipe.judges[:1]}
+    options = {"keep": "copying-16", "weight": 0.3, "windows": recipe.judges[:1], "tries": 9}
     assert tuple(select(model, known, 2, "abilities", **options)) in sets
     with pytest.raises(ValueError, match="probe 'names' cannot be asked: it needs a tokenizer"):
         gl.Recipe(model, windows(), keep="names")
