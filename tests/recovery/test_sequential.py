@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers, receiver
-from ghostlib.models.layers import mlp_output
+from ghostlib.models.layers import down_projection
 from ghostlib.models.streams import tap
 from ghostlib.recovery import sequential
 from ghostlib.recovery.sequential import dense_streams
@@ -66,7 +66,7 @@ def around(model: PreTrainedModel, ids: Tensor, place: int) -> dict[str, Tensor]
         found["x"] = args[0] if args else kwargs["hidden_states"]
 
     hooks = [
-        mlp_output(model, place - 1).register_forward_hook(on_mlp),
+        down_projection(model, place - 1).register_forward_hook(on_mlp),
         receiver(model, place).register_forward_pre_hook(on_stream, with_kwargs=True),
     ]
     with torch.no_grad():

@@ -18,7 +18,7 @@ from conftest import (
 import ghostlib as gl
 from ghostlib import Boundary, Moments
 from ghostlib.models.architectures import decoder_layers, receiver
-from ghostlib.models.layers import mlp_output, stream_norm
+from ghostlib.models.layers import down_projection, stream_norm
 from ghostlib.models.streams import tap
 from ghostlib.statistics.calibration import suited
 from ghostlib.statistics.features import STREAM, Regressor
@@ -278,7 +278,7 @@ def stored_mlp(model: Any, ids: torch.Tensor, start: int) -> dict[str, torch.Ten
         seen["hidden"] = args[0].reshape(*ids.shape, -1).double()
         seen["output"] = output.reshape(*ids.shape, -1).double()
 
-    handle = mlp_output(model, start - 1).register_forward_hook(hook)
+    handle = down_projection(model, start - 1).register_forward_hook(hook)
     with torch.no_grad():
         model(ids, use_cache=False)
     handle.remove()
@@ -304,7 +304,9 @@ def test_streamed_moments_of_features_equal_stored_activations(
     regressor, streams = suited(any_tiny, asked), stored_streams(any_tiny, ids)
     mlp = stored_mlp(any_tiny, ids, GAP.start) if asked.reads_mlp else {}
     hidden = mlp["hidden"].shape[-1] if mlp else None
-    bias = "hidden" in regressor.sources and mlp_output(any_tiny, GAP.start - 1).bias is not None
+    bias = (
+        "hidden" in regressor.sources and down_projection(any_tiny, GAP.start - 1).bias is not None
+    )
     known: dict[str, Any] = {"boundary": GAP, "model": stats.model}
     expected = Moments(WIDTH, regressor=regressor, hidden=hidden, bias=bias, **known)
     for row in range(len(ids)):
