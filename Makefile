@@ -4,6 +4,7 @@
 
 PYTHON ?=
 CONSTRAINTS ?= --constraint constraints.txt
+SAMPLE ?= 100
 VENV   := .venv
 LOWEST := .venv-lowest
 PY     := $(VENV)/bin/python
@@ -22,7 +23,7 @@ TWICE  := -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-all test-browser test-interop test-lowest lint unit nbval lab explore notebooks fill \
+.PHONY: help run test mutation test-all test-browser test-interop test-lowest lint unit nbval lab explore notebooks fill \
   format site classroom wheel bench assets clean distclean
 
 # $(call phase,name,command): run the command, say how long it took, fail if it fails
@@ -55,6 +56,10 @@ test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (
 test-interop: $(DEV) ## a repaired checkpoint in lm-eval, PEFT and CTranslate2 (installs them)
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[interop]')
 	$(call phase,interoperability,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q -m interop tests/interop)
+
+mutation: $(DEV) ## mutants of the mathematics that the tests do not notice (installs cosmic-ray); SAMPLE=60 for so many a folder
+	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[mutation]')
+	$(call phase,mutation,OMP_NUM_THREADS=1 GHOSTLIB_PROGRESS=0 $(PY) tools/mutation.py --sample $(SAMPLE))
 
 lint: $(DEV) ## formatting, style, types, and the house rules of the notebooks
 	$(call phase,ruff,$(PY) -m ruff format --check . && $(PY) -m ruff check .)

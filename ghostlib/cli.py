@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from ghostlib.common import AUTO, PRUNED
+from ghostlib.common import AUTO, PRUNED, one_line
 from ghostlib.experiments.spec import Specification
 
 _EXAMPLES = {
@@ -265,7 +265,7 @@ def recover(options: argparse.Namespace) -> None:
         ("abilities lost", "; ".join(profile.lost) or "none of those probed"),
         ("time", f"{steps.seconds:.0f} s"),
         ("peak memory", readable(peak_memory(device))),
-        ("saved to", f"{options.output}; its README.md says how to load it"),
+        ("saved to", f"{one_line(options.output)}; its README.md says how to load it"),
     ]
     if chosen:
         rows.insert(0, ("chosen", chosen))
@@ -401,7 +401,7 @@ def _end(message: str, error: BaseException, status: int) -> int:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-    print(f"ghostlib: {message}", file=sys.stderr)
+    print(f"ghostlib: {one_line(message)}", file=sys.stderr)
     return status
 
 

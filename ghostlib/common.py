@@ -43,7 +43,16 @@ class Registry(dict[str, T]):
     def __missing__(self, name: str) -> T:
         close = get_close_matches(str(name), self, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self)}")
+        asked = one_line(repr(name))
+        raise ValueError(f"unknown {self.kind} {asked}{hint} Known: {', '.join(self)}")
+
+
+def one_line(name: object) -> str:
+    """A name as a terminal may show it: without control characters, and not too long."""
+    text = str(name)
+    if not text.isprintable():
+        text = repr(text)
+    return text if len(text) <= 300 else f"{text[:300]}… ({len(text):,} characters)"
 
 
 def shown() -> bool:

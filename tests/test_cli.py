@@ -1,4 +1,4 @@
-"""The command line on a tiny model, and its one-line errors."""
+"""The command line on a tiny model; its errors are in tests/contract."""
 
 import json
 import re
@@ -139,53 +139,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--n 0", "'0' is no whole number of at least 1"),
-        ("--n -1", "argument --n"),
-        ("--n 2.5", "'2.5' is no whole number"),
-        ("--n 99", "n = 99"),
-        ("--layers 99", "out of range"),
-        ("--layers 3-", "layers '3-' are not of the form"),
-        ("--layers 2 3 --n 2", "leave out --n and --criterion"),
-        ("--offload there --device cpu", "leave out --device"),
-        ("--layers 2 --criterion cosine", "leave out --n and --criterion"),
-        ("--criterion cosin", "did you mean 'cosine'"),
-        ("--operator gost", "did you mean 'ghost'"),
-        ("--operator pruned", "unknown operator 'pruned'"),
-        ("--rank 4", "ghost has no option 'rank'"),
-        ("--operator scalar --relative-ridge 1e-3", "scalar has no option 'relative_ridge'"),
-        ("--operator low-rank", "rank"),
-        ("--operator low-rank --relative-ridge 1e-3", "rank"),
-        ("--operator low-rank --rank 0", "'0' is no whole number"),
-        ("--operator low-rank --rank 999", "between 1 and"),
-        ("--operator auto --windows 1", "give at least 2"),
-        ("--operator auto --relative-ridge 1e-3", "leave out --relative-ridge, --rank and --fit"),
-        ("--operator auto --rank 4", "leave out --relative-ridge, --rank and --fit"),
-        ("--keep copying", "--keep is for --operator auto"),
-        ("--operator auto --keep copyin", "did you mean 'copying'"),
-        ("--operator auto --fit sequential", "leave out --relative-ridge, --rank and --fit"),
-        ("--fit student", "invalid choice: 'student'"),
-        ("--corpus wikki", "did you mean 'wiki'"),
-        ("--corpus none.txt", "no such corpus file: none.txt"),
-        ("--windows 0", "'0' is no whole number"),
-        ("--test-windows 0", "'0' is no whole number"),
-        ("--length 0", "'0' is no whole number"),
-        ("--seed x", "invalid int value: 'x'"),
-        ("--dtype float33", "unknown dtype 'float33': use float32"),
-        ("--dtype nn", "unknown dtype 'nn'"),
-        ("--device nowhere", "device 'nowhere' cannot be used"),
-        ("--oper ghost", "unrecognized arguments: --oper ghost; see ghostlib"),
-        ("--operater ghost", "unrecognized arguments: --operater ghost; see ghostlib"),
-    ],
-)
-def test_bad_input_to_recover_ends_in_one_line(recover, tmp_path, capsys, options, message):
-    assert recover(*options.split()) == 2
-    assert message in one_line(capsys)
-    assert not list(tmp_path.iterdir())
-
-
 def test_abilities_of_a_model_and_of_one_made_from_it(tiny, recover, tmp_path, capsys):
     assert recover("--layers", "2", "--relative-ridge", "1e-2") == 0
     capsys.readouterr()
@@ -299,34 +252,6 @@ def test_shards_on_the_command_line_are_one_run(experiment, tmp_path, capsys):
     assert 0 < counts[0] < counts[1] == 1 + 2 * 2
     before = (tmp_path / "a.jsonl").read_bytes()
     assert experiment(*options) == 0 and (tmp_path / "a.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--operators gost", "did you mean 'ghost'"),
-        ("--operators low-rank", "rank"),
-        ("--criteria cosin", "did you mean 'cosine'"),
-        ("--layers 1-2 --n 2", "give criteria and n, or the layers"),
-        ("--layers 3-", "layers '3-' are not of the form"),
-        ("--layers 99", "out of range"),
-        ("--n 0", "n = 0"),
-        ("--n two", "invalid int value: 'two'"),
-        ("--test-windows 0", "test_windows = 0"),
-        ("--limit -1", "limit = -1"),
-        ("--dtype float33", "unknown dtype 'float33'"),
-        ("--device-map nowhere", "device 'nowhere' cannot be used"),
-        ("--probes copyin", "did you mean 'copying'"),
-        ("--probes copying-256 --layers 2", "probe 'copying-256' cannot be asked: it takes 512"),
-        ("--tasks quiz.jsonl", "no such task file: quiz.jsonl"),
-        ("--shard 3/2", "shard '3/2' is not of the form"),
-        ("--repairs ghost", "unrecognized arguments: --repairs ghost"),
-    ],
-)
-def test_bad_input_to_an_experiment_leaves_nothing(experiment, tmp_path, capsys, options, message):
-    assert experiment(*options.split()) == 2
-    assert message in one_line(capsys)
-    assert not list(tmp_path.iterdir())
 
 
 def test_another_specification_is_refused(experiment, tmp_path, capsys):

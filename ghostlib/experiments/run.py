@@ -256,6 +256,8 @@ class _Run:
         family, gaps = family_of(operator), runs(layers, num_layers(self.model))
         if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
             return fit_sequential(self.model, self._windows, gaps, family, streams=self._streams)
+        if family.default and len(self._windows) > 1:
+            return self._ridged.fit(layers, operator)
         moments = self._statistics.of(family.regressor)
         return {gap: solve(moments[gap], family) for gap in gaps}
 
@@ -287,9 +289,24 @@ class _Run:
         return Recipe(self.model, self._windows)
 
     @cached_property
+    def _ridged(self) -> Recipe:
+        """Repairs that choose their ridges, with the statistics for all of them."""
+        fitted = [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
+        chosen = [(ls, op) for ls, op in fitted if family_of(op).default]
+        names = list(dict.fromkeys(op for _, op in chosen))
+        recipe = Recipe(self.model, self._windows, candidates=names)
+        recipe.collect([ls for ls, _ in chosen])
+        return recipe
+
+    @cached_property
     def _statistics(self) -> Calibration:
         """Moments that all operators are solved from, of one pass."""
-        fitted = [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
+        fitted = [
+            (ls, op)
+            for ls, op in self.todo
+            if op not in (DENSE, PRUNED, AUTO)
+            and not (family_of(op).default and len(self._windows) > 1)
+        ]
         # Also of sequential fits: of one gap they are the teacher's.
         gaps = {gap for ls, _ in fitted for gap in runs(ls, num_layers(self.model))}
         regressors = {family_of(operator).regressor for _, operator in fitted}

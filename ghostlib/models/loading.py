@@ -17,11 +17,10 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ghostlib.common import checked, hub_trouble, shown, without_retries
+from ghostlib.common import checked, hub_trouble, one_line, shown, without_retries
 from ghostlib.models.architectures import structure
 from ghostlib.models.placement import check_device
 from ghostlib.text.assets import embedded_model_dir
-from ghostlib.text.documents import one_line
 
 EMBEDDED = "smollm2"
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -424,7 +424,7 @@ def _on(features: str, **more: Any) -> dict[str, Any]:
 _JOINT: dict[str, Any] = {
     "solve": joint_least_squares,
     "options": (*_RIDGES, "bias"),
-    "default": (("relative_ridge", (1e-3, 0.1)),),
+    "default": (("relative_ridge", (1e-3, 1e-2)),),
 }
 
 FAMILIES: Registry[Family] = Registry("operator")
@@ -458,7 +458,7 @@ for _family in (
     Family("replaceme", "every matrix on the output of the last MLP before the gap",
            color="#754539", marker="s", install="down-projection", **_on("f", options=_RIDGES)),
     Family("refit", "the whole down-projection before the gap", color="#f1a8bf", marker="D",
-           install="down-projection", **_on("h", default=(("relative_ridge", 0.1),))),
+           install="down-projection", **_on("h", default=(("relative_ridge", 1e-2),))),
     Family("ghost-refit", "a matrix on the stream and the down-projection before it, jointly",
            color="#1765e1", marker="P", install="module and down-projection",
            **_on("x, h", **_JOINT)),

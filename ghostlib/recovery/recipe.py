@@ -23,9 +23,9 @@ from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge, choose_ridges
-from ghostlib.operators.solve import Operator, solve
+from ghostlib.operators.solve import Operator, solve, warn_of_massive_activations
 from ghostlib.selection.criteria import needed, select_layers
-from ghostlib.selection.evidence import WEIGHT, Layers, to_keep
+from ghostlib.selection.evidence import WEIGHT, Layers, check_weight, to_keep
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate, suited
 from ghostlib.statistics.moments import Moments
@@ -153,7 +153,7 @@ class Recipe:
         windows: Tensor,
         *,
         budget: str = "any",
-        candidates: Sequence[str] | None = None,
+        candidates: Sequence[str | Family] | None = None,
         batch_size: int = 1,
         keep: str | None = None,
         weight: float = WEIGHT,
@@ -167,7 +167,7 @@ class Recipe:
         names = (
             [name for name in within if _fits(model, name)] if candidates is None else candidates
         )
-        self.families = {name: Family.of(name) for name in names}
+        self.families = {str(name): Family.of(name) for name in names}
         for name, family in self.families.items():
             if "relative_ridge" not in family.options or family.name == "low-rank":
                 raise ValueError(
@@ -177,6 +177,7 @@ class Recipe:
             check_ground(model, family)
         at_least(1, batch_size=batch_size)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
+        check_weight(weight)
         self.keep, self.weight = keep, weight
         self._probes = None if keep is None else to_keep(model, keep)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
@@ -245,10 +246,35 @@ class Recipe:
                 "try a wider dtype (bfloat16 or float32), or other windows"
             )
         layers, repair = best
-        whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
-        final = self._solve(whole, repair, ridges[best])
+        final = self._final(layers, repair, ridges[best])
         tokens = self.judges.numel()
         return Choice(layers, repair, final, ridges[best], losses, tokens, self.keep, kept)
+
+    @checked
+    def fit(self, layers: Iterable[int], repair: str) -> dict[Boundary, Operator]:
+        """One candidate for ``layers``, with the ridges that serve the held-out windows best.
+
+        Solved from all windows, as what `choose` returns.
+
+        Raises:
+            ValueError: layers that cannot be removed, or not one of the candidates.
+        """
+        if repair not in self.families:
+            raise ValueError(f"{repair} is none of the candidates: {', '.join(self.families)}")
+        removed = tuple(sorted(layers))
+        self.collect([removed])
+        parts = self._moments(removed, repair)
+        fitted = {gap: fit for gap, (fit, _) in parts.items()}
+        warn_of_massive_activations(fitted, self.families[repair])
+        ridges = {gap: _choose(*part) for gap, part in track(parts.items(), "choosing ridges")}
+        return self._final(removed, repair, ridges)
+
+    def _final(
+        self, layers: Layers, repair: str, ridges: Mapping[Boundary, Ridge]
+    ) -> dict[Boundary, Operator]:
+        """Solved from all windows."""
+        whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
+        return self._solve(whole, repair, ridges)
 
     def _repairs_of(self, layers: Layers) -> list[str]:
         """Those that there is a place for: some need a layer before the gap."""
@@ -269,7 +295,10 @@ class Recipe:
         return parts
 
     def _solve(
-        self, moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, Ridge]
+        self,
+        moments: Mapping[Boundary, Moments],
+        repair: str,
+        ridges: Mapping[Boundary, Ridge],
     ) -> dict[Boundary, Operator]:
         return {
             gap: solve(m, self.families[repair], relative_ridge=ridges[gap])

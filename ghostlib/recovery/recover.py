@@ -48,6 +48,8 @@ def recover(
             be their number, and the recipe chooses them too.
         operator: a name from `FAMILIES`, a regressor such as ``"x, n(x); 1/|y|"``, or ``"auto"``:
             the `Recipe` tries several repairs on calibration tokens that it keeps out of the fit.
+            Repairs that cannot do without a ridge (``refit`` and its kin) choose theirs by such
+            tokens as well, where windows and no options are given.
         attention_mask: (windows, length), 0 at padding, when windows are given.
         skip_leading: first positions of each window to leave out, when windows are given.
         batch_size: windows per forward pass, when windows are given; 1 by default.
@@ -124,6 +126,10 @@ def recover(
         recovered = install(model, dict(operators), share=share)
         recovered.config.recovery |= {"fit": fit}
         return recovered
+    elif family.default and len(calibration) > 1 and not (options or set(passes) - {"batch_size"}):
+        recipe = Recipe(model, calibration, candidates=[family], **passes)
+        removed = [layer for gap in gaps for layer in gap.removed]
+        return install(model, dict(recipe.fit(removed, str(family))), share=share)
     else:
         calibration = calibrate(model, calibration, gaps, regressors=[family.regressor], **passes)
     collected: Mapping[Boundary, Moments] = calibration

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ghostlib.common import at_least, checked
 from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.evaluation.perplexity import token_losses
-from ghostlib.models.architectures import hidden_size, looks_back, num_layers
+from ghostlib.models.architectures import check_model, hidden_size, looks_back, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without
 from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
 from ghostlib.operators.solve import Operator
@@ -50,6 +50,9 @@ class Trials:
         probes: ProbeSet | None = None,
     ) -> None:
         at_least(1, batch_size=batch_size)
+        check_model(model)
+        if windows is None and probes is None:
+            raise ValueError("nothing to score: give windows, probes, or both")
         self.model, self.probes = model, probes
         self.batches: list[Tensor] = []
         if windows is not None:
@@ -98,11 +101,17 @@ class Trials:
         # The head is that of every variant, and what it does to logits is found once a model.
         return torch.cat([token_losses(self.model, h, ids).mean(1) for h, ids in hidden])
 
+    @checked
     def abilities(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> dict[str, np.ndarray]:
-        """Scores of the items of each probe; arguments as of `losses`."""
-        assert self.probes is not None, "probes=… says what is asked"
+        """Scores of the items of each probe; arguments as of `losses`.
+
+        Raises:
+            ValueError: there are no probes.
+        """
+        if self.probes is None:
+            raise ValueError("no probe to ask: give Trials(model, windows, probes=ProbeSet(…))")
         asked = range(self._texts, len(self.batches))
         return self.probes.values(self.model, self._hidden(layers, operators or {}, asked))
 

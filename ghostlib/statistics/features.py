@@ -169,7 +169,9 @@ class Regressor:
     weight: Weight = UNIFORM
 
     def __post_init__(self) -> None:
-        if not self.features or not fits(self.features, tuple[Feature, ...]):
+        if isinstance(self.features, tuple) and not self.features:
+            raise ValueError("a regressor needs at least one feature, such as x; got none")
+        if not fits(self.features, tuple[Feature, ...]):
             raise ValueError(
                 f"a regressor needs a tuple of features, such as those of Regressor.parse('x'), "
                 f"got {told(self.features)}"

@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghostlib.common import Registry, at_least, checked, told
+from ghostlib.common import Registry, at_least, checked, one_line, told
 from ghostlib.text.assets import asset
 from ghostlib.text.documents import (
     Corpus,
     Document,
     is_text_path,
     local_corpus,
-    one_line,
     paragraphs,
     read_hub,
     squeeze,

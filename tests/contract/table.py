@@ -14,6 +14,7 @@ import torch
 from conftest import LAYERS, WIDTH, tiny_model, tiny_tokenizer, tiny_windows
 
 import ghostlib as gl
+from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.evaluation.tasks import Score
 from ghostlib.statistics.features import Sources
 
@@ -30,6 +31,7 @@ STATS, HELD_OUT = KNOWN[GAP], KNOWN[gl.Boundary(1, 3)]
 STATS_OTHER = gl.calibrate(OTHER, IDS, [GAP])[GAP]
 OPERATOR = gl.solve(STATS, relative_ridge=1e-3)
 X, Y = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
+TRIALS = gl.Trials(MODEL, IDS, probes=ProbeSet(MODEL, None, ["copying-16"], count=2))
 SCORE = Score("quiz", 0.5, 0.1, None, None, [1, 0], None, "digest")
 
 
@@ -566,6 +568,7 @@ ROWS = [
         criterion=CRITERIA,
         beam=count("beam"),
         **PASS,
+        weight=number("weight", -1.0, INF),
     ),
     row(
         "select_layers(residual)",
@@ -573,6 +576,7 @@ ROWS = [
         {"model": MODEL, "calibration": IDS, "n": 2, "criterion": "residual"},
         operator=OPERATORS[:9],
         calibration=bad("boundaries|moments", KNOWN),
+        keep=bad("keep must be", None, 3),
     ),
     row(
         "select_layers(perplexity)",
@@ -585,16 +589,24 @@ ROWS = [
         gl.select_layers(MODEL, IDS, 2).first,
         n=[*count("n"), Bad(99, "no set of 99")],
     ),
-    row("Trials", gl.Trials, SEEN, model=MODELS, windows=SCORED, batch_size=count("batch_size")),
+    row(
+        "Trials",
+        gl.Trials,
+        SEEN,
+        model=MODELS,
+        windows=[*SCORED[1:], Bad(None, "give windows, probes")],
+        batch_size=count("batch_size"),
+        probes=bad("probes", 3, "copying"),
+    ),
     *[
         row(
             f"Trials.{name}",
-            getattr(gl.Trials(MODEL, IDS), name),
+            getattr(TRIALS, name),
             {"layers": (2, 3)},
             layers=[b for b in LAYER_SETS if b.value != []],
             operators=bad("operator|boundary", 3, "ghost", {GAP: 3}, {GAP: "ghost"}),
         )
-        for name in ("losses", "loss", "rebase")
+        for name in ("losses", "loss", "rebase", "abilities")
     ],
     row(
         "prune",
@@ -688,6 +700,8 @@ ROWS = [
         batch_size=count("batch_size"),
         budget=bad("unknown budget", "all", "", None, 3, ["none"]),
         candidates=bad("candidate|unknown|ridge", ["gost"], 3, ["scalar"], []),
+        keep=bad("unknown probe|keep", "copyin", 3, ["copying"]),
+        weight=number("weight", -1.0, INF),
     ),
     row(
         "Recipe.choose",
@@ -737,6 +751,16 @@ ROWS = [
         )
         for name in ("perplexity", "window_losses")
     ],
+    row(
+        "abilities",
+        gl.abilities,
+        {"model": SPEAKER, "tokenizer": TOKENIZER},
+        model=MODELS,
+        tokenizer=bad("tokenizer", 3, "smollm2"),
+        seed=SEEDS,
+        probes=bad("unknown probe|probes", ["copyin"], 3, "copying", [None]),
+        reference=bad("causal language model", 3, "smollm2", {}),
+    ),
     row(
         "gap_closed",
         gl.gap_closed,
@@ -877,6 +901,9 @@ ROWS = [
         limit=count("limit", optional=True),
         batch_size=count("batch_size"),
         seed=count("seed", 0),
+        probes=[*bad("unknown probe", "copyin", [None], [3]), *bad("twice", ["copying"] * 2)],
+        probe_items=count("probe_items", optional=True),
+        bos=bad("bos", 1, "yes", [True]),
     ),
     row(
         "run_experiment",

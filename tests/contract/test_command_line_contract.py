@@ -61,6 +61,10 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("999 --operator low-rank", "between 1 and"),
             ("4 --operator auto", "leave out --relative-ridge, --rank and --fit"),
         ],
+        "--keep": [
+            ("copying", "--keep is for --operator auto"),
+            ("copyin --operator auto --n 2", "did you mean 'copying'"),
+        ],
         "--fit": [
             ("student", "invalid choice: 'student'"),
             ("sequential --operator auto", "leave out"),
@@ -166,6 +170,12 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
         "--limit": [("0", "limit = 0"), ("-1", "limit = -1"), ("x", "invalid int")],
         "--batch-size": [("0", "batch_size = 0"), ("x", "invalid int")],
         "--seed": [("-1", "seed = -1"), ("x", "invalid int")],
+        "--probes": [
+            ("copyin", "did you mean 'copying'"),
+            ("copying-256 --layers 2", "takes 512"),
+        ],
+        "--probe-items": [("0", "probe_items = 0"), ("x", "invalid int")],
+        "--bos": [("maybe", "'maybe' is neither yes nor no")],
         "--shard": [
             ("3/2", "shard '3/2' is not of the form"),
             ("x", "shard 'x'"),
@@ -183,6 +193,19 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("", "the following arguments are required: model"),
             ("a b c", "unrecognized arguments"),
         ],
+    },
+    "abilities": {
+        "model": [
+            ("./nope", "no such model folder: ./nope"),
+            ("''", "model '' is neither a folder nor an id"),
+            ("", "the following arguments are required: model"),
+        ],
+        "--reference": [("./nope", "no such model folder"), ("''", "model '' is neither")],
+        "--probes": [("name", "did you mean 'names'"), ("", "expected at least one argument")],
+        "--seed": [("x", "invalid int value: 'x'")],
+        "--json": [("yes", "unrecognized arguments: yes")],
+        "--dtype": [("float33", "unknown dtype 'float33'")],
+        "--device": [("nowhere", "device 'nowhere' cannot be used")],
     },
     "fetch": {
         "": [("now", "unrecognized arguments: now"), ("--cache x", "unrecognized arguments")]
@@ -228,6 +251,7 @@ USUAL = {
     "experiment": "experiment OUT --model MODEL --calibration TEXT --perplexity TEXT --windows 2 "
     "--length 32 --test-windows 2 --test-length 16",
     "inspect": "inspect",
+    "abilities": "abilities MODEL",
     "fetch": "fetch",
     "names": "names",
 }
@@ -249,6 +273,8 @@ def refused(
 def argued(command: str, option: str, value: str) -> str:
     """The usual line of a command, with one option replaced."""
     words, line = shlex.split(USUAL[command]), []
+    if option == "model":
+        words = [word for word in words if word != "MODEL"]
     skip = False
     for word in words:
         skip = word == option or (skip and not word.startswith("-"))
