@@ -1,7 +1,10 @@
 """What the explorer shows: any block of layers, any family, from streams recorded once."""
 
+import base64
+import io
 import warnings
 from functools import lru_cache
+from html import escape
 
 import matplotlib.pyplot as plt
 import torch
@@ -16,7 +19,7 @@ from ghostlib.models.boundaries import Boundary, spell
 from ghostlib.models.streams import record
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator, solve
-from ghostlib.plotting.style import color, describe, plain_numbers
+from ghostlib.plotting.style import alt_text, color, describe, plain_numbers
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install
 
@@ -112,6 +115,15 @@ class Explorer:
             f"Layers {removed} removed, {family}, {tokens:,} tokens {warned}", x=0.01, ha="left"
         )
         return figure
+
+    def html(self, start: int, n: int, family: str, tokens: int, ridge: float) -> str:
+        """`figure` as an HTML element with its alternative text."""
+        figure = self.figure(start, n, family, tokens, ridge)
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+        plt.close(figure)
+        source = base64.b64encode(png.getvalue()).decode()
+        return f'<img alt="{escape(alt_text(figure))}" src="data:image/png;base64,{source}">'
 
     def sentence(
         self, start: int, n: int, family: str, tokens: int, ridge: float, prompt: str

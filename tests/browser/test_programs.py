@@ -111,7 +111,7 @@ def test_the_explorer_alone(serve, browser, shoot, notebooks):
     page = browser.new_page(viewport={"width": 1300, "height": 1400})
     page.goto(address, timeout=5 * MINUTES)
     page.wait_for_selector(".widget-dropdown select", timeout=5 * MINUTES)
-    drawn = page.locator(".widget-output img, .jupyter-widgets-output-area img").first
+    drawn = page.locator(".widget-html img").first
     drawn.wait_for(timeout=MINUTES)
     seconds = {}
     for family in ("diagonal", "orthogonal", "symmetric", "ghost"):
@@ -119,7 +119,7 @@ def test_the_explorer_alone(serve, browser, shoot, notebooks):
         begin = time.perf_counter()
         page.locator(".widget-dropdown select").select_option(family)
         page.wait_for_function(
-            "b => { const i = document.querySelector('.jupyter-widgets-output-area img');"
+            "b => { const i = document.querySelector('.widget-html img');"
             "return i && i.src !== b; }",
             arg=before,
             timeout=MINUTES,
