@@ -44,7 +44,7 @@ test: ## lint, unit tests and all notebooks, from a fresh state
 	$(MAKE) --no-print-directory lint assets unit nbval && \
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
 
-test-all: test ## … and every causal type of transformers through the contract of docs/models.md
+test-all: test test-browser ## … the browser, and every causal type through the contract of docs/models.md
 	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m contract_all tests/models/test_contract.py)
 
 test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
@@ -67,7 +67,7 @@ lint: $(DEV) ## formatting, style, types, and the house rules of the notebooks
 	$(call phase,house rules,$(PY) tools/rules.py)
 
 unit: $(DEV) ## unit tests and docstring examples, with coverage
-	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not contract_all' --durations=10 --cov)
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not contract_all and not browser' --durations=10 --cov)
 
 nbval: $(DEV) ## every notebook, cell by cell
 	$(call phase,notebooks,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)
@@ -95,7 +95,9 @@ site: $(STAMP)-docs ## the site into build/site, to read offline; stored outputs
 	@echo 'To read: build/site/index.html'
 
 classroom: $(DEV) ## the notebooks without solutions and outputs, into build/classroom
-	@$(PY) tools/notebooks.py classroom
+	@rm -rf build/classroom && mkdir -p build && cp -R notebooks build/classroom && rm -rf build/classroom/solutions
+	@$(PY) -m nbconvert --log-level=WARN --clear-output --inplace build/classroom/*.ipynb
+	@echo 'To hand out: build/classroom'
 
 wheel: $(STAMP)-run ## the package as one file, into dist/, to put beside a notebook elsewhere
 	@$(PY) -m pip wheel -q --no-deps --wheel-dir dist .

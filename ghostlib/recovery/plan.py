@@ -163,7 +163,7 @@ def plan(
     passes = _search_passes(criterion, len(chosen), total) if not layers else 0
     trials = choices * len(names) if operator == AUTO else 0
     moments = 4 * length * C * C * len(searched) * with_moments
-    solving = _SOLVE * (products**3) * len(gaps) * max(len(names), 1)
+    solving = _SOLVE * len(gaps) * sum(sum(r.widths(C, width)) ** 3 for r in regressors)
     seconds = {
         "choosing layers": windows * (passes * forward / fast + moments / double),
         "calibrating": windows * (forward / fast + accumulated / double)

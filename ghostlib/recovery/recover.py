@@ -128,11 +128,8 @@ def recover(
         return recovered
     elif family.default and len(calibration) > 1 and not (options or set(passes) - {"batch_size"}):
         recipe = Recipe(model, calibration, candidates=[family], **passes)
-        return install(
-            model,
-            dict(recipe.fit([layer for gap in gaps for layer in gap.removed], str(family))),
-            share=share,
-        )
+        removed = [layer for gap in gaps for layer in gap.removed]
+        return install(model, dict(recipe.fit(removed, str(family))), share=share)
     else:
         calibration = calibrate(model, calibration, gaps, regressors=[family.regressor], **passes)
     collected: Mapping[Boundary, Moments] = calibration
