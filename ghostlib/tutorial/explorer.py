@@ -67,7 +67,7 @@ class Explorer:
         Args:
             family: a name; ``"pruned"`` for no repair.
             tokens: of calibration.
-            ridge: relative, for families that take one.
+            ridge: relative, for families that take one; 0 for none.
 
         Raises:
             ValueError: the block does not lie within the model; an unknown family.
@@ -78,7 +78,8 @@ class Explorer:
             )
         if family == PRUNED:
             return None, ""
-        options = {"relative_ridge": ridge} if "relative_ridge" in Family.of(family).options else {}
+        takes_ridge = ridge > 0 and "relative_ridge" in Family.of(family).options
+        options = {"relative_ridge": ridge} if takes_ridge else {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             op = solve(self.moments(Boundary(start, start + n), tokens), family, **options)
