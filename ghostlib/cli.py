@@ -362,7 +362,9 @@ def abilities(options: argparse.Namespace) -> None:
     probes = None if options.probes is None else [PROBES[name].name for name in options.probes]
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     profile = None
-    for source in filter(None, (options.reference, options.model)):
+    for source in (options.reference, options.model):
+        if source is None:
+            continue
         check_source(source, options.dtype, device)
         model, tokenizer = load_model(source, dtype=options.dtype, device=device)
         profile = profile_model(
@@ -401,7 +403,7 @@ def _end(message: str, error: BaseException, status: int) -> int:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-    print(f"ghostlib: {one_line(message)}", file=sys.stderr)
+    print(f"ghostlib: {one_line(message, 900)}", file=sys.stderr)
     return status
 
 

@@ -47,12 +47,12 @@ class Registry(dict[str, T]):
         raise ValueError(f"unknown {self.kind} {asked}{hint} Known: {', '.join(self)}")
 
 
-def one_line(name: object) -> str:
+def one_line(name: object, length: int = 300) -> str:
     """A name as a terminal may show it: without control characters, and not too long."""
     text = str(name)
     if not text.isprintable():
         text = repr(text)
-    return text if len(text) <= 300 else f"{text[:300]}… ({len(text):,} characters)"
+    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
 
 
 def shown() -> bool:
@@ -155,7 +155,8 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return whole(value)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool)
+        number = value.item() if getattr(value, "ndim", None) == 0 else value  # of a tensor
+        return isinstance(number, Real) and not isinstance(number, bool)
     if origin is tuple and parts[-1] is not Ellipsis:
         pair = isinstance(value, tuple | list) and len(value) == len(parts)
         return pair and all(map(fits, value, parts))

@@ -13,7 +13,7 @@ from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
 from ghostlib.models.streams import refusal
 from ghostlib.operators.families import Family
-from ghostlib.selection.evidence import WEIGHT, Evidence, Layers
+from ghostlib.selection.evidence import WEIGHT, Evidence, Layers, check_weight
 from ghostlib.statistics.calibration import Calibration, calibrate
 
 
@@ -144,6 +144,7 @@ def select_layers(
     rule, total = CRITERIA[criterion], num_layers(model)
     contiguous(n, total)  # checks n
     at_least(1, beam=beam, tries=tries)
+    check_weight(weight)
     if windows is None and isinstance(calibration, Tensor):
         if "windows" in rule.needs and attention_mask is not None and not attention_mask.all():
             raise ValueError(

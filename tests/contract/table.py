@@ -566,6 +566,7 @@ ROWS = [
         calibration=bad("calibration|windows", None, "wiki", 3, [[3]], {}, IDS.float(), IDS[0]),
         n=[*count("n"), Bad(LAYERS, "between 1 and 5")],
         criterion=CRITERIA,
+        tries=count("tries", optional=True),
         beam=count("beam"),
         **PASS,
         weight=number("weight", -1.0, INF),
@@ -707,6 +708,13 @@ ROWS = [
         "Recipe.choose",
         gl.Recipe(MODEL, IDS).choose,
         layers=[*bad("n = ", 0, LAYERS, -1), *LAYER_SETS],
+    ),
+    row(
+        "Recipe.fit",
+        gl.Recipe(MODEL, IDS, candidates=["ghost"]).fit,
+        {"layers": [2], "repair": "ghost"},
+        layers=LAYER_SETS,
+        repair=bad("none of the candidates", "gost", "", None, 3, ["ghost"]),
     ),
     row(
         "Recipe.shortlist", gl.Recipe(MODEL, IDS).shortlist, n=[*count("n"), Bad(LAYERS, "between")]

@@ -60,9 +60,8 @@ def test_any_text_gives_windows_that_say_it(
     except ValueError as error:
         assert clear(error), str(error)
     else:
-        assert text.startswith(
-            TOKENIZER.decode(windows.flatten(), clean_up_tokenization_spaces=False)[:5]
-        )
+        said = TOKENIZER.decode(windows.flatten(), clean_up_tokenization_spaces=False)
+        assert text.startswith(said.rstrip("\ufffd"))  # a character may be cut
     shutil.rmtree(path.parent)
 
 

@@ -18,7 +18,7 @@ COUNTS = [(text, "is no whole number of at least 1") for text in NUMBERS]
 # {command: {option: [(value, words)]}}; MODEL, TEXT and OUT stand for what is there.
 TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
     "recover": {
-        "--n": [*COUNTS, ("99", "n = 99"), ("6", "between 1 and 5")],
+        "--n": [*COUNTS, ("99", "n = 99"), ("6", "n = 6")],
         "--criterion": [
             ("cosin", "did you mean 'cosine'"),
             ("''", "unknown criterion ''"),
@@ -27,6 +27,7 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
         "--layers": [
             ("99", "out of range"),
             ("3-", "layers '3-' are not of the form"),
+            ("1-2-3", "layers '1-2-3' are not of the form"),
             ("3-1", "layers '3-1' are not of the form"),
             ("2.5", "layers '2.5' are not"),
             ("2 2", "more than once"),
@@ -58,7 +59,7 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
         "--rank": [
             *COUNTS,
             ("4", "ghost has no option 'rank'"),
-            ("999 --operator low-rank", "between 1 and"),
+            ("999 --operator low-rank --layers 2", "between 1 and"),
             ("4 --operator auto", "leave out --relative-ridge, --rank and --fit"),
         ],
         "--keep": [
@@ -76,9 +77,9 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("../../none.jsonl", "no such corpus file"),
             ("'<script>'", "unknown corpus '<script>'"),
         ],
-        "--windows": [*COUNTS, ("9999", "fewer than count = 9999")],
+        "--windows": [*COUNTS, ("9999 --layers 2", "fewer than count = 9999")],
         "--length": [*COUNTS, ("999 --layers 2", "128 positions")],
-        "--test-windows": [*COUNTS, ("9999", "fewer than count = 9999")],
+        "--test-windows": [*COUNTS, ("9999 --layers 2", "fewer than count = 9999")],
         "--seed": [
             ("x", "invalid int value: 'x'"),
             ("2.5", "invalid int value: '2.5'"),
@@ -93,6 +94,9 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("nowhere", "device 'nowhere' cannot be used"),
             ("cpu:x", "device 'cpu:x' cannot be used"),
         ],
+        "--offload": [("there --device cpu", "leave out --device"), ("", "expected one argument")],
+        "--dry-run": [("yes", "unrecognized arguments: yes")],
+        "--json": [("yes", "unrecognized arguments: yes")],
         "--portable": [("yes", "unrecognized arguments: yes")],
         "--oper": [("ghost", "unrecognized arguments: --oper ghost; see ghostlib")],
     },
@@ -226,7 +230,7 @@ WHOLE = [
     ("recover MODEL TEXT", "is a file: name a folder"),
     ("recover MODEL TEXT/out", "is a file"),
     ("recover MODEL .", "exists and is not empty"),
-    ("recover MODEL /proc/out", "output folder /proc/out"),
+    ("recover MODEL /proc/out --layers 2", "output folder /proc/out"),
     ("experiment", "required: output"),
     ("experiment TEXT", "is no results file"),
     ("experiment MODEL", "cannot be written"),
