@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "build" / "site"
-PAGES = sorted(SITE.rglob("*.html"))
+PAGES = sorted(path for path in SITE.rglob("*.html") if "_static" not in path.parts)
 if not PAGES:
     pytest.skip("no site: make site", allow_module_level=True)
 
