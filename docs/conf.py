@@ -114,6 +114,9 @@ def contents(course: dict[str, dict[Path, str]]) -> dict[str, str]:
         toctree([f"{title} <{path.stem}>" for path, title in titles.items()], part)
         for part, titles in course.items()
     ]
+    solved = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+    if solved:
+        parts.append(toctree([f"solutions/{path.stem}" for path in solved], "Solutions"))
     rest = [f"docs/{path.stem}" for path in sorted((ROOT / "docs").glob("*.md"))]
     rest = [page for page in rest if page not in PRACTICE + REFERENCE]
     reference = [f"/{page}" for page in REFERENCE + rest if exists(page)]
