@@ -99,7 +99,7 @@ def test_recover_as_json(recover, tmp_path, capsys, monkeypatch):
     assert found["parameters"]["dense"] > found["parameters"]["recovered"]
     assert found["peak_memory"] > 1e8 and found["seconds"] > 0
     for step in ("loading", "choosing layers", "calibrating", "scoring"):
-        assert re.search(rf"(?:^|[\r\n]){step}; about .+ left\n", printed.err), step
+        assert re.search(rf"(?:^|\r){step}; about .+ left$", printed.err, re.M), step
 
 
 def test_a_dry_run_says_what_it_takes_and_does_nothing(recover, tiny, tmp_path, capsys):
@@ -160,7 +160,8 @@ def test_what_recover_lost_stands_in_its_output_and_card(recover, tmp_path, caps
     line = "lost copying: 2.60 -> 11.9 nats per token"
     monkeypatch.setattr(gl.Profile, "lost", [line])
     assert recover("--layers", "2") == 0
-    assert line in capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    assert re.search(rf"^abilities lost +{re.escape(line)}$", printed, re.M)
     assert "**L" + line[1:] + ".**" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -273,7 +274,7 @@ def test_an_error_under_a_progress_bar_leaves_one_line(experiment, capsys, monke
 
     monkeypatch.setattr(common, "shown", lambda: True)
     monkeypatch.setattr(run._Run, "_score", failing)
-    assert experiment("--n", "1", "--operators", "pruned") == 2
+    assert experiment("--n", "1", "--operators", "pruned") == (2 if error is ValueError else 1)
     shown = capsys.readouterr().err
     last = re.split(r"[\r\n]", shown.rstrip("\n"))[-1]
     assert last == "ghostlib: went wrong" and "and more of it" not in shown
@@ -309,7 +310,7 @@ def test_help_has_three_examples_that_can_be_read(capsys, command):
         main([command, "--help"])
     assert stop.value.code == 0
     _, _, examples = capsys.readouterr().out.partition("examples:\n")
-    lines = examples.splitlines()
+    lines = [line for line in examples.splitlines() if line.startswith("  ")]
     assert len(lines) == 3
     for line in lines:
         found = re.search(r"ghostlib (.+?)(?:   .*| \|.*)?$", line)

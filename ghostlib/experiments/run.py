@@ -33,6 +33,7 @@ from ghostlib.experiments.spec import Specification, base_name, family_of
 from ghostlib.experiments.tables import ABILITY, ACCURACY, PERPLEXITY, mean_interval
 from ghostlib.models.architectures import check_model, num_layers, text_config
 from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
+from ghostlib.models.streams import check_windows
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.recovery.recipe import Recipe
 from ghostlib.recovery.sequential import dense_streams, fit_sequential
@@ -131,6 +132,8 @@ class _Run:
             digest = hashlib.sha256(name.encode()).digest()
             if int.from_bytes(digest[:8], "big") % total == index - 1:
                 self._plan(layers, operator, measure, dataset)
+        if any(operator not in (DENSE, PRUNED) for _, operator in self.todo):
+            check_windows(self.model, self._windows)  # before the first cell is written
         if chosen := [layers for layers, operator in self.todo if operator == AUTO]:
             self._recipe.collect(chosen)
         for (layers, operator), missing in track(self.todo.items(), "scoring", unit="model"):
