@@ -91,7 +91,7 @@ format: $(DEV) ## let ruff format and fix what it can
 
 site: $(STAMP)-docs ## the site into build/site, to read offline; stored outputs, nothing is executed
 	$(call phase,site,mkdir -p build/site-source && \
-	  $(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees build/site-source build/site)
+	  $(PY) -m sphinx -E -q -W --keep-going -c docs -d build/doctrees build/site-source build/site)
 	@echo 'To read: build/site/index.html'
 
 classroom: $(DEV) ## the notebooks without solutions and outputs, into build/classroom

@@ -82,6 +82,7 @@ ROOMS = {
     "tutorial": "What the notebooks use",
 }
 ANCHOR = re.compile(r'^<a id="([\w-]+)"></a>\s*', re.MULTILINE)  # as GitHub and Jupyter read it
+LINK = re.compile(r"\]\(([\w./-]+)\.(?:md|ipynb)(#[\w-]+)?\)")
 COURSE = """\
 The pages show the notebooks with the outputs they were stored with. To run and change them, open
 them in JupyterLab (`make lab`). **Learn** derives the method, **Use** takes it to your own models,
@@ -113,6 +114,9 @@ def contents(course: dict[str, dict[Path, str]]) -> dict[str, str]:
         toctree([f"{title} <{path.stem}>" for path, title in titles.items()], part)
         for part, titles in course.items()
     ]
+    solved = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+    if solved:
+        parts.append(toctree([f"solutions/{path.stem}" for path in solved], "Solutions"))
     rest = [f"docs/{path.stem}" for path in sorted((ROOT / "docs").glob("*.md"))]
     rest = [page for page in rest if page not in PRACTICE + REFERENCE]
     reference = [f"/{page}" for page in REFERENCE + rest if exists(page)]
@@ -226,7 +230,10 @@ def prepared(path: Path) -> str:
         texts = []
         for output in cell.get("outputs", []):
             texts += [output.get("metadata", {}).get("image/png", {}).get("alt", "")]
-            output.get("data", {}).pop(claims.MIME, None)  # for `make fill`, not for readers
+            data = output.get("data", {})
+            data.pop(claims.MIME, None)  # for `make fill`, not for readers
+            if "text/markdown" in data:  # Sphinx resolves links of pages, not of outputs
+                data["text/markdown"] = LINK.sub(r"](\1.html\2)", data["text/markdown"])
         if any(texts):
             cell.metadata["mystnb"] = {"image": {"alt": " ".join(filter(None, texts))}}
     return nbformat.writes(nb)
@@ -240,7 +247,7 @@ def stage() -> None:
     for path in [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("C*.md")]:
         text = path.read_text(encoding="utf-8")
         text = fill.replace_regions(text, {"goals": goals(read)})
-        pages[str(path.relative_to(ROOT))] = ANCHOR.sub(r"(\1)=\n", text)
+        pages[str(path.relative_to(ROOT))] = ANCHOR.sub(r'(\1)=\n<a id="\1"></a>\n\n', text)
     for path in sorted((ROOT / "notebooks").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts:
             pages[str(path.relative_to(ROOT))] = prepared(path)

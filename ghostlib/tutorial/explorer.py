@@ -9,6 +9,7 @@ from html import escape
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -67,7 +68,7 @@ class Explorer:
         Args:
             family: a name; ``"pruned"`` for no repair.
             tokens: of calibration.
-            ridge: relative, for families that take one.
+            ridge: relative, for families that take one; 0 for none.
 
         Raises:
             ValueError: the block does not lie within the model; an unknown family.
@@ -78,7 +79,8 @@ class Explorer:
             )
         if family == PRUNED:
             return None, ""
-        options = {"relative_ridge": ridge} if "relative_ridge" in Family.of(family).options else {}
+        takes_ridge = ridge > 0 and "relative_ridge" in Family.of(family).options
+        options = {"relative_ridge": ridge} if takes_ridge else {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             op = solve(self.moments(Boundary(start, start + n), tokens), family, **options)
@@ -108,8 +110,9 @@ class Explorer:
         right.set(title="Each token's error", xlabel="without repair", ylabel=f"with {family}")
         better = float((after < before).double().mean())
         describe(right, f"{better:.0%} of {len(after):,} tokens have a smaller error.")
-        plain_numbers(right.xaxis)
-        plain_numbers(right.yaxis)
+        for axis in (right.xaxis, right.yaxis):
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            plain_numbers(axis)
         removed = spell(range(start, start + n))
         figure.suptitle(
             f"Layers {removed} removed, {family}, {tokens:,} tokens {warned}", x=0.01, ha="left"

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "build" / "site"
-PAGES = sorted(SITE.rglob("*.html"))
+PAGES = sorted(path for path in SITE.rglob("*.html") if "_static" not in path.parts)
 if not PAGES:
     pytest.skip("no site: make site", allow_module_level=True)
 
@@ -81,7 +81,7 @@ def test_every_page_opens_without_an_error_and_with_its_formulas(browser, shoot)
     for path in PAGES:
         page.goto(path.as_uri())
         if page.locator(".math").count():
-            page.wait_for_selector("mjx-container", timeout=30_000)
+            page.wait_for_selector("mjx-container", timeout=120_000)
             page.evaluate("MathJax.startup.promise")
         raw = page.evaluate(
             "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container'))"
@@ -104,7 +104,7 @@ def test_every_page_opens_without_an_error_and_with_its_formulas(browser, shoot)
 def test_search_finds_procrustes(browser, shoot):
     page = browser.new_page()
     page.goto((SITE / "search.html").as_uri() + "?q=Procrustes")
-    page.wait_for_selector("#search-results li", timeout=30_000)
+    page.wait_for_selector("#search-results li", timeout=120_000)
     found = page.locator("#search-results").inner_text()
     assert "Compare the closed form" in found
     shoot(page, "site-search")
