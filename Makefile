@@ -4,10 +4,12 @@
 
 PYTHON ?=
 CONSTRAINTS ?= --constraint constraints.txt
+SAMPLE ?= 100
 VENV   := .venv
 LOWEST := .venv-lowest
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+DEV    := $(STAMP)-dev
 QUICK  := notebooks/00_quickstart.ipynb
 
 export GHOSTLIB_PROGRESS ?= 1
@@ -21,7 +23,8 @@ TWICE  := -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test test-interop test-lowest lint unit nbval lab notebooks fill format bench assets clean distclean
+.PHONY: help run test mutation test-all test-browser test-interop test-lowest lint unit nbval lab explore notebooks fill \
+  format site classroom wheel bench assets clean distclean
 
 # $(call phase,name,command): run the command, say how long it took, fail if it fails
 define phase
@@ -33,7 +36,7 @@ endef
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: $(STAMP) assets ## install, fetch the embedded model, run the quickstart, print its table
+run: $(STAMP)-run assets ## install, fetch the embedded model, run the quickstart, print its table
 	@$(PY) tools/notebooks.py run $(QUICK)
 
 test: ## lint, unit tests and all notebooks, from a fresh state
@@ -41,45 +44,72 @@ test: ## lint, unit tests and all notebooks, from a fresh state
 	$(MAKE) --no-print-directory lint assets unit nbval && \
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
 
+test-all: test test-browser ## … the browser, and every causal type through the contract of docs/models.md
+	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m contract_all tests/models/test_contract.py)
+
 test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
 	$(call phase,installing the lowest versions,$(ALIVE) python3.11 -m venv --clear $(LOWEST) && \
 	  $(LOWEST)/bin/python -m pip install -q uv && \
 	  $(LOWEST)/bin/python -m uv pip install --python $(LOWEST) --resolution lowest-direct -e '.[dev]')
 	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(LOWEST)/bin/python -m pytest -q $(TWICE) -m 'not embedded')
 
-test-interop: $(STAMP) ## a repaired checkpoint in lm-eval, PEFT and CTranslate2 (installs them)
+test-interop: $(DEV) ## a repaired checkpoint in lm-eval, PEFT and CTranslate2 (installs them)
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[interop]')
 	$(call phase,interoperability,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q -m interop tests/interop)
 
-lint: $(STAMP) ## formatting, style, types, and the house rules of the notebooks
+mutation: $(DEV) ## mutants of the mathematics that the tests do not notice (installs cosmic-ray); SAMPLE=60 for so many a folder
+	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[mutation]')
+	$(call phase,mutation,OMP_NUM_THREADS=1 GHOSTLIB_PROGRESS=0 $(PY) tools/mutation.py --sample $(SAMPLE))
+
+lint: $(DEV) ## formatting, style, types, and the house rules of the notebooks
 	$(call phase,ruff,$(PY) -m ruff format --check . && $(PY) -m ruff check .)
 	$(call phase,mypy,$(PY) -m mypy)
 	$(call phase,house rules,$(PY) tools/rules.py)
 
-unit: $(STAMP) ## unit tests and docstring examples, with coverage
-	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not contract_all' --durations=10 --cov)
+unit: $(DEV) ## unit tests and docstring examples, with coverage
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not contract_all and not browser' --durations=10 --cov)
 
-nbval: $(STAMP) ## every notebook, cell by cell
+nbval: $(DEV) ## every notebook, cell by cell
 	$(call phase,notebooks,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)
 
-lab: $(STAMP) ## open JupyterLab on the notebooks
+lab: $(STAMP)-notebooks ## open JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks
 
-notebooks: $(STAMP) assets fill ## execute all notebooks again, store clean outputs, fill and check
+explore: $(STAMP)-notebooks assets ## the explorer alone, as a page
+	@$(PY) -m voila notebooks/explore.ipynb
+
+notebooks: $(DEV) assets fill ## execute all notebooks again, store clean outputs, fill and check
 	@$(PY) tools/notebooks.py execute
 	@$(PY) tools/fill.py
 	@$(PY) tools/rules.py
 
-fill: $(STAMP) ## write what is generated: setup cells, badges, tables, the ledger, the README's picture
+fill: $(DEV) ## write what is generated: setup cells, badges, tables, the ledger, the README's picture
 	@$(PY) tools/fill.py
 
-format: $(STAMP) ## let ruff format and fix what it can
+format: $(DEV) ## let ruff format and fix what it can
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
 
-bench: $(STAMP) assets ## run the benchmarks
+site: $(STAMP)-docs ## the site into build/site, to read offline; stored outputs, nothing is executed
+	$(call phase,site,mkdir -p build/site-source && \
+	  $(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees build/site-source build/site)
+	@echo 'To read: build/site/index.html'
+
+classroom: $(DEV) ## the notebooks without solutions and outputs, into build/classroom
+	@rm -rf build/classroom && mkdir -p build && cp -R notebooks build/classroom && rm -rf build/classroom/solutions
+	@$(PY) -m nbconvert --log-level=WARN --clear-output --inplace build/classroom/*.ipynb
+	@echo 'To hand out: build/classroom'
+
+wheel: $(STAMP)-run ## the package as one file, into dist/, to put beside a notebook elsewhere
+	@$(PY) -m pip wheel -q --no-deps --wheel-dir dist .
+
+test-browser: $(STAMP)-browser assets ## JupyterLab, the explorer and the site in Debian's Chromium
+	$(call phase,site,$(MAKE) --no-print-directory site)
+	$(call phase,browser,GHOSTLIB_PROGRESS=0 $(PY) -m pytest -q -m browser --durations=0 tests/browser)
+
+bench: $(DEV) assets ## run the benchmarks
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) "$$script" || exit 1; done
 
-assets: $(STAMP) ## fetch and check the embedded model and corpora (once)
+assets: $(STAMP)-run ## fetch and check the embedded model and corpora (once)
 	@echo 'Checking the embedded model and corpus …'
 	@$(PY) -c 'from ghostlib.text import assets; assets.fetch_all()'
 
@@ -91,9 +121,11 @@ clean: ## remove what the other targets made, except the environment
 distclean: clean ## … and the environments
 	rm -rf $(VENV) $(LOWEST)
 
-# Made once; again only when the list of dependencies changes.
-$(STAMP): pyproject.toml constraints.txt | $(PY)
-	$(call phase,installing the project and what it needs,$(ALIVE) $(PY) -m pip install -q $(CONSTRAINTS) -e '.[dev]')
+# One for each extra of pyproject.toml. Made once; again only when the list of dependencies changes.
+# Modules are compiled when they are first imported: most never are.
+$(STAMP)-%: pyproject.toml constraints.txt | $(PY)
+	$(call phase,installing the project and what it needs for $*,$(ALIVE) \
+	  $(PY) -m pip install -q --no-compile $(CONSTRAINTS) -e '.[$*]')
 	@touch $@
 
 # pip is either silent or says everything, its bars included: it is silent, and here is a sign of life.

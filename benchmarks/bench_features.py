@@ -13,14 +13,14 @@ of it (ReLU, and SwiGLU), fixed by the seed.
 
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import ghostlib as gl
 from ghostlib.models.architectures import hidden_size
-from ghostlib.models.streams import record
-from ghostlib.statistics.features import FEATURES, Feature, Regressor, observe, rms_norm
+from ghostlib.statistics.features import FEATURES, Feature, Regressor, rms_norm
 
 SETS = (
     "x",
@@ -39,15 +39,22 @@ def add_features(width: int, seed: int) -> None:
     R, S = torch.randn(2, width, width, generator=generator).double() / math.sqrt(width)
 
     def relu(X: Tensor) -> Tensor:
-        return torch.relu(rms_norm(X) @ R.to(X))
+        kept: Tensor = torch.relu(rms_norm(X) @ R.to(X))
+        return kept
 
     def swiglu(X: Tensor) -> Tensor:
         n = rms_norm(X)
-        return torch.nn.functional.silu(n @ R.to(X)) * (n @ S.to(X))
+        gate: Tensor = torch.nn.functional.silu(n @ R.to(X))
+        up: Tensor = n @ S.to(X)
+        return gate * up
 
-    FEATURES["|n(x)|"] = Feature(lambda X: rms_norm(X).abs())
-    FEATURES["relu(n(x) R)"] = Feature(relu)
-    FEATURES["swiglu(n(x) R)"] = Feature(swiglu)
+    features: dict[str, Callable[[Tensor], Tensor]] = {
+        "|n(x)|": lambda X: rms_norm(X).abs(),
+        "relu(n(x) R)": relu,
+        "swiglu(n(x) R)": swiglu,
+    }
+    for name, of in features.items():
+        FEATURES[name] = Feature(name, of)
 
 
 def main() -> None:
@@ -66,25 +73,20 @@ def main() -> None:
     gap, width = gl.Boundary(options.start, options.start + options.layers), hidden_size(model)
     add_features(width, options.seed)
     regressors = [Regressor.parse(f"{features}; {options.weight}") for features in SETS]
-    parts: list[list[gl.Moments]] = []
+    parts = []
     for split, count in (("train", options.windows), ("test", options.held_out)):
         each = count // len(options.corpora)
-        how = {"length": options.length, "count": each, "seed": options.seed}
-        moments = [gl.Moments(len(r.features) * width, width, regressor=str(r)) for r in regressors]
-        for corpus in options.corpora:
-            for ids in gl.token_windows(corpus, tokenizer, split=split, **how):
-                x, y = record(model, ids[None], gap).values()
-                for collected in moments:
-                    observe(collected, x[0], y[0])
-        parts.append(moments)
+        how = {"length": options.length, "count": each, "seed": options.seed, "split": split}
+        windows = torch.cat([gl.token_windows(c, tokenizer, **how) for c in options.corpora])
+        parts.append(gl.calibrate(model, windows, [gap], regressors=regressors))
     print(f"layers {gap.start} … {gap.stop - 1}, weight {options.weight}, seed {options.seed}")
-    print(f"{parts[0][0].tokens:,} tokens to fit, {parts[1][0].tokens:,} held out")
-    for fitted, held_out in zip(*parts, strict=True):
+    print(f"{parts[0].tokens:,} tokens to fit, {parts[1].tokens:,} held out")
+    for features, regressor in zip(SETS, regressors, strict=True):
+        fitted, held_out = (part.of(regressor)[gap] for part in parts)
         path = gl.ridge_path(fitted, held_out=held_out)
         assert path.held_out_error is not None  # held-out moments were given
-        error, best = (path.held_out_error / held_out.nothing).min(0)
-        names = fitted.regressor.removesuffix(f"; {options.weight}")
-        print(f"{names:24} {float(error):.4f}   ridge {path.ridges[best]:.0e}", flush=True)
+        error, best = (path.held_out_error / held_out.pruned_error).min(0)
+        print(f"{features:24} {float(error):.4f}   ridge {path.ridges[best]:.0e}", flush=True)
 
 
 if __name__ == "__main__":

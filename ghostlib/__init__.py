@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ghostlib.surgery.registration import announce
 
 if TYPE_CHECKING:
+    from ghostlib.evaluation.abilities import PROBES, Profile, abilities
     from ghostlib.evaluation.cost import cache_bytes, count_parameters, flops, latency, weight_bytes
     from ghostlib.evaluation.generation import generate
     from ghostlib.evaluation.perplexity import (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         antisymmetric_share,
         solve,
     )
+    from ghostlib.operators.testing import check_family
     from ghostlib.recovery.recipe import Recipe
     from ghostlib.recovery.recover import recover
     from ghostlib.recovery.sequential import fit_sequential
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from ghostlib.surgery.cut import install, prune
     from ghostlib.surgery.inspect import Inspection, inspect
     from ghostlib.surgery.saving import save
+    from ghostlib.surgery.testing import check_repaired_model
     from ghostlib.text.corpora import CORPORA, documents, token_windows
     from ghostlib.tutorial.paper import published
 
@@ -71,6 +74,7 @@ __all__ = [
     "CORPORA",
     "CRITERIA",
     "OPERATORS",
+    "PROBES",
     "Boundary",
     "Calibration",
     "Family",
@@ -78,6 +82,7 @@ __all__ = [
     "MassiveActivationWarning",
     "Moments",
     "Operator",
+    "Profile",
     "RankPath",
     "Recipe",
     "Regressor",
@@ -87,11 +92,14 @@ __all__ = [
     "SingularGramWarning",
     "Specification",
     "Trials",
+    "abilities",
     "antisymmetric_share",
     "cache_bytes",
     "calibrate",
     "calibrate_distributed",
     "calibration_bytes",
+    "check_family",
+    "check_repaired_model",
     "choose_rank",
     "choose_ridge",
     "choose_ridges",

@@ -133,8 +133,12 @@ def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the contract's long tail unless it is asked for by its marker."""
+    """Mark what asks for the embedded model; the contract's long tail only runs when asked for."""
+    for item in items:
+        if "embedded" in getattr(item, "fixturenames", ()):
+            item.add_marker("embedded")
     if "contract_all" in config.option.markexpr:
         return
     tail = [item for item in items if item.get_closest_marker("contract_all")]

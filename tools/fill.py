@@ -18,6 +18,8 @@ from notebooks import ROOT, Notebook, NotebookError, code_cells, dump, read, sol
 BRANCH = "main"
 QUICK = "00_quickstart.ipynb"  # what the README's badges open
 FILLED = ("README.md", "CONTRIBUTING.md", "CITATION.cff")
+PARTS = {"00": "Learn", "08": "Use", "13": "Beyond", "ex": "Explore"}  # from this number on
+WITHOUT_ADDRESS = "put ghostlib's wheel (make wheel) beside the notebook, or start from a clone"
 CODE = "```bash\n{}\n```"
 REGION = re.compile(
     r"((?:<!--|#) begin:(?P<name>[\w-]+)[^\n]*\n).*?((?:<!--|#) end:(?P=name)\b)", re.DOTALL
@@ -38,22 +40,23 @@ def address(root: Path) -> str | None:
 
 def setup_source(repository: str | None, evaluates: bool = False) -> str:
     """The cell that sees that the package is there: silent and instant where it is."""
-    package, missing = "ghostlib", 'importlib.util.find_spec("ghostlib") is None'
+    extra, test = "", 'importlib.util.find_spec("ghostlib") is None'
     if evaluates:  # with zero-shot tasks
-        package = "ghostlib[eval]"
-        missing = 'None in map(importlib.util.find_spec, ("ghostlib", "lm_eval"))'
+        extra, test = "[eval]", 'None in map(importlib.util.find_spec, ("ghostlib", "lm_eval"))'
+    head = f"import importlib.util\n\nif {test}:  # on Colab, or in a bare kernel\n"
     if repository:
-        remedy = f'%pip install --quiet "{package} @ git+https://github.com/{repository}"'
+        package = f"ghostlib{extra} @ git+https://github.com/{repository}"
     else:
-        advice = "pip install its wheel, or make lab in a clone"
-        remedy = f'raise ImportError("{package} is missing: {advice}")'
-    return f"import importlib.util\n\nif {missing}:  # on Colab, or in a bare kernel\n    {remedy}"
+        package = f"{{wheels[0]}}{extra}"
+        head = f"import glob\n{head}    wheels = glob.glob('ghostlib-*.whl')\n".replace("'", '"')
+        head += f'    assert wheels, "{WITHOUT_ADDRESS}"\n'
+    return f'{head}    %pip install --quiet "{package}"'
 
 
 def badges(repository: str | None, name: str) -> str:
-    """Links that open one notebook on Colab and on Binder."""
+    """Links that open one notebook on Colab and on Binder, or what to do without an address."""
     if repository is None:
-        return ""
+        return f"On Colab or another server: {WITHOUT_ADDRESS}."
     return (
         "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
         f"(https://colab.research.google.com/github/{repository}/blob/{BRANCH}/notebooks/{name}) "
@@ -64,30 +67,39 @@ def badges(repository: str | None, name: str) -> str:
 
 def addressed(repository: str | None) -> dict[str, str]:
     """Bodies of the regions that need the public address."""
+    commands = "make run\nmake lab"
     if repository is None:
-        return {"badges": "", "clone": CODE.format("make run"), "install": "", "repository": ""}
+        return {"badges": "", "start": CODE.format(commands), "repository": ""}
     url = f"https://github.com/{repository}"
     workflow = f"{url}/actions/workflows/test.yml"
-    clone = f"git clone {url} && cd {repository.split('/')[1]}\nmake run"
+    clone = CODE.format(f"git clone {url} && cd {repository.split('/')[1]}\n{commands}")
     pip = CODE.format(f"pip install git+{url}")
     return {
         "badges": f"[![tests]({workflow}/badge.svg)]({workflow}) {badges(repository, QUICK)}",
-        "clone": CODE.format(clone),
-        "install": f"To use the package without the notebooks:\n\n{pip}",
+        "start": f"{clone}\n\nThe package without the notebooks:\n\n{pip}",
         "repository": f'repository-code: "{url}"',
     }
 
 
-def table(notebooks: dict[Path, Notebook]) -> str:
-    """The README's table of notebooks: title, and first sentence under "What you'll do"."""
-    rows = ["| notebook | what you'll do |", "|---|---|"]
+def course(notebooks: dict[Path, Notebook]) -> dict[str, dict[Path, str]]:
+    """{part: {notebook: title}}, in reading order; the explorer, without a number, comes last."""
+    parts: dict[str, dict[Path, str]] = {}
     for path, nb in notebooks.items():
-        heading, _, text = nb.cells[0].source.replace("\u2019", "'").partition("\n")
-        text = text.partition("What you'll do")[2].lstrip(" :*.")
-        summary = re.split(r"(?<=[.!?])\s|\n\s*\n", text, maxsplit=1)[0].replace("\n", " ")
-        name = f"[{path.stem[:2]} · {heading.lstrip('# ')}](notebooks/{path.name})"
-        rows.append(f"| {name} | {summary} |")
-    return "\n".join(rows)
+        number = path.stem[:2]
+        part = max(start for start in PARTS if start <= number)
+        title = nb.cells[0].source.partition("\n")[0].lstrip("# ")
+        label = f"{number} · {title}" if number.isdecimal() else title
+        parts.setdefault(PARTS[part], {})[path] = label
+    return parts
+
+
+def table(notebooks: dict[Path, Notebook]) -> str:
+    """The README's list of notebooks: a line each, under the parts of the course."""
+    lines = []
+    for part, titles in course(notebooks).items():
+        links = [f"- [{title}](notebooks/{path.name})" for path, title in titles.items()]
+        lines += [f"**{part}**", "", *links, ""]
+    return "\n".join(lines[:-1])
 
 
 def outputs(notebooks: dict[Path, Notebook], kind: str) -> Iterator[tuple[Path, Notebook, Any]]:
@@ -118,7 +130,6 @@ def contents(root: Path) -> dict[Path, bytes]:
     measured = [
         claims.Measurement(path.stem, cell.execution_count, facts)
         for path, cell, facts in outputs(notebooks, claims.MIME)
-        if "rule" in facts  # what was stored before claims had one waits for `make notebooks`
     ]
     found = {root / "docs" / "claims.md": claims.ledger(measured).encode()}
     for _, cell, picture in outputs(notebooks, "image/png"):

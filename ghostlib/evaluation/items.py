@@ -100,7 +100,7 @@ def descriptions(seed: int = SEED) -> list[Item]:
     with the same five letters), so that copying is of no use.
     """
     rng, items = random.Random(seed), []
-    articles = [a for a in _articles() if a["description"]]
+    articles = [a for a in articles_with_topic() if a["description"]]
     rng.shuffle(articles)
     described = [(a["topic"], a["description"], _words(a["description"])) for a in articles]
     for article, (topic, right, words) in zip(articles, described, strict=True):
@@ -122,7 +122,7 @@ def topics(seed: int = SEED) -> list[Item]:
     Every topic is right equally often, and wrong equally often: preferring one name gains nothing.
     """
     rng, items = random.Random(seed), []
-    articles = _articles()
+    articles = articles_with_topic()
     rng.shuffle(articles)
     names = list(TOPICS)
     queue = {name: iter([a for a in articles if a["topic"] == name]) for name in names}
@@ -135,7 +135,7 @@ def topics(seed: int = SEED) -> list[Item]:
     return items
 
 
-def _articles() -> list[dict[str, str]]:
+def articles_with_topic() -> list[dict[str, str]]:
     """Articles of the test split that have a topic."""
     entries = list(json.loads(asset("wiki").read_text(encoding="utf-8")).values())
     by_title = {entry["title"]: entry for entry in entries}

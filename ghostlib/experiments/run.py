@@ -20,16 +20,18 @@ from itertools import product
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import AUTO, DENSE, PRUNED, SEQUENTIAL, track, warn
+from ghostlib.common import AUTO, DENSE, PRUNED, SEQUENTIAL, checked, track, warn
+from ghostlib.evaluation.abilities import PROBES, Ability, ProbeSet
 from ghostlib.evaluation.perplexity import ScoredText
 from ghostlib.evaluation.tasks import check_tasks, zero_shot
 from ghostlib.experiments.results import Results
 from ghostlib.experiments.spec import Specification, base_name, family_of
-from ghostlib.experiments.tables import ACCURACY, PERPLEXITY, mean_interval
-from ghostlib.models.architectures import num_layers
+from ghostlib.experiments.tables import ABILITY, ACCURACY, PERPLEXITY, mean_interval
+from ghostlib.models.architectures import check_model, num_layers, text_config
 from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.recovery.recipe import Recipe
@@ -41,6 +43,7 @@ from ghostlib.statistics.calibration import Calibration, calibrate
 from ghostlib.surgery.cut import install
 
 
+@checked
 def run_experiment(
     specification: Specification,
     output: str | os.PathLike[str],
@@ -72,6 +75,8 @@ def run_experiment(
         UserWarning: a loss that is not finite, or a damaged line of the file.
     """
     part = read_shard(shard)
+    if model is not None:
+        check_model(model)
     results = Results(output)
     try:
         results.expect(specification.identity())
@@ -85,6 +90,7 @@ def run_experiment(
     return results
 
 
+@checked
 def read_shard(text: str) -> tuple[int, int]:
     """(3, 8) of ``"3/8"``.
 
@@ -106,12 +112,18 @@ class _Run:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     todo: dict[tuple[Layers, str], list[tuple[str, str]]] = field(default_factory=dict)
+    probes: dict[str, ProbeSet] = field(default_factory=dict)
 
     def run(self, index: int, total: int) -> None:
         """Choose layers, plan, and compute cell by cell."""
+        spec = self.specification
+        drawn: dict[str, Any] = {"seed": spec.seed, "count": spec.probe_items, "strict": True}
+        for name in spec.probes:  # one that cannot be asked is refused before anything is scored
+            self.probes[name] = ProbeSet(self.model, self.tokenizer, [name], **drawn)
         measures = [
             *product([PERPLEXITY], self.specification.perplexity),
             *product([ACCURACY], self.specification.tasks),
+            *product([ABILITY], self.specification.probes),
         ]
         models = [((), DENSE), *product(self._removed(), self.specification.operators)]
         for (layers, operator), (measure, dataset) in product(models, measures):
@@ -180,9 +192,13 @@ class _Run:
         """Solve the operators of one model, and append a record for each of its measures."""
         begin = time.perf_counter()
         operators = self._operators(layers, operator)
+        takes = {
+            PERPLEXITY: self._perplexity,
+            ACCURACY: self._accuracy,
+            ABILITY: self._ability,
+        }
         for measure, dataset in measures:
-            take = self._perplexity if measure == PERPLEXITY else self._accuracy
-            content = take(dataset, layers, operators)
+            content = takes[measure](dataset, layers, operators)
             names = {"layers": _spell(layers), "operator": operator, "dataset": base_name(dataset)}
             seconds, begin = time.perf_counter() - begin, time.perf_counter()
             if math.isfinite(content["value"]):
@@ -204,6 +220,8 @@ class _Run:
         count, length = text.windows.shape
         sizes = {"windows": count, "length": length, "tokens": count * (length - 1)}
         scored = {"split": text.split, **sizes, "bytes": text.bytes, "losses": losses}
+        if text.bos is not None:
+            scored["bos"] = text.bos  # which every window begins with
         return {"value": value, "low": low, "high": high, **scored}
 
     def _accuracy(
@@ -216,6 +234,17 @@ class _Run:
         scores = [asdict(part) for part in parts.values()]
         return {"value": fmean(score["acc"] for score in scores), "scores": scores}
 
+    def _ability(
+        self, probe: str, layers: Layers, operators: Mapping[Boundary, Operator]
+    ) -> dict[str, Any]:
+        values = self._asking[probe].abilities(layers, operators)[probe]
+        if not np.isfinite(values).all():
+            return {"value": math.nan}
+        chance = PROBES[probe].chance(text_config(self.model).vocab_size)
+        ability = Ability.of(PROBES[probe], values, chance)
+        bounds = {k: v for k, v in (("low", ability.low), ("high", ability.high)) if v == v}
+        return {"value": ability.score, "chance": chance, "items": values, **bounds}
+
     def _operators(self, layers: Layers, operator: str) -> Mapping[Boundary, Operator]:
         if operator in (DENSE, PRUNED):
             return {}
@@ -227,6 +256,8 @@ class _Run:
         family, gaps = family_of(operator), runs(layers, num_layers(self.model))
         if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
             return fit_sequential(self.model, self._windows, gaps, family, streams=self._streams)
+        if family.default and len(self._windows) > 1:
+            return self._ridged.fit(layers, operator)
         moments = self._statistics.of(family.regressor)
         return {gap: solve(moments[gap], family) for gap in gaps}
 
@@ -249,13 +280,33 @@ class _Run:
         return {c: Trials(self.model, text.windows) for c, text in self._texts.items()}
 
     @cached_property
+    def _asking(self) -> dict[str, Trials]:
+        """What all models have in common on each probe."""
+        return {name: Trials(self.model, None, probes=p) for name, p in self.probes.items()}
+
+    @cached_property
     def _recipe(self) -> Recipe:
         return Recipe(self.model, self._windows)
 
     @cached_property
+    def _ridged(self) -> Recipe:
+        """Repairs that choose their ridges, with the statistics for all of them."""
+        fitted = [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
+        chosen = [(ls, op) for ls, op in fitted if family_of(op).default]
+        names = list(dict.fromkeys(op for _, op in chosen))
+        recipe = Recipe(self.model, self._windows, candidates=names)
+        recipe.collect([ls for ls, _ in chosen])
+        return recipe
+
+    @cached_property
     def _statistics(self) -> Calibration:
         """Moments that all operators are solved from, of one pass."""
-        fitted = [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
+        fitted = [
+            (ls, op)
+            for ls, op in self.todo
+            if op not in (DENSE, PRUNED, AUTO)
+            and not (family_of(op).default and len(self._windows) > 1)
+        ]
         # Also of sequential fits: of one gap they are the teacher's.
         gaps = {gap for ls, _ in fitted for gap in runs(ls, num_layers(self.model))}
         regressors = {family_of(operator).regressor for _, operator in fitted}

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ghostlib.common import AUTO, DENSE
+from ghostlib.common import AUTO, DENSE, one_line
+from ghostlib.evaluation.abilities import t_interval
 from ghostlib.evaluation.tasks import Score, paired
 from ghostlib.experiments.results import Record, Results
 from ghostlib.models.boundaries import read_layers
 
-PERPLEXITY, ACCURACY, MEAN = "perplexity", "accuracy", "mean"
+PERPLEXITY, ACCURACY, ABILITY, MEAN = "perplexity", "accuracy", "ability", "mean"
 _MODEL = {"model": str, "seed": "int64", "layers": str, "n": "int64"}
 _SCORE = {
     **_MODEL,
@@ -38,12 +39,13 @@ def scores(results: Results, *, normed: bool = False, confidence: float = 0.95) 
 
     Returns:
         A row for each model (``model, seed, layers, n, operator``), ``measure`` (``"perplexity"``,
-        ``"accuracy"``) and ``dataset``: a corpus, a task, or a member of a group of tasks.
+        ``"accuracy"``, ``"ability"``) and ``dataset``: a corpus, a task, a member of a group of
+        tasks, or a probe.
         ``layers`` are those removed, as `ghostlib.models.boundaries.spell` writes them, and ``n``
         is their number. ``value, low, high``: the score and its 95 % interval; ``bits_per_byte``;
         ``size``: predicted tokens, or items; ``dense``: the dense model's score; ``relative``: the
-        ratio of perplexities to it or the difference of accuracies, with ``relative_low,
-        relative_high``; ``evidence``: the losses of the windows, or a `Score`.
+        ratio of perplexities to it or the difference of other scores, with ``relative_low,
+        relative_high``; ``evidence``: the losses of the windows, a `Score`, or those of the items.
     """
     records = [part for record in results.of("score") for part in _parts(record, normed)]
     dense = {(r["specification"], r["dataset"]): r for r in records if r["operator"] == DENSE}
@@ -53,6 +55,9 @@ def scores(results: Results, *, normed: bool = False, confidence: float = 0.95) 
             if record["measure"] == PERPLEXITY:
                 differences = np.subtract(record["evidence"], reference["evidence"])
                 compared = mean_interval(differences, confidence)
+            elif record["measure"] == ABILITY:
+                differences = np.subtract(record["evidence"], reference["evidence"])
+                compared = t_interval(differences, confidence)
             else:
                 pair = record["evidence"], reference["evidence"]
                 by = paired(*pair, normed=record["normed"], confidence=confidence)
@@ -68,6 +73,8 @@ def _parts(record: Record, normed: bool) -> list[Record]:
         per_byte = bits * record["tokens"] / record["bytes"] if record["bytes"] else math.nan
         more = {"size": record["tokens"], "evidence": record["losses"], "bits_per_byte": per_byte}
         return [record | more]
+    if record["measure"] == ABILITY:
+        return [record | {"size": len(record["items"]), "evidence": record["items"]}]
     parts = []
     for score in (Score(**part) for part in record["scores"]):
         value, error, norm = score.acc, score.acc_se, False
@@ -106,6 +113,56 @@ def _frame(results: Results, records: Sequence[Record], columns: dict[str, Any])
         if specification := known.get(record["specification"]):
             rows.append({"n": n} | {k: specification[k] for k in ("model", "seed")} | record)
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+
+class Ratio(NamedTuple):
+    """A ratio of perplexities, its 95 % interval, and what it rests on.
+
+    Attributes:
+        estimate: geometric mean over seeds and corpora.
+        low: lower end of its interval.
+        high: upper end.
+        seeds: how many draws of calibration and test text.
+        windows: scored windows of all seeds and corpora.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    seeds: int
+    windows: int
+
+
+def ratio(first: pd.DataFrame, second: pd.DataFrame) -> Ratio:
+    """Perplexity of one model over another's, on the same windows of the same seeds and corpora.
+
+    Differences of losses are taken window by window and averaged within a corpus, then over the
+    corpora. With three seeds or more the interval is Student's t over the seeds, which differ in
+    calibration text and in test text; with fewer, over the windows.
+
+    Args:
+        first: `scores` of one perplexity for each seed and corpus.
+        second: the same of another model.
+
+    Raises:
+        ValueError: seeds and corpora that differ, or several models in one of the two.
+
+    >>> rows = pd.DataFrame({"seed": 0, "dataset": "wiki", "evidence": [[2.0, 3.0]]})
+    >>> other = rows.assign(evidence=[[2.1, 3.3]])
+    >>> round(ratio(rows, other).estimate, 3), ratio(rows, other).windows
+    (0.819, 2)
+    """
+    keys = ["seed", "dataset"]
+    evidence = [rows.set_index(keys)["evidence"].sort_index() for rows in (first, second)]
+    if not all(one.index.is_unique for one in evidence) or set(evidence[0].index) != set(
+        evidence[1].index
+    ):
+        raise ValueError("give one model each, on the same seeds and corpora")
+    gaps = evidence[0].combine(evidence[1], np.subtract)
+    by_seed = gaps.map(np.mean).groupby("seed").mean()
+    windows = np.concatenate(gaps.tolist())
+    _, low, high = mean_interval(by_seed.to_numpy() if len(by_seed) > 2 else windows)
+    return Ratio(float(np.exp(by_seed.mean())), low, high, len(by_seed), len(windows))
 
 
 def with_means(rows: pd.DataFrame) -> pd.DataFrame:
@@ -166,7 +223,7 @@ def report(results: Results, *, normed: bool = False) -> str:
     parts = []
     for measure, part in rows.groupby("measure", sort=False):
         title, compared = _TITLES[str(measure)]
-        repaired = with_means(part)
+        repaired = part if measure == ABILITY else with_means(part)  # which have several units
         parts.append(f"{title}\n{_lines(wide(repaired, value_text))}")
         repaired = repaired[(repaired["operator"] != DENSE) & repaired["relative"].notna()]
         if len(repaired):
@@ -174,14 +231,18 @@ def report(results: Results, *, normed: bool = False) -> str:
     notes = [f"{r['criterion']}, n = {r['n']}: {r['layers']}" for r in results.of("selection")]
     notes += [f"{AUTO} without {r['layers']}: {r['operator']}" for r in results.of("choice")]
     for record in results.of("skipped"):
-        notes.append(f"left out: {record['reason']}")
+        notes.append(f"left out: {one_line(record['reason'])}")
     return "\n\n".join([*parts, "\n".join(notes)]).strip()
 
 
 _TITLES = {
     PERPLEXITY: ("Perplexity (bits per byte)", "Perplexity ÷ dense"),
     ACCURACY: ("Zero-shot accuracy, % ± standard error", "Difference to dense, points"),
+    ABILITY: ("Abilities: share right, or nats per token", "Difference to dense"),
 }
+
+
+_FORMS = {PERPLEXITY: (1, ".3g"), ACCURACY: (100, "+.1f"), ABILITY: (1, "+.2f")}
 
 
 def _lines(table: pd.DataFrame) -> str:
@@ -190,6 +251,7 @@ def _lines(table: pd.DataFrame) -> str:
     for *others, n, operator in table.index:
         parts = [operator, f"n = {n}" if n else "", *map(str, others)]
         names.append(", ".join(filter(None, parts)))
+    table = table.rename(columns=one_line)
     return str(table.set_axis(names).rename_axis(columns=None).fillna("").to_string())
 
 
@@ -198,13 +260,15 @@ def value_text(row: Any) -> str:
     if row.measure == PERPLEXITY:
         bits = "" if pd.isna(row.bits_per_byte) else f" ({row.bits_per_byte:.3f})"
         return f"{row.value:,.2f}{bits}"
+    if row.measure == ABILITY:
+        return f"{row.value:.2f}"
     error = (row.high - row.low) / 2 / stats.norm.ppf(0.975)
     return f"{100 * row.value:.1f}" + ("" if pd.isna(error) else f" ± {100 * error:.1f}")
 
 
 def relative_text(row: Any) -> str:
     """Perplexity ÷ the dense model's, or accuracy less that, in points; and the interval."""
-    scale, form = (1, ".3g") if row.measure == PERPLEXITY else (100, "+.1f")
+    scale, form = _FORMS[row.measure]
     text = f"{scale * row.relative:{form}}"
     if pd.isna(row.relative_low):
         return text
@@ -218,9 +282,6 @@ def mean_interval(
 
     The interval of a single value is NaN.
     """
-    mean, count, half = float(np.mean(losses)), len(losses), math.nan
-    if count > 1:
-        half = stats.t.ppf((1 + confidence) / 2, count - 1) * stats.sem(losses)
     with np.errstate(over="ignore"):
-        middle, low, high = np.exp([mean, mean - half, mean + half]).tolist()
+        middle, low, high = np.exp(t_interval(losses, confidence)).tolist()
     return middle, low, high

@@ -17,6 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ghostlib.common import checked
+
 RCOND = 1e-6
 # A ridge below this multiple of the mean eigenvalue regularises nothing that can be measured.
 _RIDGE_THAT_COUNTS = 1e-6
@@ -106,6 +108,7 @@ class Gram:
         scale = 0.0 if self.terms is None else float((self.terms / scaling.square()).max())
         return Spectrum.of(self.G / torch.outer(scaling, scaling), scale)
 
+    @checked
     def regularise(
         self,
         rcond: float | None = None,
@@ -231,6 +234,18 @@ class Regularised:
             return torch.cholesky_solve(C, self._factor)
         V, d = self.spectrum.vectors, self.scaling[:, None]
         return (V @ (V.T @ (C / d)).mul_(self.gain[:, None])).div_(d)
+
+    def explained(self, M: Tensor, C: Tensor) -> float | None:
+        """By how much ``M = solve(C)`` lowers the squared error, without a product with ``G``.
+
+        The normal equations say what ``G M`` is. None where directions were dropped, whose rounding
+        they do not see.
+        """
+        if self._factor is None:
+            return None
+        rows = torch.linalg.vector_norm(M, dim=1)
+        penalty = self.shift * (self.scaling * rows).square().sum()
+        return float(torch.tensordot(M, C) + penalty)
 
     def trouble(self, tokens: int, blind: int = 0) -> str | None:
         """What is wrong with fitting a full matrix to these tokens, and what to do; or None.

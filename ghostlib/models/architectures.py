@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ghostlib.common import GHOSTED
-from ghostlib.models.configuration import check_agreement, follow, uniform
+from ghostlib.common import GHOSTED, checked, told
+from ghostlib.models.configuration import check_agreement, follow, kinds
 from ghostlib.models.placement import input_device, loaded_parameters
 
 
@@ -29,42 +29,45 @@ class Structure(NamedTuple):
         layers: the list of decoder layers.
         receiver: what receives the stream after the last of them: the final norm, or the head where
             there is none.
+        layout: the axes of what passes from layer to layer, one letter each: batch, tokens,
+            streams side by side (n), channels.
+        streams: the setting that says how many streams there are, or "" for one.
     """
 
     layers: str
     receiver: str
+    layout: str = "btc"
+    streams: str = ""
 
 
 EXCEPTIONS: dict[str, Structure] = {
     # Its one norm stands before the first layer as well as behind the last.
     "nanochat": Structure("model.layers", ""),
+    # Hyper-connections: the streams of a token are the stream, as wide as all of them.
+    "deepseek_v4": Structure("model.layers", "model.hc_head", "btnc", "hc_mult"),
+    "hy_v4": Structure("model.layers", "model.hc_head", "btnc", "hc_mult"),
+    # Its last module takes what blocks of layers have returned first, and the stream beside it.
+    "inkling2_text": Structure("model.layers", ""),
+    "qwen4_exp_text": Structure("model.layers", "model.hyper_connection_mixer", "btc", "hc_count"),
+    # What follows its last layer is spelt out in the pass of its model.
+    "gemma3n": Structure("model.language_model.layers", "", "nbtc", "altup_num_inputs"),
+    "gemma3n_text": Structure("model.layers", "", "nbtc", "altup_num_inputs"),
 }
 """Types whose parts are not where the conventions put them; one line each."""
 
 _LOOPS = "passes its stream through the same layers several times"
-_STREAMS = "carries several streams from layer to layer and mixes them in each"
 REFUSED: dict[str, str] = {
     "blt": "reads bytes in patches, through three stacks of layers of different lengths",
     "cpmant": "puts prompt tokens of its own before the stream",
-    "deepseek_v4": _STREAMS,
     "dory": _LOOPS,
-    "gemma3n": _STREAMS,
-    "gemma3n_text": _STREAMS,
     "gemma4_assistant": "continues the hidden states of another model",
     "gemma4_unified_assistant": "continues the hidden states of another model",
     "hrm_text": _LOOPS,
-    "hy_v4": _STREAMS,
     "inkling2_loop_text": _LOOPS,
-    "inkling2_text": "reads in each layer what blocks of layers before it have returned",
     "prophetnet": "carries a stream for each token it predicts ahead",
-    "qwen4_exp": _STREAMS,
-    "qwen4_exp_text": _STREAMS,
     "reformer": "carries two streams, from which it computes the layers before backwards",
-    "rwkv": "rescales its weights in place, each layer's by its number, while it runs",
     "xlm": "keeps attention and MLP of a layer in separate lists",
     "xlnet": "carries its stream by tokens first, and a second one for what it predicts",
-    "xmod": "looks its languages up in its first layer, so that none of its parts runs alone",
-    "zamba2": "has shared blocks that look up the number of the layer they are called in",
     "zaya": "carries a second stream, of its routers, from layer to layer",
 }
 """Types that cannot be pruned layer by layer, and why."""
@@ -111,6 +114,11 @@ def check_model(model: Any) -> None:
             f"the model is wrapped in {kind}: pass model.module; calibrate_distributed spreads a "
             "calibration over processes"
         )
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+        raise ValueError(
+            f"the weights of this {kind} are spread over processes by fully_shard: load it "
+            "without, and with device_map where one device is too small"
+        )
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise ValueError(
             f"the model is a {kind} of PEFT, whose adapters are no part of its layers: pass "
@@ -118,13 +126,19 @@ def check_model(model: Any) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a causal language model of transformers is needed, got {kind}: load one with "
+            f"a causal language model of transformers is needed, got {told(model)}: load one with "
             "load_model or AutoModelForCausalLM.from_pretrained"
         )
     name = model_type(model)
     config = text_config(model)
     if reason := REFUSED.get(name):
         raise ValueError(f"{name} {reason}: its layers cannot be removed")
+    if getattr(config, "rescale_every", 0) > 0:
+        raise ValueError(
+            f"{name} halves its stream every {config.rescale_every} layers, in its weights: its "
+            "layers cannot be removed before it is loaded with rescale_every=0, as the same "
+            "function"
+        )
     if getattr(config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         encoder = model.get_encoder()
         if encoder is not None and encoder is not model and _layer_lists(encoder):
@@ -206,7 +220,7 @@ def _behind(model: PreTrainedModel, layers: str) -> str:
     parent = layers
     while parent:
         parent = parent.rpartition(".")[0]
-        if parent == "":
+        if parent == "" and "." in layers:  # the model holds its decoder, and its head beside it
             break
         norms = [
             name
@@ -233,10 +247,56 @@ def num_layers(model: PreTrainedModel) -> int:
 
 
 def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the residual stream."""
-    return int(text_config(model).hidden_size)
+    """Width of the residual stream; of all together where there are several side by side."""
+    config, streams = text_config(model), structure(model).streams
+    # Remote code may call it otherwise.
+    width = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]
+    return int(width * (getattr(config, streams) if streams else 1))
 
 
+def vocabulary(model: PreTrainedModel) -> int:
+    """Number of token ids."""
+    size = getattr(text_config(model), "vocab_size", None)
+    return int(size or model.get_input_embeddings().weight.shape[0])
+
+
+def looks_back(model: PreTrainedModel) -> bool:
+    """Whether layers read more of those before them than the stream, so that none runs alone.
+
+    Keys and values, indices of tokens to attend to, or what blocks of layers have returned.
+    """
+    config = text_config(model)
+    shared = getattr(config, "num_kv_shared_layers", 0) or "shared" in (
+        getattr(config, "indexer_types", None) or ()
+    )
+    return bool(shared or getattr(config, "n_layers_per_attn_res_block", 0))
+
+
+def to_stream(state: Tensor, layout: str) -> Tensor:
+    """What passes from layer to layer, in the order ``layout``, as (batch, tokens, width)."""
+    if layout == "btc":
+        return state
+    return state.movedim((layout.index("b"), layout.index("t")), (0, 1)).flatten(2)
+
+
+def to_state(stream: Tensor, like: Tensor, layout: str) -> Tensor:
+    """The reverse of `to_stream`, in the shape of ``like`` but for the batch and the tokens."""
+    if layout == "btc":
+        return stream
+    axes = layout.index("b"), layout.index("t")
+    rest = like.movedim(axes, (0, 1)).shape[2:]
+    unfolded: Tensor = stream.unflatten(2, rest)
+    return unfolded.movedim((0, 1), axes)
+
+
+def check_index(model: PreTrainedModel, index: int) -> None:
+    """Refuse, by `ValueError`, an index that is neither of a layer nor of what comes behind."""
+    last = num_layers(model)
+    if not 0 <= index <= last:
+        raise ValueError(f"index must lie between 0 and the number of layers {last}, got {index}")
+
+
+@checked
 def receiver(model: PreTrainedModel, index: int) -> nn.Module:
     """The module whose first argument is the stream at ``index``.
 
@@ -244,8 +304,10 @@ def receiver(model: PreTrainedModel, index: int) -> nn.Module:
     the final norm, or the head of a model without one.
 
     Raises:
-        ValueError: nothing receives the stream after the last layer and nothing else.
+        ValueError: an index that is none, or nothing receives the stream after the last layer and
+            nothing else.
     """
+    check_index(model, index)
     layers = decoder_layers(model)
     if index < len(layers):
         return layers[index]
@@ -287,12 +349,17 @@ def check_layers(model: PreTrainedModel, original: PreTrainedModel) -> None:
 
 def same_layers(model: PreTrainedModel) -> bool:
     """Whether the layers differ in nothing but their weights, so that any of them can go."""
-    if model not in _SAME:
-        _SAME[model] = uniform(model, structure(model).layers)
-    return _SAME[model]
+    return not any(layer_kinds(model))
 
 
-_SAME: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+def layer_kinds(model: PreTrainedModel) -> list[int]:
+    """Of each layer, the first that differs from it in nothing but its number and weights."""
+    if model not in _KINDS:
+        _KINDS[model] = kinds(model, structure(model).layers)
+    return _KINDS[model]
+
+
+_KINDS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 # Numbers of layers left of a model whose layers are the same that have been found to agree.
 _PASSED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 

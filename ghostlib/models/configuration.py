@@ -12,19 +12,23 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-_COUNT = re.compile(r"(num_|n_)?(hidden_|decoder_|text_)?(layers?|blocks)$")
+_COUNT = re.compile(r"(num_|n_)?(hidden_|decoder_|text_)?(layers?|blocks)$|depth$")
 # How many of the first layers, or of the last, are of one kind.
 _FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
 _LAST = ("num_kv_shared_layers",)
 _REPEATED = ("attention_types", "block_types")
 # What is divided by the square root of the number of layers.
 _BY_ROOT = ("scale_depth",)
-_INDICES = re.compile(r".*(layers|layer_ids|layer_indices|indices|idxs?|layer_idx)$")
+_INDICES = re.compile(r".*(layers|layer_ids|layer_indices|indices|idxs?|layer_idx|block_map)$")
+_BY_INDEX = ("layer_dic",)
+# Tables whose columns, or rows, are as many blocks side by side as there are layers.
+_TABLES = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
 _NUMBER = re.compile(r"_?(layer_?(idx|id|index|number|num)|idx|index|block_idx)$")
 
 
@@ -54,9 +58,31 @@ def follow(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
             config.per_layer_config = {kept.index(i): s for i, s in single.items() if i in kept}
     for owner in owners:
         _follow_settings(owner, total, kept)
-    for index in kept:
-        for module in layers[index].modules():
-            _follow_settings(module, total, kept)
+    # Layers may share modules, which follow once.
+    for module in {module for index in kept for module in layers[index].modules()}:
+        _follow_settings(module, total, kept)
+    if not hasattr(layers[kept[0]], "pre_ln") and hasattr(layers[0], "pre_ln"):
+        layers[kept[0]].pre_ln = nn.Identity()  # which the first RWKV layer calls; checked below
+    for owner in owners[1:]:
+        _follow_tables(owner, total, kept)
+    for owner in owners:
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            _follow_paths(vars(owner).get(name), path.rpartition(".")[2], kept)
+
+
+def _follow_paths(tied: dict[str, str] | None, name: str, kept: Sequence[int]) -> None:
+    """Number the layers anew in a table of weights that are tied, by their paths (Zamba 2)."""
+    number = re.compile(rf"(?<=\b{name}\.)\d+")
+
+    def renumbered(path: str) -> str:
+        return number.sub(lambda found: str(kept.index(int(found[0]))), path)
+
+    if tied:
+        pairs = list(tied.items())
+        tied.clear()
+        for target, source in pairs:
+            if all(int(index) in kept for index in number.findall(f"{target} {source}")):
+                tied[renumbered(target)] = renumbered(source)
 
 
 def _per_layer(config: PretrainedConfig) -> dict[int, Any]:
@@ -97,6 +123,29 @@ def _follow_settings(owner: Any, total: int, kept: Sequence[int]) -> None:
             setattr(owner, name, new)
 
 
+def _follow_tables(owner: Any, total: int, kept: Sequence[int]) -> None:
+    """Give each layer that is kept its own part of the tables that all are fed from (Gemma 3n).
+
+    Raises:
+        ValueError: a table is offloaded.
+    """
+    for name, axis in _TABLES.items():
+        table = getattr(owner, name, None)
+        if table is None or table.weight.shape[axis] % total or len(kept) == total:
+            continue
+        if table.weight.device.type == "meta" and hasattr(table, "_hf_hook"):
+            raise ValueError(
+                f"the table {name}, of which every layer has a part, is offloaded: load the model "
+                "without offloading it"
+            )
+        blocks = table.weight.detach().unflatten(axis, (total, -1))
+        places = torch.tensor(kept, device=blocks.device)
+        weight = blocks.index_select(axis, places).flatten(axis, axis + 1)
+        table.weight = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
+        size = "embedding_dim" if isinstance(table, nn.Embedding) else "out_features"
+        setattr(table, size, weight.shape[axis])
+
+
 def _followed(name: str, value: Any, total: int, kept: Sequence[int]) -> Any:
     """The setting for the layers ``kept``, or None where it does not depend on them."""
     if type(value) is int:
@@ -106,6 +155,8 @@ def _followed(name: str, value: Any, total: int, kept: Sequence[int]) -> Any:
             return sum(index >= total - value for index in kept)
         if value == total and (_COUNT.fullmatch(name) or name == "first_kv_shared_layer_idx"):
             return len(kept)
+    if name in _BY_INDEX and isinstance(value, dict):
+        return {kept.index(index): v for index, v in value.items() if index in kept}
     if name in _BY_ROOT and isinstance(value, int | float):
         return value * math.sqrt(len(kept) / total)
     if isinstance(value, list | tuple) and value:
@@ -157,19 +208,44 @@ def _numbers(layers: nn.ModuleList) -> list[tuple[int, nn.Module, str, int, int]
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that the configuration of ``model`` describes, on the meta device: no weights."""
+    """The model that the configuration of ``model``, once saved, describes; without weights."""
     config: Any = model.config
     with torch.device("meta"):
-        # what of it is saved, and what is made of that when it is read
-        made: PreTrainedModel = type(model)(type(config).from_dict(config.to_diff_dict()))
-    return made
+        made = type(model)._from_config(
+            type(config).from_dict(config.to_diff_dict()), dtype=model.dtype
+        )
+    found: PreTrainedModel = made
+    return found
+
+
+# Settings of a few twins, by all that makes them: removing one layer or its like is the same.
+_DESCRIBED: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+
+
+def _described(model: PreTrainedModel, path: str) -> dict[str, dict[str, Any]]:
+    """As `_parts`, of the twin."""
+    key = (type(model), model.config.to_json_string(), model.dtype, path)
+    if key not in _DESCRIBED:
+        if len(_DESCRIBED) > 7:
+            _DESCRIBED.clear()
+        _DESCRIBED[key] = _parts(twin(model), path)
+    return _DESCRIBED[key]
+
+
+def _parts(model: PreTrainedModel, path: str) -> dict[str, dict[str, Any]]:
+    """Settings of every module, by name, from what holds the layers at ``path`` down."""
+    holder = model.get_submodule(path.rpartition(".")[0])
+    # What sets values that no file holds: the innermost model, where one is in another.
+    inner = holder if isinstance(holder, PreTrainedModel) else model
+    return {name: _settings(module, inner) for name, module in holder.named_modules()}
 
 
 def differences(model: PreTrainedModel, path: str) -> list[str]:
-    """Where ``model``, from what holds its layers down, is not its `twin`.
+    """Where ``model`` is not its `twin`.
 
-    Compared by name: classes of modules, shapes of parameters and buffers, every plain setting of a
-    module, and the values of buffers that no file holds.
+    Compared by name, from what holds the layers down: classes of modules, shapes and dtypes of
+    parameters and buffers, every plain setting of a module, and the values of buffers that no file
+    holds.
 
     Args:
         path: of the list of decoder layers.
@@ -178,40 +254,38 @@ def differences(model: PreTrainedModel, path: str) -> list[str]:
         One line a difference, such as ``layers.3.self_attn.sliding_window: 8, not None``: what the
         model has, and what one made from its configuration has.
     """
-    parent = path.rpartition(".")[0]
-    other = twin(model)
-    ours, theirs = (dict(m.get_submodule(parent).named_modules()) for m in (model, other))
+    ours, theirs = _parts(model, path), _described(model, path)
     found = []
     for name in ours.keys() | theirs.keys():
         if name not in ours or name not in theirs:
             found.append(f"{name}: {_have(name in ours)}, {_have(name in theirs)} in the twin")
             continue
-        settings = _settings(theirs[name], other)
-        have = _settings(ours[name], model)
-        for key, expected in settings.items():
-            if key in have and not _agree(have[key], expected, theirs[name]):
-                found.append(f"{name}.{key}: {have[key]}, not {expected}".lstrip("."))
+        have, wanted = ours[name], theirs[name]
+        for key, value in wanted.items():
+            if key in have and not _agree(have[key], value, wanted["class"]):
+                found.append(f"{name}.{key}: {have[key]}, not {value}".lstrip("."))
     return sorted(found)
 
 
-def uniform(model: PreTrainedModel, path: str) -> bool:
-    """Whether the layers at ``path`` differ in nothing but their numbers and weights."""
-    layers: Any = model.get_submodule(path)
-    kinds = []
-    for layer in layers:
-        kind = {}
-        for name, module in layer.named_modules():
-            settings = _settings(module, model)
-            kind[name] = {k: v for k, v in settings.items() if not _NUMBER.fullmatch(k)}
-        kinds.append(kind)
-    return all(kind == kinds[0] for kind in kinds)
+def kinds(model: PreTrainedModel, path: str) -> list[int]:
+    """Of each layer at ``path``, the first that differs from it in its number and weights alone."""
+    found: list[dict[str, dict[str, Any]]] = []
+    for index in range(len(model.get_submodule(path))):
+        parts = _parts(model, f"{path}.{index}.")
+        found.append(
+            {
+                name: {k: v for k, v in settings.items() if not _NUMBER.fullmatch(k)}
+                for name, settings in parts.items()
+            }
+        )
+    return [found.index(kind) for kind in found]
 
 
-def _agree(ours: Any, theirs: Any, module: nn.Module) -> bool:
+def _agree(ours: Any, theirs: Any, kind: str) -> bool:
     """Equal, up to rounding; rotary embeddings may know kinds of layers that are gone."""
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
-    if "Rotary" in type(module).__name__:
+    if "Rotary" in kind:
         if isinstance(ours, dict) and isinstance(theirs, dict):
             return theirs.items() <= ours.items()
         if isinstance(ours, list) and isinstance(theirs, list):
@@ -238,6 +312,7 @@ def _settings(module: nn.Module, model: PreTrainedModel) -> dict[str, Any]:
             found[name] = value
     for name, tensor in (*module.named_parameters(recurse=False), *_buffers(module)):
         found[f"{name}, shape"] = tuple(tensor.shape)
+        found[f"{name}, dtype"] = tensor.dtype
     for name, values in _computed(module, model):
         found[f"{name}, values"] = values
     return found
@@ -270,6 +345,8 @@ def _computed(module: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, 
             yield name, values.double().flatten().tolist()
 
 
+# In what models differ from their own configuration before any layer is removed.
+_BEFORE: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 _NUMBERS = re.compile(r"\.\d+\.")
 
 
@@ -283,14 +360,16 @@ def check_agreement(model: PreTrainedModel, path: str, original: PreTrainedModel
             configuration already, ``model`` may differ too.
 
     Raises:
-        ValueError: it shows up to three differences to the `twin`.
+        ValueError: it shows up to three `differences`.
     """
     try:
         found = differences(model, path)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         found = [f"{type(error).__name__}: {error}".splitlines()[0]]
     if found:
-        before = {_NUMBERS.sub("", line) for line in differences(original, path)}
+        if original not in _BEFORE:
+            _BEFORE[original] = {_NUMBERS.sub("", line) for line in differences(original, path)}
+        before = _BEFORE[original]
         found = [line for line in found if _NUMBERS.sub("", line) not in before]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""

@@ -19,9 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from ghostlib.models.architectures import (
     decoder_layers,
     hidden_size,
+    looks_back,
     model_type,
     num_layers,
     receiver,
+    structure,
 )
 from ghostlib.models.placement import compute_device, input_device
 from ghostlib.models.streams import excerpt, feed, tap
@@ -121,6 +123,8 @@ class _Bench:
 
 
 def _find_out(model: PreTrainedModel, index: int) -> Facts:
+    if looks_back(model):  # no layer of it can be tried alone
+        return Facts((), "", "", False)
     bench = _Bench(model, index)
     modules = dict(bench.layer.named_modules())
     before, seen = bench.run()
@@ -129,20 +133,22 @@ def _find_out(model: PreTrainedModel, index: int) -> Facts:
     def norm_like(path: str) -> bool:
         return "norm" in type(modules[path]).__name__.lower()
 
-    candidates = [
-        path
+    candidates = {
+        path: None
         for path, _, output in seen
         if output.numel() == bench.stream.numel()
         and output.shape[-1] == bench.width
-        and (type(modules[path]).forward in _LINEAR or norm_like(path))
-    ]
+        and (_is_linear(modules[path]) or norm_like(path))
+    }
     writers, linear = [], []
-    for path in dict.fromkeys(candidates):
+    for path in candidates:
+        if any(path.startswith(f"{outer}.") for outer in candidates):
+            continue  # a part of a projection, such as the base layer of an adapter
         nudged = {path: lambda values: values + bench.nudge.view_as(values)}
         after, again = bench.run(change=nudged)
         if _added(bench, path, seen, again, before, after, norm_like):
             writers.append(path)
-        if type(modules[path]).forward in _LINEAR and bench.same(after - before, bench.nudge):
+        if _is_linear(modules[path]) and bench.same(after - before, bench.nudge):
             linear.append(path)
     outside = [path for path in linear if not _in_attention(modules, path)]
     last = (outside or linear or [""])[-1]
@@ -158,6 +164,12 @@ def _find_out(model: PreTrainedModel, index: int) -> Facts:
     scaled, _ = bench.run(bench.stream * _FACTOR, grown)
     scales = bool(writers) and bench.same(scaled, before * _FACTOR)
     return Facts(tuple(writers), last, norm, scales)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a projection, quantised and adapted ones included (see `present`)."""
+    named = "linear" in type(module).__name__.lower() or hasattr(module, "base_layer")
+    return type(module).forward in _LINEAR or named
 
 
 def _added(
@@ -255,15 +267,6 @@ def has_bias(model: PreTrainedModel, index: int) -> bool:
     return module.bias is not None
 
 
-def mlp_output(model: PreTrainedModel, index: int) -> nn.Module:
-    """The module whose output is what layer ``index``'s MLP adds to the stream.
-
-    Raises:
-        ValueError: as `down_projection`.
-    """
-    return down_projection(model, index)
-
-
 def writers(model: PreTrainedModel, index: int) -> list[nn.Module]:
     """The modules of layer ``index`` whose outputs are added to the stream.
 
@@ -311,7 +314,7 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
             "embeddings, so that it cannot be scaled in them; use an operator at the gap, such as "
             "scalar or ghost"
         )
-    last: Any = receiver(model, num_layers(model))
+    last: Any = receiver(model, num_layers(model)) if structure(model).receiver else None
     if not getattr(last, "weight", None) is not None or not _is_norm(last, plain):
         raise ValueError(
             f"a {model_type(model)} has no norm with weights after its last layer, so that scaling "
@@ -359,7 +362,7 @@ def scale_output(model: PreTrainedModel, module: nn.Module, factor: float) -> No
     The old parameters, which other models may share, stay as they are.
 
     Raises:
-        ValueError: its weights are offloaded.
+        ValueError: as `present`.
     """
     present(module)
     projects = isinstance(module, nn.Linear | nn.Embedding | Conv1D)
@@ -386,13 +389,36 @@ def norm_offset(module: nn.Module) -> float:
 
 
 def present(module: nn.Module) -> nn.Module:
-    """``module``, if its weights are in memory to be folded into; `ValueError` otherwise."""
-    if any(p.device.type == "meta" for p in module.parameters(recurse=False)):
+    """``module``, if its weights can be folded into.
+
+    Raises:
+        ValueError: they are offloaded or quantised, or an adapter sits on them.
+    """
+    reason, remedy = "", ""
+    if hasattr(module, "base_layer"):  # as PEFT wraps what it adapts
+        reason, remedy = "have an adapter on them", "merge it (merge_and_unload)"
+    elif any(p.device.type == "meta" for p in module.parameters(recurse=False)):
+        reason, remedy = "are offloaded", "load the model without offloading"
+    elif not _is_plain(module):
+        reason, remedy = "are quantised", "load the model in bfloat16 or float32"
+    if reason:
         raise ValueError(
-            f"the weights of a {type(module).__name__} are offloaded and cannot be folded into: "
-            "load the model without offloading, or use an operator at the gap"
+            f"the weights of a {type(module).__name__} {reason} and cannot be folded into: "
+            f"{remedy}, or use an operator at the gap, such as ghost"
         )
     return module
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether its weight is a floating-point tensor of 16 bits or more, used as it is."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize == 1:
+        return False
+    if not isinstance(module, nn.Linear) or type(module).forward in _LINEAR:
+        return True
+    x = torch.linspace(-1, 1, module.in_features, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        return _close(nn.functional.linear(x, weight, module.bias), module(x))
 
 
 @contextmanager
@@ -415,7 +441,7 @@ def listen(
 
     with ExitStack() as stack:
         # All are found before the first is watched.
-        modules = {start: mlp_output(model, start - 1) for start in starts}
+        modules = {start: down_projection(model, start - 1) for start in starts}
         for start, module in modules.items():
             stack.callback(module.register_forward_hook(hook_for(start)).remove)
         yield

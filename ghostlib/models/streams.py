@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ghostlib.common import checked, told, whole
 from ghostlib.models.architectures import (
+    check_index,
     check_layers,
     keep_layers,
     model_type,
@@ -26,7 +28,10 @@ from ghostlib.models.architectures import (
     same_layers,
     structure,
     text_config,
+    to_state,
+    to_stream,
     uncached,
+    vocabulary,
 )
 from ghostlib.models.placement import input_device, offload_stores, release_movers
 
@@ -153,14 +158,17 @@ def feed(model: PreTrainedModel, stream: Tensor) -> Iterator[None]:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        state = args[0] if args else kwargs["hidden_states"]
+        entering = to_state(stream.to(state), state, structure(model).layout)
         if args:
-            return (stream.to(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": stream.to(kwargs["hidden_states"])}
+            return (entering, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": entering}
 
     with _hooked(receiver(model, 0), hook, first=True):
         yield
 
 
+@checked
 def record(
     model: PreTrainedModel, windows: Tensor, indices: Iterable[int], **inputs: Tensor
 ) -> dict[int, Tensor]:
@@ -170,12 +178,14 @@ def record(
         ``{index: (windows, length, hidden)}`` in the model's dtype; the layer count stands for the
         final norm.
     """
+    check_windows(model, windows)
     streams: dict[int, Tensor] = {}
     with tap(model, indices, streams.__setitem__) as run:
         run(input_ids=windows.to(input_device(model)), **inputs)
     return streams
 
 
+@checked
 @contextmanager
 def tap(
     model: PreTrainedModel, indices: Iterable[int], on_stream: Callable[[int, Tensor], None]
@@ -188,20 +198,25 @@ def tap(
     norm. The hooks are removed whatever happens.
 
     Raises:
-        ValueError: what passes from layer to layer is no stream (batch, tokens, hidden).
+        ValueError: what passes from layer to layer is no stream (batch, tokens, hidden), or an
+            index that is none.
     """
     wanted = sorted(set(indices))
+    for index in wanted:
+        check_index(model, index)
     waiting: list[int] = []
+    layout = structure(model).layout
 
     def hook_for(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            if not isinstance(hidden, Tensor) or hidden.ndim != len(layout):
                 got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
                 raise ValueError(
                     f"layer {index} of a {model_type(model)} receives {got}, no stream "
                     "(batch, tokens, hidden): it cannot be pruned layer by layer"
                 )
+            hidden = to_stream(hidden, layout)
             # A layer that this pass skips, as text does those for images, leaves the stream as it
             # is: what enters it is what enters the next one.
             while waiting and waiting[0] <= index:
@@ -259,17 +274,19 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
     Their ids must be in the vocabulary, and they may not be longer than the positions the model
     knows, unless its configuration says that it computes any (ALiBi, dynamic rotary embeddings).
     """
-    if not isinstance(windows, Tensor) or windows.ndim != 2 or windows.is_floating_point():
-        got = tuple(windows.shape) if isinstance(windows, Tensor) else type(windows).__name__
-        raise ValueError(f"windows must be a (windows, length) tensor of token ids, got {got}")
+    integers = isinstance(windows, Tensor) and whole(windows.new_zeros(()))
+    if not integers or windows.ndim != 2:
+        raise ValueError(
+            f"windows must be a (windows, length) tensor of token ids, got {told(windows)}"
+        )
     if windows.numel() == 0:
         raise ValueError(f"windows hold no token: shape {tuple(windows.shape)}")
     low, high = int(windows.min()), int(windows.max())
     structure(model)
-    vocabulary = text_config(model).vocab_size
-    if low < 0 or high >= vocabulary:
+    known = vocabulary(model)
+    if low < 0 or high >= known:
         raise ValueError(
-            f"token ids {low} … {high} do not fit a vocabulary of {vocabulary}: "
+            f"token ids {low} … {high} do not fit a vocabulary of {known}: "
             "were the windows made with another model's tokenizer?"
         )
     positions = known_positions(model)

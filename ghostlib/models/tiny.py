@@ -61,7 +61,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"ple_embed_dim|pronunciation_embed_dim|shape_embed_dim|router_hidden_size", WIDTH),
     (r".*hidden_size.*|n_embd|d_model|(emb_|embed_|embedding_)?dim|lru_width", WIDTH),
     (
-        r"word_embed_proj_dim|(vision_|)output_dim|.*adapter_(in|out)_dim|projector_(in|out)put_dim",
+        r"word_embed_proj_dim|(vision_|)output_dim|.*adapter_(in|out)_dim|projector_(in|out)put_dim|adapter_input_size",
         WIDTH,
     ),
     (r"(.*_)?sliding_window(_size)?|window_size|attention_window_size|keep_window_size", 8),
@@ -95,6 +95,15 @@ _NEEDS: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "deepseek_v4": {
+        "head_dim": 8,
+        "num_key_value_heads": 1,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+            for kind in ("main", "compress")
+        },
+    },
     "dory": {"n_recurrent_layers": 2},
     "dots1": {
         "n_routed_experts": 4,
@@ -103,9 +112,9 @@ _NEEDS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 3},
-    "gemma4_text": {"hidden_size_per_layer_input": 0},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
     "hrm_text": {"num_layers_per_stack": None, "num_hidden_layers": 2},
+    "inkling2_text": {"n_layers_per_attn_res_block": 6},
     "inkling2_loop_text": {"n_layers_per_attn_res_block": 2},
     "jamba": {"attn_layer_offset": 1, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
@@ -117,12 +126,14 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": _ALTERNATING},
     "qwen3_next": {"layer_types": _ALTERNATING},
     "qwen4_exp_text": {
+        "layer_types": _ALTERNATING,
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "rwkv": {"rescale_every": 0},
     "reformer": {
         "axial_pos_shape": [8, 16],
         "axial_pos_embds_dim": [16, 16],

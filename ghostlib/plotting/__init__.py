@@ -5,9 +5,11 @@ numbers. Nothing here knows a model. An operator looks the same in every noteboo
 """
 
 from ghostlib.plotting.results import (
+    abilities,
     against_score,
     against_tokens,
     by_start,
+    front,
     grid,
     lattice,
     perplexity_bars,
@@ -39,6 +41,7 @@ from ghostlib.plotting.style import (
 __all__ = [
     "LOOKS",
     "Look",
+    "abilities",
     "against_score",
     "against_tokens",
     "alt_text",
@@ -46,6 +49,7 @@ __all__ = [
     "clip",
     "color",
     "describe",
+    "front",
     "grid",
     "label_points",
     "lattice",

@@ -163,6 +163,7 @@ def by_start(
     curves: Mapping[str, Mapping[int, float]],
     *,
     most: float | None = None,
+    ylabel: str = PERPLEXITY,
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
@@ -172,16 +173,18 @@ def by_start(
         curves: ``{repair: {first removed layer: perplexity}}``; the dense model's is one value at
             every start.
         most: upper end of the axis; triangles mark what lies above, and the legend says how far.
+        ylabel: another score, on a linear axis.
     """
     ax = ax or plt.gca()
     for name, curve in curves.items():
         starts = sorted(curve)
         ax.plot(starts, [curve[start] for start in starts], **style(name), label=name)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    if ylabel == PERPLEXITY:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     plain_numbers(ax.yaxis)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="first removed layer", ylabel=PERPLEXITY, title=title)
+    ax.set(xlabel="first removed layer", ylabel=ylabel, title=title)
     if most is not None:
         clip(ax, 0.8 * min(min(curve.values()) for curve in curves.values()), most)
     ax.legend(**_OUTSIDE)
@@ -190,7 +193,80 @@ def by_start(
         low, high = min(curve, key=curve.__getitem__), max(curve, key=curve.__getitem__)
         ends = f"{short(curve[low])} at start {low} to {short(curve[high])} at start {high}"
         texts.append(f"{name} from {ends}")
-    return describe(ax, f"Perplexity by first removed layer, lower is better. {'; '.join(texts)}.")
+    measured = "Perplexity" if ylabel == PERPLEXITY else ylabel.replace("\n", " ")
+    better = ", lower is better" if ylabel == PERPLEXITY else ""
+    return describe(ax, f"{measured} by first removed layer{better}. {'; '.join(texts)}.")
+
+
+def abilities(
+    tables: Mapping[str, pd.DataFrame], *, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """What is kept of each ability, a row a probe: 0 is chance, 1 the dense model.
+
+    Bars are 95 % intervals over items. Probes that decide nothing are left out.
+
+    Args:
+        tables: ``{model: table}``, of profiles that were compared with the dense model
+            (`ghostlib.Profile.table`); the names pick colours and markers.
+    """
+    ax = ax or plt.gca()
+    first = next(iter(tables.values()))
+    probes = [name for name in first.index if first.loc[name, "verdict"] != "decides nothing"]
+    texts = []
+    for place, (model, table) in enumerate(tables.items()):
+        rows = table.loc[probes]
+        scale = rows["dense"] - rows["chance"]
+        ends = [(rows[end] - rows["chance"]) / scale for end in ("low", "high")]
+        y = np.arange(len(probes)) + (place - (len(tables) - 1) / 2) * 0.7 / len(tables)
+        ax.plot(rows["kept"], y, look(model).marker, color=color(model), markersize=7, label=model)
+        ax.hlines(y, np.minimum(*ends), np.maximum(*ends), color=color(model), linewidth=1.2)
+        kept = [f"{name} {value:.2f}" for name, value in rows["kept"].items()]
+        texts.append(f"{model}: {', '.join(kept)}")
+    ax.axvline(1, **style("dense"), label="dense model")
+    ax.axvline(0, color=NEUTRAL.color, linestyle=":", label="chance")
+    ax.set_yticks(range(len(probes)), probes)
+    ax.set(ylim=(len(probes) - 0.5, -0.5), xlabel="share kept (higher is better)", title=title)
+    ax.grid(axis="y", visible=False)
+    ax.legend(**_OUTSIDE)
+    return describe(ax, f"Share of each ability kept, 1 is the dense model. {'; '.join(texts)}.")
+
+
+def front(
+    points: Mapping[str, tuple[float, float]],
+    *,
+    labels: Mapping[str, str],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Two losses of several models, and the line of those that none beats in both.
+
+    Args:
+        points: ``{name: (x, y)}``, lower is better for both.
+        labels: text beside the points that have one.
+        xlabel: what x is, and its unit.
+        ylabel: what y is, and its unit.
+    """
+    ax = ax or plt.gca()
+    best: list[str] = []
+    for name in sorted(points, key=points.__getitem__):
+        if not best or points[name][1] < points[best[-1]][1]:
+            best.append(name)
+    shades = {True: "#242424", False: NEUTRAL.color}
+    for name, (x, y) in points.items():
+        ax.plot(x, y, "o", color=shades[name in labels], markersize=7 if name in labels else 4)
+    edge = np.array([points[name] for name in best])
+    ax.step(*edge.T, where="post", color=color("ghost"), zorder=0, label="none is better in both")
+    ax.set(xlabel=f"{xlabel} (lower is better)", ylabel=f"{ylabel} (lower is better)", title=title)
+    ax.margins(0.08)
+    ax.legend(loc="upper right")
+    label_points(ax, [(*points[name], text) for name, text in labels.items()])
+    texts = [
+        f"{text} {points[name][0]:.3g}, {points[name][1]:.3g}" for name, text in labels.items()
+    ]
+    ends = "; ".join(f"{x:.3g}, {y:.3g}" for x, y in edge)
+    return describe(ax, f"{ylabel} against {xlabel}: {'; '.join(texts)}. Front: {ends}.")
 
 
 def ratios(

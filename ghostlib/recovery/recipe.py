@@ -3,12 +3,12 @@
 A few calibration windows are kept out of every fit. Their moments choose the ridge of each
 candidate, and the loss of the repaired model on them chooses among the candidates, of which the
 pruned model is one. What was chosen is then solved once more from all windows. Test text plays no
-part.
+part. Loss on text does not show what else was lost: ``keep`` names an ability that counts as well.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import AUTO, PRUNED, Registry, track
+from ghostlib.common import AUTO, PRUNED, Registry, at_least, checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
-from ghostlib.models.layers import mlp_output
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge, choose_ridges
-from ghostlib.operators.solve import Operator, solve
+from ghostlib.operators.solve import Operator, solve, warn_of_massive_activations
 from ghostlib.selection.criteria import needed, select_layers
-from ghostlib.selection.evidence import Layers
+from ghostlib.selection.evidence import WEIGHT, Layers, check_weight, to_keep
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate, suited
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install
+from ghostlib.surgery.installers import projection_before
 
 Ridge = float | tuple[float, ...]
 
@@ -54,6 +54,9 @@ TOO_FEW = "the recipe fits some windows and judges by others: give at least 2"
 HELD_OUT = 4096
 """Tokens kept out of the fit, or one window where that is longer."""
 
+# Of these, tokens that a search for layers scores; and the layers it tries after its first step.
+_SEARCHED, _TRIES = 1024, 9
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -67,6 +70,8 @@ class Choice:
         losses: nats per token on the held-out calibration tokens, by layers and repair, each
             solved without these tokens; infinite where the repaired model gives NaN.
         tokens: how many they are.
+        keep: the probe that counted beside them, or None.
+        kept: its scores, by layers and repair.
     """
 
     layers: Layers
@@ -75,6 +80,8 @@ class Choice:
     ridges: dict[Boundary, Ridge]
     losses: dict[tuple[Layers, str], float]
     tokens: int
+    keep: str | None = None
+    kept: dict[tuple[Layers, str], float] = field(default_factory=dict)
 
     def apply(self, model: PreTrainedModel, *, share: bool = True) -> PreTrainedModel:
         """A copy of the dense ``model`` without the layers and with the operators in place.
@@ -97,7 +104,8 @@ class Choice:
     def summary(self) -> dict[str, Any]:
         """The choice in what JSON can hold: repair, losses for its layers, held-out tokens."""
         losses = {k: loss if math.isfinite(loss) else None for k, loss in self.rivals.items()}
-        return {"repair": self.repair, "losses": losses, "tokens": self.tokens}
+        kept = {self.keep: self.kept[self.layers, self.repair]} if self.keep else {}
+        return {"repair": self.repair, "losses": losses, "tokens": self.tokens} | kept
 
     def __str__(self) -> str:
         """The choice explained in one line."""
@@ -113,6 +121,7 @@ class Choice:
             + ", ".join(
                 f"{k} {loss:.3f}" for k, loss in sorted(self.rivals.items(), key=itemgetter(1))
             )
+            + (f"; {self.keep} {self.kept[self.layers, self.repair]:.2f}" if self.keep else "")
         )
 
 
@@ -127,20 +136,27 @@ class Recipe:
             this architecture has a place for.
         candidates: families that take a relative ridge, instead of those of the budget.
         batch_size: windows per forward pass.
+        keep: a probe of random tokens, such as ``"copying"``, whose score counts beside the loss,
+            and by which a search for layers is added to the shortlist. That search scores one model
+            for every layer it considers: minutes for the embedded model.
+        weight: nats of text that one of the probe's is worth.
 
     Raises:
         ValueError: fewer than two windows, no candidate, or one that is unknown, of another kind or
-            without ground in this architecture.
+            without ground in this architecture; a probe that cannot be asked.
     """
 
+    @checked
     def __init__(
         self,
         model: PreTrainedModel,
         windows: Tensor,
         *,
         budget: str = "any",
-        candidates: Sequence[str] | None = None,
+        candidates: Sequence[str | Family] | None = None,
         batch_size: int = 1,
+        keep: str | None = None,
+        weight: float = WEIGHT,
     ) -> None:
         check_windows(model, windows)
         if len(windows) < 2:
@@ -151,7 +167,7 @@ class Recipe:
         names = (
             [name for name in within if _fits(model, name)] if candidates is None else candidates
         )
-        self.families = {name: Family.of(name) for name in names}
+        self.families = {str(name): Family.of(name) for name in names}
         for name, family in self.families.items():
             if "relative_ridge" not in family.options or family.name == "low-rank":
                 raise ValueError(
@@ -159,7 +175,11 @@ class Recipe:
                     f"are such as {', '.join(within)}"
                 )
             check_ground(model, family)
+        at_least(1, batch_size=batch_size)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
+        check_weight(weight)
+        self.keep, self.weight = keep, weight
+        self._probes = None if keep is None else to_keep(model, keep)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
         kept_out = torch.zeros(len(windows), dtype=torch.bool)
         kept_out[[(2 * i + 1) * len(windows) // (2 * count) for i in range(count)]] = True
@@ -168,15 +188,21 @@ class Recipe:
 
     @cached_property
     def _trials(self) -> Trials:
-        return Trials(self.model, self.judges, batch_size=self.batch_size)
+        return Trials(self.model, self.judges, batch_size=self.batch_size, probes=self._probes)
 
+    @checked
     def shortlist(self, n: int) -> list[Layers]:
         """What each of `SHORTLIST` would remove, from one pass over the fitted windows."""
-        wanted = {gap for name in SHORTLIST for gap in needed(name, n, self.total)}
+        criteria = SHORTLIST if self.keep is None else (*SHORTLIST, "abilities")
+        wanted = {gap for name in criteria for gap in needed(name, n, self.total)}
         known = calibrate(self.model, self.fitted, sorted(wanted), batch_size=self.batch_size)
-        chosen = [tuple(select_layers(self.model, known, n, name)) for name in SHORTLIST]
-        return list(dict.fromkeys(chosen))
+        search: dict[str, Any] = {"windows": self.judges[:1, :_SEARCHED]}
+        if self.keep is not None:
+            search |= {"keep": self.keep, "weight": self.weight, "tries": _TRIES}
+        chosen = [select_layers(self.model, known, n, name, **search) for name in criteria]
+        return list(dict.fromkeys(map(tuple, chosen)))
 
+    @checked
     def collect(self, choices: Iterable[Layers]) -> None:
         """Collect in one pass what all of ``choices`` will be solved from."""
         gaps = {gap for layers in choices for gap in runs(layers, self.total)}
@@ -187,6 +213,7 @@ class Recipe:
             held_out = calibrate(self.model, self.judges, missing, **how)
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
 
+    @checked
     def choose(self, layers: Iterable[int] | int) -> Choice:
         """The best candidate for ``layers``, or for the best on the `shortlist` of so many.
 
@@ -197,26 +224,57 @@ class Recipe:
         self.collect(asked)
         by_window: dict[tuple[Layers, str], Tensor] = {}
         ridges: dict[tuple[Layers, str], dict[Boundary, Ridge]] = {}
+        kept: dict[tuple[Layers, str], float] = {}
         todo = [(layers, repair) for layers in asked for repair in self._repairs_of(layers)]
         for key in track(todo, "choosing", unit="repair"):
             layers, repair = key
             parts = self._moments(layers, repair)
             fits = {gap: fit for gap, (fit, _) in parts.items()}
             ridges[key] = {gap: _choose(*parts[gap]) for gap in parts}
-            loss = self._trials.losses(layers, self._solve(fits, repair, ridges[key]))
-            by_window[key] = loss.nan_to_num(math.inf)
+            operators = self._solve(fits, repair, ridges[key])
+            by_window[key] = self._trials.losses(layers, operators).nan_to_num(math.inf)
+            if self.keep is not None:
+                score = float(self._trials.abilities(layers, operators)[self.keep].mean())
+                kept[key] = score if math.isfinite(score) else math.inf
         losses = {key: float(loss.mean()) for key, loss in by_window.items()}
+        totals = {key: loss + self.weight * kept.get(key, 0.0) for key, loss in losses.items()}
         admitted = [key for key in losses if _admissible(key, by_window)]
-        best = min(admitted, key=lambda key: losses[key])  # ties: the fewest numbers, named first
+        best = min(admitted, key=lambda key: totals[key])  # ties: the fewest numbers, named first
         if math.isinf(losses[best]):
             raise ValueError(
                 "the pruned model and every repair of the recipe give NaN or an infinite loss: "
                 "try a wider dtype (bfloat16 or float32), or other windows"
             )
         layers, repair = best
+        final = self._final(layers, repair, ridges[best])
+        tokens = self.judges.numel()
+        return Choice(layers, repair, final, ridges[best], losses, tokens, self.keep, kept)
+
+    @checked
+    def fit(self, layers: Iterable[int], repair: str) -> dict[Boundary, Operator]:
+        """One candidate for ``layers``, with the ridges that serve the held-out windows best.
+
+        Solved from all windows, as what `choose` returns.
+
+        Raises:
+            ValueError: layers that cannot be removed, or not one of the candidates.
+        """
+        if repair not in self.families:
+            raise ValueError(f"{repair} is none of the candidates: {', '.join(self.families)}")
+        removed = tuple(sorted(layers))
+        self.collect([removed])
+        parts = self._moments(removed, repair)
+        fitted = {gap: fit for gap, (fit, _) in parts.items()}
+        warn_of_massive_activations(fitted, self.families[repair])
+        ridges = {gap: _choose(*part) for gap, part in track(parts.items(), "choosing ridges")}
+        return self._final(removed, repair, ridges)
+
+    def _final(
+        self, layers: Layers, repair: str, ridges: Mapping[Boundary, Ridge]
+    ) -> dict[Boundary, Operator]:
+        """Solved from all windows."""
         whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
-        final = self._solve(whole, repair, ridges[best])
-        return Choice(layers, repair, final, ridges[best], losses, self.judges.numel())
+        return self._solve(whole, repair, ridges)
 
     def _repairs_of(self, layers: Layers) -> list[str]:
         """Those that there is a place for: some need a layer before the gap."""
@@ -237,7 +295,10 @@ class Recipe:
         return parts
 
     def _solve(
-        self, moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, Ridge]
+        self,
+        moments: Mapping[Boundary, Moments],
+        repair: str,
+        ridges: Mapping[Boundary, Ridge],
     ) -> dict[Boundary, Operator]:
         return {
             gap: solve(m, self.families[repair], relative_ridge=ridges[gap])
@@ -272,12 +333,13 @@ def check_ground(model: PreTrainedModel, family: Family) -> None:
 
     Raises:
         ValueError: normalised features where layers read the stream without a norm, or a repair of
-            the MLP where its output is normalised; the message says what works instead.
+            the MLP where its output is normalised or its weights cannot be changed; the message
+            says what works instead.
     """
     try:
         suited(model, family.regressor)
         if family.regressor.reads_mlp:
-            mlp_output(model, 0)
+            projection_before(model, 1, family.name)
     except ValueError as error:
         raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None
 

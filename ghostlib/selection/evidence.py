@@ -11,6 +11,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ghostlib.common import track
+from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.linalg.gram import SingularGramWarning
 from ghostlib.models.architectures import decoder_layers, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without, runs
@@ -22,6 +23,14 @@ from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, Similarity
 
 Layers = tuple[int, ...]
+WEIGHT = 0.1
+"""Nats of running text that a nat of copying is worth where layers are chosen by both."""
+
+
+def check_weight(weight: float) -> None:
+    """Refuse, by `ValueError`, a weight that is negative, infinite or NaN."""
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must not be negative or infinite, got {weight}")
 
 
 class Evidence:
@@ -33,6 +42,8 @@ class Evidence:
         windows: (windows, length) token ids to score, or None.
         operator: the repair whose residual and loss are asked for.
         batch_size: windows per forward pass.
+        keep: a probe of random tokens that is asked beside the windows, or None.
+        weight: of its score, beside the loss on the windows.
     """
 
     def __init__(
@@ -43,8 +54,12 @@ class Evidence:
         *,
         operator: str | Family = "ghost",
         batch_size: int = 1,
+        keep: str | None = None,
+        weight: float = WEIGHT,
     ) -> None:
         self.model, self.calibration, self.windows = model, calibration, windows
+        check_weight(weight)
+        self.keep, self.weight = keep, weight
         self.family, self.batch_size = Family.of(operator), batch_size
         self.total = num_layers(model)
         self._operators: dict[Boundary, Operator] = {}
@@ -82,6 +97,14 @@ class Evidence:
         self._rebase(repaired=True)
         return self._trials.loss(layers, self._repairs(layers))
 
+    def balance(self, layers: Layers) -> float:
+        """`recovered_loss`, and ``weight`` times the score of the probe, of the same model."""
+        loss = self.recovered_loss(layers)
+        if math.isinf(loss):
+            return loss
+        (values,) = self._trials.abilities(layers, self._repairs(layers)).values()
+        return loss + self.weight * float(values.mean())
+
     def grow_from(self, parent: Layers) -> None:
         """The sets asked for next are ``parent`` and one layer more: keep its streams."""
         self._parent = parent
@@ -101,7 +124,8 @@ class Evidence:
     @cached_property
     def _trials(self) -> Trials:
         assert self.windows is not None, "the criterion declares that it needs windows"
-        return Trials(self.model, self.windows, batch_size=self.batch_size)
+        probes = None if self.keep is None else to_keep(self.model, self.keep)
+        return Trials(self.model, self.windows, batch_size=self.batch_size, probes=probes)
 
     @cached_property
     def _importance(self) -> list[float]:
@@ -123,6 +147,15 @@ class Evidence:
                 warnings.simplefilter("ignore", SingularGramWarning)
                 self._operators[gap] = solve(moments, self.family)
         return self._operators[gap]
+
+
+def to_keep(model: PreTrainedModel, name: str) -> ProbeSet:
+    """The probe that layers or repairs are chosen by, on items that `abilities` never asks.
+
+    Raises:
+        ValueError: an unknown probe, one that needs a tokenizer, or rows longer than the context.
+    """
+    return ProbeSet(model, None, [name], seed=-1, count=4, strict=True)
 
 
 def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:

@@ -4,14 +4,17 @@ Whatever two ways have in common up to a layer, they compute alike up to there. 
 of them, the base, are kept, and a trial runs only from where it begins to differ.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostlib.common import at_least, checked
+from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.evaluation.perplexity import token_losses
-from ghostlib.models.architectures import hidden_size, num_layers
+from ghostlib.models.architectures import check_model, hidden_size, looks_back, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without
 from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
 from ghostlib.operators.solve import Operator
@@ -22,31 +25,48 @@ KEPT = 2**31
 
 
 class Trials:
-    """Losses of pruned and repaired variants of ``model`` on ``windows``.
+    """Losses of pruned and repaired variants of ``model`` on ``windows``, and their abilities.
 
     The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype. They
     are kept of as many windows as fit in `KEPT` bytes; of the others every trial is a whole pass.
 
     Args:
         model: the dense model; it is not changed, and it is the first base.
-        windows: (windows, length) token ids, at least two tokens long.
+        windows: (windows, length) token ids, at least two tokens long; None for no text.
         batch_size: windows per forward pass.
+        probes: what `abilities` asks.
 
     Raises:
         ValueError: windows that do not fit the model, or of one token; a batch size below 1.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> None:
-        check_windows(model, windows)
-        if windows.shape[1] < 2:
-            raise ValueError("windows of one token predict nothing: use a length of at least 2")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model = model
-        self.batches = windows.split(batch_size)
+    @checked
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Tensor | None,
+        *,
+        batch_size: int = 1,
+        probes: ProbeSet | None = None,
+    ) -> None:
+        at_least(1, batch_size=batch_size)
+        check_model(model)
+        if windows is None and probes is None:
+            raise ValueError("nothing to score: give windows, probes, or both")
+        self.model, self.probes = model, probes
+        self.batches: list[Tensor] = []
+        if windows is not None:
+            check_windows(model, windows)
+            if windows.shape[1] < 2:
+                raise ValueError("windows of one token predict nothing: use a length of at least 2")
+            self.batches += windows.split(batch_size)
+        self._texts = len(self.batches)
+        if probes is not None:
+            self.batches += probes.batches
         self.total = num_layers(model)
         self.rebase(())
 
+    @checked
     def rebase(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> None:
@@ -66,6 +86,7 @@ class Trials:
             streams = record(variant, ids, places)
             self.streams.append({keys[place]: streams[place] for place in places})
 
+    @checked
     def losses(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> Tensor:
@@ -75,23 +96,47 @@ class Trials:
             layers: removed layers.
             operators: repairs; of the gaps in common with the base the same ones as there.
         """
-        operators = operators or {}
+        texts = range(self._texts)
+        hidden = zip(self._hidden(layers, operators or {}, texts), self.batches, strict=False)
+        # The head is that of every variant, and what it does to logits is found once a model.
+        return torch.cat([token_losses(self.model, h, ids).mean(1) for h, ids in hidden])
+
+    @checked
+    def abilities(
+        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Scores of the items of each probe; arguments as of `losses`.
+
+        Raises:
+            ValueError: there are no probes.
+        """
+        if self.probes is None:
+            raise ValueError("no probe to ask: give Trials(model, windows, probes=ProbeSet(…))")
+        asked = range(self._texts, len(self.batches))
+        return self.probes.values(self.model, self._hidden(layers, operators or {}, asked))
+
+    def _hidden(
+        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator], batches: range
+    ) -> Iterator[Tensor]:
+        """What the head receives of each of these batches, (windows, length, hidden)."""
         variant = self._variant(layers, operators)
         kept = _survivors(layers, self.total)
         place = sum(layer < self._first_change(layers, operators) for layer in kept)
+        place = min(place, len(kept) - 1)  # no model is made for less than a layer
+        if looks_back(self.model):
+            place = 0
         part = excerpt(variant, place)
         key = kept[place - 1] + 1 if place else 0
-        losses = []
-        for ids, streams in zip(self.batches, self.streams, strict=True):
+        for index in batches:
+            ids, streams = self.batches[index], self.streams[index]
             if streams:
                 with feed(part, streams[key]):
                     hidden = final_hidden(part, ids)
             else:
                 hidden = final_hidden(variant, ids)
-            # The head is that of every variant, and what it does to logits is found once a model.
-            losses.append(token_losses(self.model, hidden, ids).mean(1))
-        return torch.cat(losses)
+            yield hidden
 
+    @checked
     def loss(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> float:

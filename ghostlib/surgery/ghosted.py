@@ -8,6 +8,7 @@ recovered or loaded. Without this module, loading fails for want of the model ty
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from safetensors import SafetensorError
@@ -31,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import CONFIG_NAME
 
 from ghostlib.common import GHOSTED
+from ghostlib.models.architectures import to_state, to_stream
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
     Pass,
@@ -125,7 +128,8 @@ def _receiving(cls: Any) -> Any:
         self: Any, hidden_states: Tensor, *args: Any, begun: Pass | None = None, **kwargs: Any
     ) -> Any:
         with nullcontext() if begun is None else during(begun):
-            repaired = self.boundary(hidden_states)
+            stream = to_stream(hidden_states, self.layout)
+            repaired = to_state(self.boundary(stream), hidden_states, self.layout)
         return cls.forward(self, repaired, *args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +150,25 @@ def _empty_receiver(cls: type) -> Any:
     return kind.__new__(kind)
 
 
-_ENTRY = ("module", "receiver", "width", "bias", "rank", "features")
+_ENTRY: dict[str, tuple[type, ...]] = {
+    "module": (str,),
+    "receiver": (int,),
+    "width": (int,),
+    "bias": (bool,),
+    "rank": (int, type(None)),
+    "features": (list,),
+    "layout": (str,),
+}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it says the place and the shape of an operator."""
+    if not isinstance(entry, dict):
+        return False
+    if not all(key in entry and type(entry[key]) in kinds for key, kinds in _ENTRY.items()):
+        return False
+    sizes = [entry["width"], 1 if entry["rank"] is None else entry["rank"], len(entry["features"])]
+    return min(sizes) > 0 and all(type(name) is str for name in entry["features"])
 
 
 def install_boundaries(model: PreTrainedModel) -> None:
@@ -160,7 +182,7 @@ def install_boundaries(model: PreTrainedModel) -> None:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"a recovered model lists its operators in config.ghost, got {entries!r}")
     for entry in entries:
-        if not isinstance(entry, dict) or not all(key in entry for key in _ENTRY):
+        if not _is_entry(entry):
             raise ValueError(f"an entry of config.ghost holds {', '.join(_ENTRY)}, got {entry!r}")
     paths = [entry["module"] for entry in entries]
     known = dict(model.named_modules())
@@ -177,6 +199,7 @@ def install_boundaries(model: PreTrainedModel) -> None:
         kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
         shape = {"bias": entry["bias"], "features": entry["features"]}
         module.boundary = kind(entry["width"], entry["receiver"], **shape)
+        module.layout = entry["layout"]
     # Found once: a forward pass should not search all modules for what is rarely there.
     boundaries = [known[path].boundary for path in paths]
     model.looking_back = tuple(b.place for b in boundaries if b.looks_back)
@@ -253,8 +276,7 @@ class GhostedMixin:
             super().save_pretrained(folder, **options)  # type: ignore[misc]
             return
         training = "is_main_process" in kwargs or "state_dict" in kwargs
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"output {folder} is a file: name a new folder")
+        _check_no_file(folder)
         if not training and folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(f"output folder {folder} exists and is not empty: name a new one")
         if kwargs.get("push_to_hub"):
@@ -281,6 +303,23 @@ class GhostedMixin:
         return (model, info) if wants_info else model
 
 
+def _check_no_file(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file: name a new folder")
+
+
+def save_stock(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    """As `PreTrainedModel.save_pretrained`, which would log a file of that name and save nothing.
+
+    Raises:
+        FileExistsError: there is a file of that name.
+    """
+    _check_no_file(Path(save_directory))
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """A new folder that takes the place of ``folder`` once all has been written to it.
@@ -290,7 +329,11 @@ def whole(folder: Path) -> Iterator[Path]:
     """
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
+        known = re.compile(rf"\.+{re.escape(folder.name)}(?:\.\d+\.tmp)*\.(\d+)\.tmp")
+        for left in folder.parent.iterdir() if folder.parent.exists() else ():
+            found = known.fullmatch(left.name)
+            if found and (int(found[1]) == os.getpid() or not psutil.pid_exists(int(found[1]))):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
         fresh.mkdir(parents=True)
         yield fresh
         if not folder.exists():

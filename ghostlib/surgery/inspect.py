@@ -10,17 +10,20 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ghostlib.common import checked
 from ghostlib.models.architectures import (
     decoder_layers,
     hidden_size,
+    layer_kinds,
     model_type,
     num_layers,
     structure,
     text_config,
+    vocabulary,
 )
 from ghostlib.models.boundaries import spell
 from ghostlib.models.layers import down_projection, embeddings, stream_norm, writers
-from ghostlib.models.loading import EMBEDDED
+from ghostlib.models.loading import EMBEDDED, check_reachable, check_source
 from ghostlib.models.streams import refusal
 from ghostlib.models.tiny import tiny_model
 from ghostlib.operators.families import FAMILIES
@@ -92,6 +95,7 @@ def _shortened(layers: Sequence[int]) -> str:
     return text if len(text) <= 24 else f"{text[:16]} … ({len(layers)})"
 
 
+@checked
 def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: Any) -> Inspection:
     """What `ghostlib` finds in a model, and what can be done to it, without loading its weights.
 
@@ -103,6 +107,7 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     Raises:
         ValueError: it is no causal language model, or one whose layers cannot be removed.
         OSError: nothing was found under that name.
+        ConnectionError: a hub id that is not in the cache, and no hub.
 
     >>> from transformers import LlamaConfig
     >>> found = inspect(LlamaConfig(num_hidden_layers=4, hidden_size=64, intermediate_size=96))
@@ -110,6 +115,8 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     ('attention', 34944, {})
     """
     if isinstance(model, str | Path):
+        check_source(model)
+        check_reachable(str(model))
         folder = embedded_model_dir() if str(model) == EMBEDDED else model
         model = AutoConfig.from_pretrained(folder, **options)
     if isinstance(model, PretrainedConfig):
@@ -121,14 +128,32 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     return Inspection(
         type=model_type(model),
         width=hidden_size(model),
-        vocabulary=int(text_config(model).vocab_size),
+        vocabulary=vocabulary(model),
         kinds=_kinds(model),
         parameters=parameters,
         cache=_cache(model),
         other=sum(p.numel() for p in model.parameters()) - sum(parameters),
-        fixed={i: why for i in range(num_layers(model)) if (why := refusal(model, [i]))},
+        fixed=_fixed(model),
         families=_families(model),
     )
+
+
+def _fixed(model: PreTrainedModel) -> dict[int, str]:
+    """Layers that cannot be removed on their own, and why.
+
+    What a layer is can depend on its entries in the configuration, its number and how many layers
+    there are. Without the first one every other has a new number, without the last one all keep
+    theirs: where both can go, and one of each kind, any can.
+    """
+    same, last = layer_kinds(model), num_layers(model) - 1
+    found = {index: refusal(model, [index]) for index in {0, last, *same}}
+    if any(found.values()):
+        for index in range(num_layers(model)):
+            if index not in found and same[index] == same[index - 1]:
+                found[index] = found[index - 1]  # one of two alike that follow each other
+            elif index not in found:
+                found[index] = refusal(model, [index])
+    return {index: why for index, why in sorted(found.items()) if why}
 
 
 def _kinds(model: PreTrainedModel) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ what can be folded into them, and add nothing. A family names its installer, and
 which family it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.common import Registry
+from ghostlib.models import layers
 from ghostlib.models.architectures import num_layers, receiver
-from ghostlib.models.layers import embeddings, mlp_output, present, scale_output, writers
+from ghostlib.models.boundaries import Boundary
+from ghostlib.models.layers import embeddings, present, scale_output, writers
+from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator
 from ghostlib.statistics.features import STREAM
 
@@ -107,12 +110,35 @@ def _add_bias(old: Tensor | None, new: Tensor | None, name: str) -> Tensor | Non
 
 
 def projection_before(model: PreTrainedModel, index: int, name: str) -> nn.Module:
-    """The down-projection of the last layer before a gap, whose weights are in memory."""
+    """The down-projection of the last layer before a gap, whose weights can be changed.
+
+    Raises:
+        ValueError: no layer before the gap, or weights that other modules use as well, or that are
+            offloaded, quantised or adapted.
+    """
     if index == 0:
         raise ValueError(
             f"{name} acts on the MLP before the gap, and no layer is left before it: keep layer 0"
         )
-    return present(mlp_output(model, index - 1))
+    projection = present(layers.down_projection(model, index - 1))
+    for path, module in model.named_modules():
+        if module is not projection and getattr(module, "weight", None) is projection.weight:
+            raise ValueError(
+                f"{name} changes the last down-projection before the gap, and {path} has the same "
+                "weights: use an operator at the gap, such as ghost"
+            )
+    return projection
+
+
+def check_place(model: PreTrainedModel, gaps: Iterable[Boundary], family: Family) -> None:
+    """Refuse, before any pass, a repair of weights that cannot be changed.
+
+    Raises:
+        ValueError: as `projection_before`.
+    """
+    family.check_place(gaps)
+    for gap in gaps if family.regressor.reads_mlp else ():
+        projection_before(model, gap.start, family.name)
 
 
 def projection_weights(projection: Any) -> tuple[Tensor, Tensor | None]:

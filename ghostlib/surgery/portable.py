@@ -14,12 +14,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ghostlib.models import architectures
 from ghostlib.statistics import features
 from ghostlib.surgery import ghosted, previous
 
 FILE = "modeling_ghosted"
 _FEATURES = ("_wide", "_divide", "rms_norm", "standardise", "_same", "Feature")
-_REGISTRATION = ("ghosted_class", "_announce", "_INSIDE")
+_REGISTRATION = ("ghosted_class", "_announce", "_INSIDE", "save_stock")
 
 _HEADER = '''"""A {base} without some decoder layers, repaired at the gap by a linear operator.
 
@@ -63,6 +64,8 @@ def write_portable(model: PreTrainedModel, folder: Path) -> None:
         _table(),
         *_definitions(features, only=["previous"]),
         *_definitions(previous),
+        *_definitions(architectures, only=["to_stream"]),
+        *_definitions(architectures, only=["to_state"]),
         *_definitions(ghosted, leave_out=_REGISTRATION),
     ]
     imports = sorted({line for m in (features, previous, ghosted) for line in _imports(m)})

@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ghostlib.common import one_line, without_retries
+
 # (key, text)
 Document = tuple[str, str]
 # (where it stands, for errors; its fields)
@@ -110,14 +112,6 @@ def fraction(key: str) -> float:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def one_line(name: object) -> str:
-    """A name as an error message shows it: without control characters, and not too long."""
-    text = str(name)
-    if not text.isprintable():
-        text = repr(text)
-    return text if len(text) <= 300 else f"{text[:300]}… ({len(text):,} characters)"
 
 
 def local_corpus(path: Path) -> Corpus:
@@ -294,13 +288,16 @@ def _document(rows: list[str]) -> Document:
 
 def _hub_rows(path: str, config: str | None, options: dict[str, Any]) -> Iterator[Row]:
     # datasets raises a dozen kinds of error for "not reachable", "not there" and "not readable".
+    trouble = ""
     try:
         import datasets
 
-        for row in datasets.load_dataset(path, config, **options):
+        with without_retries() as trouble:
+            rows = datasets.load_dataset(path, config, **options)
+        for row in rows:
             yield path, row
     except Exception as error:
-        first = one_line((str(error).splitlines() or [""])[0])
+        first = one_line((str(trouble or error).splitlines() or [""])[0])
         raise ConnectionError(
             f"split {options['split']!r} of {path} could not be read from the Hugging Face hub "
             f"({type(error).__name__}: {first}), and no local file has that name: without network "

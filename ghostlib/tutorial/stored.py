@@ -6,9 +6,11 @@ from ghostlib.experiments.results import Results, read_results
 
 
 def stored(name: str) -> Results:
-    """The results stored under a name: ``"grid"``, ``"starts"``, ``"beyond"``, ``"ablation"``.
+    """The results stored under a name.
 
-    Notebooks 14 and 17 name the commands that computed them.
+    ``"grid"``, ``"starts"``, ``"beyond"``, ``"ablation"``: notebooks 15 and 17 name the commands
+    that computed them. ``"seeds"`` (three seeds, 16 test windows a corpus) and ``"zeroshot"`` (all
+    items of both embedded tasks): notebook 10.
     """
     file = resources.files("ghostlib.tutorial") / "data" / f"{name}-smollm2.jsonl"
     with resources.as_file(file) as path:

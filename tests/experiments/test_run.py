@@ -12,6 +12,7 @@ import torch
 from conftest import LAYERS, tiny_model, tiny_tokenizer
 
 import ghostlib as gl
+from ghostlib.evaluation.abilities import ProbeSet, t_interval
 from ghostlib.experiments import run as runner
 from ghostlib.experiments.run import read_shard, run_experiment
 from ghostlib.experiments.tables import choices, report, scores, selections
@@ -138,6 +139,25 @@ def test_tasks_are_scored_as_alone(folder, tmp_path):
             assert rows.loc[(operator, task), "evidence"] == score
             assert rows.loc[(operator, task), "size"] == 8
     assert "Zero-shot accuracy" in report(results) and "mean" in report(results)
+
+
+def test_abilities_are_scored_as_alone(folder, tmp_path):
+    changes = {"layers": ["2", "1-2"], "probes": ("copying-16", "brackets"), "perplexity": ()}
+    what = specification(folder, **changes, probe_items=5)
+    results = run_experiment(what, tmp_path / "a.jsonl")
+    rows = scores(results).set_index(["layers", "operator", "dataset"])
+    model, tokenizer = what.load()
+    asked = ProbeSet(model, tokenizer, what.probes, count=5)
+    dense, pruned = asked.ask(model), asked.ask(gl.prune(model, [1, 2]))
+    for name in what.probes:
+        row = rows.loc["1–2", "pruned", name]
+        assert row.value == pytest.approx(pruned[name].mean()) and row["size"] == 5
+        expected = t_interval(pruned[name] - dense[name])
+        found = row[["relative", "relative_low", "relative_high"]].tolist()
+        assert found == pytest.approx(list(expected), abs=1e-6)
+        assert rows.loc["", "dense", name].value == row.dense
+    assert "Abilities: share right, or nats per token" in report(results)
+    assert run_experiment(what, tmp_path / "a.jsonl").records == results.records
 
 
 def test_the_recipes_choice_is_kept(done, folder):
@@ -330,3 +350,27 @@ def test_what_the_model_does_not_have_is_refused_and_nothing_is_left(folder, tmp
         with pytest.raises(ValueError, match=rf"{LAYERS}"):
             run_experiment(specification(folder, **changes), path)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_window_begins_with_bos_where_the_tokenizer_has_it(folder, tmp_path):
+    tokenizer = tiny_tokenizer(bos=True)
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    first = tokenizer.bos_token_id
+    for bos, begins in ((None, True), (True, True), (False, False)):
+        plan = specification(folder, layers="1", operators=["pruned"], bos=bos)
+        drawn = [plan.draw_calibration(tokenizer), plan.draw_selection(tokenizer)]
+        drawn.append(plan.draw_test(tokenizer, plan.perplexity[0]).windows)
+        for windows in drawn[: 2 if bos is False else 3]:
+            assert (
+                (windows[:, 0] == first).all() and not (windows[:, 1:] == first).any()
+            ) == begins
+        if bos is False:  # as published: what the tokenizer adds stands once, before the text
+            assert (drawn[2] == first).sum() == (drawn[2][0, 0] == first) == 1
+        assert plan.identity().get("bos") == bos
+    plan = specification(folder, layers="1", operators=["pruned"])
+    results = run_experiment(plan, tmp_path / "a.jsonl", model=model, tokenizer=tokenizer)
+    records = [record for record in results.records.values() if record["kind"] == "score"]
+    assert records and {record["bos"] for record in records} == {"<bos>"}
+    assert {record["tokens"] for record in records} == {3 * 15}  # BOS itself is not scored
+    with pytest.raises(ValueError, match="bos = 'perhaps': give True, False, or None"):
+        specification(folder, bos="perhaps")

@@ -357,3 +357,48 @@ def test_the_grid_writes_numbers_leaves_gaps_white_and_merges_equal_rows():
     assert "cosine = angular: pruned 200, ghost 18.0; taylor: pruned 30.0." in alt_text(ax)
     bare = plotting.grid(table, colour_bar=False, ax=plt.figure().gca())
     assert bare.collections[0].colorbar is None and bare.collections[0].get_clim() == (18.04, 200)
+
+
+# ---------------------------------------------------------------- abilities
+
+
+def profile(*kept: float) -> pd.DataFrame:
+    """A table of copying (nats, chance 10) and names (shares), of which so much is kept."""
+    names = ["copying", "names", "sums"]
+    dense, chance = np.array([2.0, 0.9, 0.55]), np.array([10.0, 0.5, 0.5])
+    score = chance + np.array([*kept, 1.0]) * (dense - chance)
+    columns = {"score": score, "low": score - 0.1, "high": score + 0.1, "chance": chance}
+    columns |= {"dense": dense, "kept": [*kept, np.nan]}
+    columns |= {"verdict": ["lost", "kept", "decides nothing"]}
+    return pd.DataFrame(columns, index=names)
+
+
+def test_abilities_are_shares_of_what_the_dense_model_has():
+    tables = {"pruned": profile(-0.1, 0.5), "ghost": profile(0.25, 1.0)}
+    ax = plotting.abilities(tables, title="What is kept")
+    drawn = {line.get_label(): line for line in ax.get_lines()}
+    assert drawn["ghost"].get_xdata().tolist() == [0.25, 1.0]
+    assert drawn["pruned"].get_color() == color("pruned")
+    assert labels(ax.get_yticklabels()) == ["copying", "names"], "the rest decides nothing"
+    bars = ax.collections[1].get_segments()
+    assert [bar[0, 0] for bar in bars] == pytest.approx([0.25 - 0.1 / 8, 0.75])
+    assert "ghost: copying 0.25, names 1.00" in alt_text(ax)
+    assert "higher is better" in ax.get_xlabel() and apart(ax)
+
+
+def test_a_front_holds_what_none_beats_in_both():
+    points = {"a": (3.0, 12.0), "b": (3.1, 5.0), "c": (3.2, 6.0), "d": (3.4, 4.0)}
+    ax = plotting.front(
+        points, labels={"a": "cosine", "b": "ours"}, xlabel="text, nats", ylabel="copying, nats"
+    )
+    (line,) = [line for line in ax.get_lines() if line.get_label() == "none is better in both"]
+    assert line.get_xdata().tolist() == [3.0, 3.1, 3.4]
+    assert set(labels(ax.texts)) == {"cosine", "ours"} and apart(ax)
+    assert "Front: 3, 12; 3.1, 5; 3.4, 4." in alt_text(ax)
+
+
+def test_other_scores_by_start_are_linear():
+    curves = {"dense": {0: 2.6, 1: 2.6}, "ghost": {0: 11.9, 1: 5.1}}
+    ax = plotting.by_start(curves, ylabel="copying, nats (lower is better)")
+    assert ax.get_yscale() == "linear" and ax.get_ylabel().startswith("copying")
+    assert alt_text(ax).startswith("copying, nats (lower is better) by first removed layer. dense")

@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,9 @@ import yaml
 from packaging.requirements import Requirement
 
 import fill
+import ghostlib as gl
 import rules
+from ghostlib import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -198,11 +202,69 @@ def test_no_absolute_paths_and_no_registry_hosts(path):
 # ---------------------------------------------------------------- commands
 
 
+NEEDS_ADDRESS = re.compile(r"git\+https?:|git clone|mybinder\.org|colab\.research\.google\.com")
+
+
+def test_nothing_that_needs_a_public_address_is_printed_without_one():
+    if fill.address(ROOT) is None:
+        pages = [*SUITE, *(ROOT / name for name in fill.FILLED), *(ROOT / "docs").rglob("*.md")]
+        for path in pages:
+            assert not NEEDS_ADDRESS.search(path.read_text(encoding="utf-8")), path.name
+
+
+def test_the_readme_is_short_and_its_links_are_alive():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 7_000
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(targets) > 20
+    for target in targets:
+        if not target.startswith("https://"):
+            assert (ROOT / target.partition("#")[0]).exists(), target
+
+
 @needs_make
 def test_commands_that_are_written_down_are_targets():
     commands = [(ROOT / "README.md").read_text(), (ROOT / "CONTRIBUTING.md").read_text()]
     mentioned = set(re.findall(r"`make ([a-z-]+)", "\n".join(commands)))
-    assert {"run", "test", "test-lowest", "lab", "fill"} <= mentioned <= targets()
+    assert {"run", "site", "fill"} <= mentioned <= targets()
+
+
+@needs_make
+def test_the_classroom_has_no_solutions_and_no_outputs(tmp_path):
+    for path in (ROOT / "Makefile", *SUITE[:1]):
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    shutil.copytree(tmp_path / "notebooks", tmp_path / "notebooks" / "solutions")
+    command = ["make", "classroom", "DEV=", f"PY={sys.executable}"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (written,) = (tmp_path / "build" / "classroom").iterdir()
+    cells = fill.read(written).cells
+    assert not any(cell.get("outputs") for cell in cells)
+    assert [cell.source for cell in cells] == [cell.source for cell in fill.read(SUITE[0]).cells]
+
+
+COMMANDS = re.compile(r"^(?:ghostlib) (?:recover|experiment|inspect|fetch|names).*$", re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_commands_of_the_pages_are_understood():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    found = COMMANDS.findall(text) + re.findall(r"`(ghostlib experiment [^`]+)`", text)
+    assert len(found) > 8
+    for line in found:
+        words = shlex.split(line.replace("$SLURM_ARRAY_TASK_ID", "1"), comments=True)
+        options = cli.parser().parse_args(words[1:])
+        for kind, known in (("criteria", gl.CRITERIA), ("operators", gl.OPERATORS)):
+            for name in getattr(options, kind, ()):
+                assert name in known or name in ("pruned", "auto"), line
+
+
+def test_links_between_pages_are_alive():
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+            if not target.startswith("https://"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 @needs_make
@@ -238,3 +300,47 @@ def test_make_says_what_it_needs_when_there_is_no_python(tmp_path):
     )
     assert result.returncode != 0
     assert "Python >= 3.11" in result.stderr
+
+
+# ---------------------------------------------------------------- the site
+
+
+@pytest.fixture(scope="module")
+def site() -> dict[str, object]:
+    """The site's configuration, once it has written the pages that Sphinx reads."""
+    return runpy.run_path(str(ROOT / "docs" / "conf.py"))
+
+
+def test_every_public_name_is_on_one_page_of_the_reference(site):
+    api = "\n".join(site["api"]().values())
+    for name in gl.__all__:
+        assert len(re.findall(rf"^\.\. (?:auto|py:)\w+:: ghostlib\.{name}$", api, re.M)) == 1, name
+
+
+def test_the_site_has_the_course_and_every_page_of_the_documentation(site):
+    staged = {str(p.relative_to(site["SOURCE"])) for p in site["SOURCE"].rglob("*")}
+    for path in [*SUITE, *(ROOT / "docs").rglob("*.md")]:
+        assert str(path.relative_to(ROOT)) in staged
+    course = (site["SOURCE"] / "notebooks" / "index.md").read_text()
+    assert re.findall(r"<(\w+)>", course) == [path.stem for path in SUITE]
+    goals = (site["SOURCE"] / "docs" / "teachers.md").read_text()
+    assert all(f"../notebooks/{path.name}" in goals for path in SUITE)
+
+
+def test_figures_of_the_site_have_the_stored_alternative_texts(site):
+    for path in SUITE:
+        cells = fill.read(site["SOURCE"] / "notebooks" / path.name).cells
+        for cell in cells:
+            shown = [
+                o.metadata["image/png"]["alt"]
+                for o in cell.get("outputs", [])
+                if "image/png" in o.get("data", {})
+            ]
+            if shown:
+                assert cell.metadata["mystnb"]["image"]["alt"] == " ".join(shown), path.name
+
+
+def test_results_of_the_site_are_the_stored_ones(site):
+    page = site["results"]()
+    assert page.count('class="dataframe sortable"') == 5
+    assert len(re.findall("<tr>", page)) > 1000 and "cdn" not in page

@@ -2,10 +2,13 @@
 
 import base64
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import fill
@@ -79,7 +82,7 @@ def root(tmp_path, monkeypatch):
     """A small repository with an address of its own, whose kernels find the package."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     address(tmp_path, "https://github.com/someone/something")
-    regions = [f"<!-- begin:{name} -->\n<!-- end:{name} -->\n" for name in ("notebooks", "clone")]
+    regions = [f"<!-- begin:{name} -->\n<!-- end:{name} -->\n" for name in ("notebooks", "start")]
     (tmp_path / "README.md").write_text("# X\n" + "".join(regions))
     (tmp_path / "notebooks" / "solutions").mkdir(parents=True)
     return tmp_path
@@ -184,7 +187,7 @@ def test_setup_badges_and_table_follow_the_one_address(root):
     for site in ("colab.research.google.com/github", "mybinder.org/v2/gh"):
         assert f"{site}/someone/something" in nb.cells[0].source
     readme = (root / "README.md").read_text()
-    assert "[00 · Prune a toy](notebooks/00_toy.ipynb) | Take one layer out. |" in readme
+    assert "**Learn**\n\n- [00 · Prune a toy](notebooks/00_toy.ipynb)\n" in readme
     assert "git clone https://github.com/someone/something && cd something" in readme
     assert fill.stale(root) == {}
     address(root, "https://github.com/other/place")
@@ -199,12 +202,21 @@ def test_without_an_address_nothing_needs_one(root):
     address(root, None)
     fill.fill(root)
     text = path.read_text() + (root / "README.md").read_text()
-    assert not rules.ADDRESSED.search(text) and "github.com" not in text
-    assert "make run" in (root / "README.md").read_text()
-    with (root / "README.md").open("a") as file:
-        file.write("pip install git+https://github.com/some/where")
-    (found,) = rules.check(root, [])
-    assert found.startswith("README.md: git+https://github.com/some/where needs a public address")
+    assert not re.search(r"https?://|git\+|git clone", text)
+    assert "make run" in text and "make wheel" in tool.read(path).cells[0].source
+
+
+def test_the_course_has_parts_in_order_and_the_explorer_last(root):
+    for name in ("explore.ipynb", "13_b.ipynb", "07_a.ipynb", "00_toy.ipynb", "08_c.ipynb"):
+        put(root, good(), name)
+    found = fill.course({path: tool.read(path) for path in tool.suite(root)})
+    assert {part: [p.name for p in titles] for part, titles in found.items()} == {
+        "Learn": ["00_toy.ipynb", "07_a.ipynb"],
+        "Use": ["08_c.ipynb"],
+        "Beyond": ["13_b.ipynb"],
+        "Explore": ["explore.ipynb"],
+    }
+    assert found["Explore"][root / "notebooks" / "explore.ipynb"] == "Prune a toy"
 
 
 @pytest.mark.parametrize("url", ["", "https://example.com/a/b", "https://github.com/a"])
@@ -214,17 +226,31 @@ def test_an_address_that_is_none_is_refused(root, url):
         fill.fill(root)
 
 
+def run_setup(source: str) -> list[str]:
+    """Run a setup cell as IPython does; returns what it gives to %pip."""
+    given: list[str] = []
+    shell = SimpleNamespace(
+        run_line_magic=lambda magic, line: given.append(f"{magic} {line}"),
+    )
+    code = TransformerManager().transform_cell(source)
+    exec(compile(code, "setup", "exec"), {"get_ipython": lambda: shell})
+    return given
+
+
 @pytest.mark.parametrize("evaluates", [False, True])
-def test_the_setup_cell_is_silent_where_all_is_installed(evaluates, capsys, monkeypatch):
+def test_the_setup_cell_installs_what_is_missing_and_nothing_else(
+    evaluates, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
     source = fill.setup_source(None, evaluates)
-    exec(compile(source, "setup", "exec"), {})
-    assert capsys.readouterr() == ("", "")
+    assert run_setup(source) == [] and capsys.readouterr() == ("", "")
     missing = "lm_eval" if evaluates else "ghostlib"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
-    with pytest.raises(
-        ImportError, match=r"ghostlib.* is missing: pip install its wheel, or make lab"
-    ):
-        exec(compile(source, "setup", "exec"), {})
+    with pytest.raises(AssertionError, match=r"put ghostlib's wheel \(make wheel\) beside"):
+        run_setup(source)
+    (tmp_path / "ghostlib-1.0-py3-none-any.whl").touch()
+    (given,) = run_setup(source)
+    assert given.startswith("pip install --quiet ") and "wheels[0]" in given
 
 
 def test_a_notebook_with_zero_shot_tasks_installs_the_harness(root):

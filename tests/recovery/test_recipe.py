@@ -15,7 +15,9 @@ from ghostlib.models.boundaries import spell
 from ghostlib.operators.families import FAMILIES
 from ghostlib.operators.paths import RIDGES, choose_ridge, choose_ridges
 from ghostlib.operators.solve import Operator, solve
+from ghostlib.recovery import recipe as recipe_module
 from ghostlib.recovery.recipe import BUDGETS, PRUNED, SHORTLIST, Choice, Recipe, spelt_ridge
+from ghostlib.selection.criteria import needed
 from ghostlib.selection.trials import Trials
 
 CANDIDATES = BUDGETS["any"]
@@ -340,3 +342,70 @@ def test_choices_are_spelt_without_the_model() -> None:
         "auto: ghost for layers 3–5 (ridge 1e-02), best of 2 choices of layers; loss on 4,096 "
         "held-out calibration tokens: ghost 2.500, pruned 4.000"
     )
+
+
+def test_an_ability_counts_beside_the_text() -> None:
+    """The best total of loss and weighted probe wins; the weight decides between the two."""
+    model, ids = tiny_model("llama"), windows()
+    free, kept = gl.Recipe(model, ids), gl.Recipe(model, ids, keep="copying-16", weight=100.0)
+    assert free.choose([2]).keep is None and "copying" not in str(free.choose([2]))
+    choice = kept.choose([2])
+    assert set(choice.kept) == set(choice.losses)
+    admitted = {key for key in choice.losses if key[1] in (PRUNED, "ghost", choice.repair)}
+    total = {key: choice.losses[key] + 100 * choice.kept[key] for key in admitted}
+    assert choice.repair == min(total, key=total.__getitem__)[1]
+    assert choice.summary["copying-16"] == choice.kept[(2,), choice.repair]
+    assert f"; copying-16 {choice.summary['copying-16']:.2f}" in str(choice)
+    asked = kept._trials.abilities((2,), {})["copying-16"]
+    assert choice.kept[(2,), PRUNED] == pytest.approx(float(asked.mean()))
+
+
+def test_to_keep_an_ability_layers_are_searched_by_it(monkeypatch) -> None:
+    model, searched = tiny_model("llama"), []
+    select = recipe_module.select_layers
+
+    def counted(model, known, n, name, **how):
+        searched.append(name)
+        return select(model, known, n, name, **how)
+
+    monkeypatch.setattr(recipe_module, "select_layers", counted)
+    recipe = gl.Recipe(model, windows(), keep="copying-16", weight=0.3, candidates=["ghost"])
+    sets = recipe.shortlist(2)
+    assert searched == [*SHORTLIST, "abilities"]
+    known = gl.calibrate(model, recipe.fitted, needed("abilities", 2, LAYERS))
+    options = {"keep": "copying-16", "weight": 0.3, "windows": recipe.judges[:1], "tries": 9}
+    assert tuple(select(model, known, 2, "abilities", **options)) in sets
+    with pytest.raises(ValueError, match="probe 'names' cannot be asked: it needs a tokenizer"):
+        gl.Recipe(model, windows(), keep="names")
+
+
+@pytest.mark.parametrize("name", ["refit", "ghost-refit", "ghost-refit-relative"])
+def test_a_repair_that_needs_a_ridge_chooses_it_by_windows_kept_out_of_the_fit(name: str) -> None:
+    model, windows, gap = tiny_model("llama"), tiny_windows(8, 24), gl.Boundary(2, 4)
+    family, recipe = gl.OPERATORS[name], gl.Recipe(model, windows, candidates=[name])
+    parts = [
+        gl.calibrate(model, part, [gap], regressors=[family.regressor]).of(family.regressor)[gap]
+        for part in (recipe.fitted, recipe.judges)
+    ]
+    assert len(recipe.fitted) + len(recipe.judges) == 8 and len(recipe.judges) > 0
+    ridges = gl.choose_ridges(*parts)
+    if name == "refit":
+        ridges = gl.choose_ridge(parts[0], held_out=parts[1])
+    expected = gl.solve(parts[0] + parts[1], name, relative_ridge=ridges)
+    found = recipe.fit(gap.removed, name)[gap]
+    torch.testing.assert_close(found.M, expected.M)
+    with torch.no_grad():
+        by_hand = gl.install(model, {gap: expected})(windows).logits
+        torch.testing.assert_close(
+            gl.recover(model, windows, gap.removed, name)(windows).logits, by_hand
+        )
+        # Moments cannot be divided again, and what is asked for is done: the default, or the value.
+        moments = {gap: parts[0] + parts[1]}
+        plain = gl.recover(model, moments, gap.removed, name)(windows).logits
+        fixed = gl.recover(model, windows, gap.removed, name, **dict(family.default))(
+            windows
+        ).logits
+    torch.testing.assert_close(plain, fixed)
+    assert not torch.allclose(plain, by_hand)
+    with pytest.raises(ValueError, match="ghost is none of the candidates: " + name):
+        recipe.fit(gap.removed, "ghost")

@@ -1,15 +1,19 @@
 """Folded repairs equal the same repair as a module, in every architecture, and cost nothing."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import LAYERS, WIDTH, tiny_model, tiny_windows
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers
-from ghostlib.models.layers import mlp_output
+from ghostlib.models.layers import down_projection
 from ghostlib.models.streams import tap
+from ghostlib.recovery.recipe import Recipe
 from ghostlib.statistics.features import Regressor
 
 GAPS = [Boundary(1, 3), Boundary(4, 5)]
@@ -80,7 +84,7 @@ def test_replaceme_is_least_squares_on_the_last_mlp(any_tiny):
             gl.recover(any_tiny, ids, gap.removed, "replaceme")
         return
     F: list[torch.Tensor] = []
-    hook = mlp_output(any_tiny, gap.start - 1).register_forward_hook(
+    hook = down_projection(any_tiny, gap.start - 1).register_forward_hook(
         lambda module, args, output: F.append(output.detach().reshape(-1, WIDTH).double())
     )
     dense: dict[int, torch.Tensor] = {}
@@ -175,3 +179,63 @@ def test_a_low_rank_repair_is_stored_as_two_factors(tmp_path):
     )
     assert extra == 2 * 3 * WIDTH < WIDTH * WIDTH
     assert len(decoder_layers(recovered)) == LAYERS - 2
+
+
+# ---------------------------------------------------------------- weights that cannot be changed
+
+
+def quantised(model: PreTrainedModel) -> str:
+    for layer in decoder_layers(model):
+        layer.mlp = torch.ao.quantization.quantize_dynamic(layer.mlp, {nn.Linear}, inplace=False)
+    return "are quantised"
+
+
+class Adapted(nn.Module):
+    """A projection with a matrix beside it, kept as PEFT keeps it (tests/interop has the real)."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = projection
+        self.lora = nn.Linear(projection.in_features, projection.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora(x)
+
+
+def adapted(model: PreTrainedModel) -> str:
+    for layer in decoder_layers(model):
+        layer.mlp.down_proj = Adapted(layer.mlp.down_proj)
+    return "have an adapter on them"
+
+
+def tied(model: PreTrainedModel) -> str:
+    first, second = (decoder_layers(model)[i].mlp.down_proj for i in (1, 4))
+    second.weight = first.weight
+    return r"model\.layers\.4\.mlp\.down_proj has the same"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor creation")
+@pytest.mark.parametrize("change", [quantised, adapted, tied])
+@pytest.mark.parametrize("name", ["refit", "replaceme", "ghost-refit"])
+def test_a_projection_that_cannot_be_changed_is_refused_before_the_pass(
+    change: Callable[[PreTrainedModel], str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model("llama"), tiny_windows()
+    before, message = state(model), change(model)
+    monkeypatch.setattr("ghostlib.recovery.recover.calibrate", None)  # no pass begins
+    with pytest.raises(ValueError, match=message) as caught:
+        gl.recover(model, ids, [2, 3], name)
+    assert "such as ghost" in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.undo()
+    recovered = gl.recover(model, ids, [2, 3], "ghost", relative_ridge=1e-3)  # what it advises
+    assert torch.isfinite(logits(recovered, ids)).all()
+    left = state(model)
+    assert all(torch.equal(left[name], p) for name, p in before.items() if name in left)
+
+
+def test_the_recipe_leaves_out_what_it_cannot_install() -> None:
+    model, ids = tiny_model("llama"), tiny_windows(8, 24)
+    with pytest.warns(DeprecationWarning):
+        quantised(model)
+    recipe = Recipe(model, ids, budget="matrix")
+    assert set(recipe.families) == {"ghost", "ghost-relative"}

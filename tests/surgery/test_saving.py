@@ -1,8 +1,10 @@
 """Folders that other programs load: the stock class, the portable file, the model card."""
 
 import ast
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,26 +23,38 @@ from ghostlib.surgery.saving import check_output, save
 
 GAP = gl.Boundary(2, 4)
 
-# Loads a folder where ghostlib cannot be imported; prints the class and some logits.
+# Loads folders where ghostlib cannot be imported; prints the class and some logits of each.
 SCRIPT = """
 import json, sys
 sys.modules["ghostlib"] = None
 import torch
 from transformers import AutoModelForCausalLM
-folder, options = sys.argv[1], json.loads(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(folder, **options)
 ids = torch.arange(1, 10)[None]
-plain = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
-for cache in (None, "static"):
-    cached = model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=cache)
-    assert torch.equal(cached, plain)
-print(json.dumps([type(model).__name__, model(ids).logits[0, -1].tolist()]))
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, **json.loads(sys.argv[1]))
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    for cache in (None, "static"):
+        cached = model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=cache)
+        assert torch.equal(cached, plain), folder
+    print(json.dumps([type(model).__name__, model(ids).logits[0, -1].tolist()]))
 """
 
 
-def load_elsewhere(folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(options)]
+def run_elsewhere(*folders: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT, json.dumps(options), *map(str, folders)]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+def load_elsewhere(*folders: Path, **options: Any) -> list[tuple[str, torch.Tensor]]:
+    """Class name and last logits of each folder's model, from one process without ghostlib."""
+    done = run_elsewhere(*folders, **options)
+    assert done.returncode == 0, done.stderr
+    loaded = [json.loads(line) for line in done.stdout.splitlines()]
+    return [(kind, torch.tensor(logits)) for kind, logits in loaded]
+
+
+def last_logits(model: Any) -> torch.Tensor:
+    return model(torch.arange(1, 10)[None]).logits[0, -1]
 
 
 def repaired(name: str, model: Any = None, **options: Any) -> Any:
@@ -48,56 +62,59 @@ def repaired(name: str, model: Any = None, **options: Any) -> Any:
     return gl.recover(model, tiny_windows(24, 24), GAP.removed, name, **options)
 
 
-@pytest.mark.parametrize("name", ["refit", "replaceme", "magnitude"])
-def test_a_folded_repair_loads_as_the_stock_class_without_ghostlib(
-    name: str, tmp_path: Path
-) -> None:
-    recovered = repaired(name)
-    folder = save(recovered, tmp_path / "model")
-    done = load_elsewhere(folder)
-    assert done.returncode == 0, done.stderr
-    kind, logits = json.loads(done.stdout)
-    assert kind == "LlamaForCausalLM"
-    expected = recovered(torch.arange(1, 10)[None]).logits[0, -1]
-    torch.testing.assert_close(torch.tensor(logits), expected)
-    assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in folder.iterdir()}
-    settings = json.loads((folder / "config.json").read_text())
-    assert settings["model_type"] == "llama" and settings["num_hidden_layers"] == 4
-    assert settings["recovery"]["removed"] == [2, 3]
+def test_folded_repairs_load_as_the_stock_class_without_ghostlib(tmp_path: Path) -> None:
+    models = {name: repaired(name) for name in ("refit", "replaceme", "magnitude")}
+    folders = [save(model, tmp_path / name) for name, model in models.items()]
+    loaded = load_elsewhere(*folders)
+    for folder, (kind, logits) in zip(folders, loaded, strict=True):
+        assert kind == "LlamaForCausalLM"
+        torch.testing.assert_close(logits, last_logits(models[folder.name]))
+        files = {p.name for p in folder.iterdir()}
+        assert {"config.json", "model.safetensors", "README.md"} <= files
+        settings = json.loads((folder / "config.json").read_text())
+        assert settings["model_type"] == "llama" and settings["num_hidden_layers"] == 4
+        assert settings["recovery"]["removed"] == [2, 3]
 
 
-@pytest.mark.parametrize("name", ["ghost", "ghost-refit", "three-branch", "affine"])
-@pytest.mark.parametrize("layout", ["llama", "gpt2"])
-def test_a_portable_folder_loads_with_its_own_code(layout: str, name: str, tmp_path: Path) -> None:
-    recovered = repaired(name, tiny_model(layout), relative_ridge=1e-3)
-    folder = save(recovered, tmp_path / "model", portable=True)
-    done = load_elsewhere(folder, trust_remote_code=True)
-    assert done.returncode == 0, done.stderr
-    kind, logits = json.loads(done.stdout)
-    assert kind == type(recovered).__name__
-    expected = recovered(torch.arange(1, 10)[None]).logits[0, -1]
-    assert torch.equal(torch.tensor(logits), expected), "not bit-equal"
-    text = (folder / "modeling_ghosted.py").read_text()
-    imports = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import | ast.ImportFrom)]
-    assert imports and not any("ghostlib" in ast.unparse(node) for node in imports)
-    assert type(AutoModelForCausalLM.from_pretrained(folder)) is type(recovered)  # with ghostlib
-
-
-def test_a_portable_folder_in_bfloat16(tmp_path: Path) -> None:
-    recovered = repaired("two-branch", relative_ridge=1e-3).bfloat16()
-    folder = save(recovered, tmp_path / "model", portable=True)
-    done = load_elsewhere(folder, trust_remote_code=True, dtype="bfloat16")
-    assert done.returncode == 0, done.stderr
-    expected = recovered(torch.arange(1, 10)[None]).logits[0, -1]
-    assert torch.equal(torch.tensor(json.loads(done.stdout)[1]), expected.float())
+def test_portable_folders_load_with_their_own_code(tmp_path: Path) -> None:
+    models = {
+        f"{layout}-{name}": repaired(name, tiny_model(layout), relative_ridge=1e-3)
+        for layout in ("llama", "gpt2")
+        for name in ("ghost", "ghost-refit", "three-branch", "affine")
+    }
+    models["half"] = repaired("two-branch", relative_ridge=1e-3).bfloat16()
+    folders = [save(m, tmp_path / name, portable=True) for name, m in models.items()]
+    loaded = load_elsewhere(*folders, trust_remote_code=True, dtype="auto")
+    for folder, (kind, logits) in zip(folders, loaded, strict=True):
+        model = models[folder.name]
+        assert kind == type(model).__name__
+        # that another process rounds alike depends on where memory lies; the weights are the same
+        torch.testing.assert_close(logits, last_logits(model).float(), rtol=1e-5, atol=1e-5)
+        text = (folder / "modeling_ghosted.py").read_text()
+        nodes = ast.walk(ast.parse(text))
+        imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert imports and not any("ghostlib" in ast.unparse(node) for node in imports)
+        again = AutoModelForCausalLM.from_pretrained(folder)  # with ghostlib
+        assert type(again) is type(model)
+        for key, value in model.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value), f"{folder.name}: {key}"
 
 
 @pytest.mark.parametrize("portable", [False, True])
 def test_without_ghostlib_or_trust_loading_fails_loudly(portable: bool, tmp_path: Path) -> None:
     folder = save(repaired("ghost"), tmp_path / "model", portable=portable)
-    done = load_elsewhere(folder)
+    done = run_elsewhere(folder)
     assert done.returncode != 0
     assert ("trust_remote_code" if portable else "ghosted_llama") in done.stderr
+
+
+def test_a_portable_folder_edited_by_hand_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = save(repaired("ghost"), tmp_path / "model", portable=True)
+    edited(folder, lambda settings: settings["ghost"].pop())
+    done = run_elsewhere(folder, trust_remote_code=True)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("ValueError: ")
+    assert "lists its operators in config.ghost, got []" in done.stderr.splitlines()[-1]
 
 
 def test_the_card_says_what_was_done(tmp_path: Path) -> None:
@@ -320,3 +337,21 @@ def test_shards_are_read_back(tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, recovered(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["refit", "pruned"])
+def test_a_stock_class_is_not_saved_onto_a_file(name: str, tmp_path: Path) -> None:
+    """transformers itself logs it, saves nothing and returns."""
+    model = tiny_model("llama")
+    recovered = gl.prune(model, [2, 3]) if name == "pruned" else repaired(name, model)
+    (tmp_path / "file").write_text("keep me")
+    for each in (recovered, copy.deepcopy(recovered), pickle.loads(pickle.dumps(recovered))):
+        assert type(each) is type(model)
+        with pytest.raises(FileExistsError, match="file is a file: name a new folder"):
+            each.save_pretrained(tmp_path / "file")
+        each.config.recovery["note"] = "its own"
+        each.save_pretrained(tmp_path / "folder", max_shard_size="10KB")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+        assert again.config.recovery == each.config.recovery
+        each.config.recovery["note"] = "another's"
+    assert (tmp_path / "file").read_text() == "keep me"
