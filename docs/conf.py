@@ -84,8 +84,8 @@ ROOMS = {
 ANCHOR = re.compile(r'^<a id="([\w-]+)"></a>\s*', re.MULTILINE)  # as GitHub and Jupyter read it
 COURSE = """\
 The pages show the notebooks with the outputs they were stored with. To run and change them, open
-them in JupyterLab (`make lab`). **Learn** derives the method, **Use** takes it to models of your
-own, **Beyond** shows where it fails and what does better.
+them in JupyterLab (`make lab`). **Learn** derives the method, **Use** takes it to your own models,
+**Beyond** shows where it fails and what does better.
 """
 # the pages written by hand, in order; others in docs/ follow under Reference
 PRACTICE = ["docs/recipes/index", "docs/models", "docs/teachers", "docs/maintainers"]

@@ -5,15 +5,16 @@ answered at once.
 """
 
 import argparse
+import json
 import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from ghostlib.common import AUTO, PRUNED
+from ghostlib.common import AUTO, PRUNED, one_line
 from ghostlib.experiments.spec import Specification
 
 _EXAMPLES = {
@@ -36,7 +37,8 @@ _EXAMPLES = {
     "recover": """
   ghostlib recover smollm2 out --n 7 --operator ghost
   ghostlib recover org/model out --layers 12-18 --operator low-rank --rank 64 --corpus c4
-  ghostlib recover smollm2 out --operator auto --dtype bfloat16""",
+  ghostlib recover org/model out --operator auto --dtype bfloat16 --dry-run
+exit status: 0 done, 1 failed while running, 2 bad input, 3 does not fit, 130 interrupted""",
     "experiment": """
   ghostlib experiment out.jsonl --n 5 7 9 --operators pruned ghost auto
   ghostlib experiment out.jsonl --layers 12-18 9-15,20 --tasks wiki-topic my-questions.jsonl
@@ -105,6 +107,12 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=int, default=0, help="which windows are drawn [0]")
     make.add_argument("--dtype", help="float32, bfloat16, … [as the model was saved]")
     make.add_argument("--device", help="such as cpu or cuda:1 [a GPU if there is one]")
+    text = "spread the weights over all devices and memory; what fits nowhere else goes here"
+    make.add_argument("--offload", metavar="FOLDER", help=text)
+    text = "say what will be downloaded, and memory and time expected, and stop"
+    make.add_argument("--dry-run", action="store_true", help=text)
+    text = "print one JSON object to standard output, and all else to standard error"
+    make.add_argument("--json", action="store_true", help=text)
     text = "save the code as well that loads the model without ghostlib"
     make.add_argument("--portable", action="store_true", help=text)
     make = add("experiment", "score operators on corpora and tasks, and resume where it stopped")
@@ -115,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
         shown = " ".join(default) if isinstance(default, tuple) else default
         make.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=int if "int" in str(field.type) else str,
+            type=_yes if field.name == "bos" else int if "int" in str(field.type) else str,
             nargs="*" if several else None,
             default=default,
             help=described[field.name] + (f" [{shown}]" if shown not in (None, "") else ""),
@@ -130,6 +138,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def _yes(text: str) -> bool:
+    """True for yes, False for no."""
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no")
+    return text == "yes"
 
 
 def _described() -> Iterator[tuple[str, str]]:
@@ -150,37 +165,25 @@ def experiment(options: argparse.Namespace) -> None:
 
 
 def recover(options: argparse.Namespace) -> None:
-    """Carry out ``ghostlib recover``; prints one line a step."""
-    if options.layers and (options.n or options.criterion):
-        raise ValueError("--layers names what is removed: leave out --n and --criterion")
-    asked = {"relative_ridge": options.relative_ridge, "rank": options.rank}
-    solver = {name: value for name, value in asked.items() if value is not None}
+    """Carry out ``ghostlib recover``; prints a table, or one JSON object."""
     auto = options.operator == AUTO
-    if options.budget and not auto:
-        raise ValueError(
-            f"--budget is for --operator auto, not for {options.operator}: leave it out"
-        )
-    if options.keep and not auto:
-        raise ValueError(f"--keep is for --operator auto, not for {options.operator}: leave it out")
-    if auto and (solver or options.fit != "teacher"):
-        raise ValueError(
-            "--operator auto chooses the ridge itself, with full rank and the dense model's text: "
-            "leave out --relative-ridge, --rank and --fit"
-        )
+    solver = _solver_options(options, auto)
     import torch
 
     from ghostlib.evaluation.abilities import BRIEF
     from ghostlib.evaluation.abilities import abilities as profile_model
-    from ghostlib.evaluation.cost import weight_bytes
-    from ghostlib.evaluation.perplexity import perplexity
+    from ghostlib.evaluation.cost import count_parameters, weight_bytes
+    from ghostlib.evaluation.perplexity import gap_closed, perplexity
     from ghostlib.experiments.spec import base_name, canonical
-    from ghostlib.models.boundaries import read_layers
+    from ghostlib.models.boundaries import read_layers, spell
     from ghostlib.models.loading import check_source, load_model
     from ghostlib.operators.families import Family
     from ghostlib.operators.solve import check_options
-    from ghostlib.recovery.recipe import BUDGETS, Recipe
+    from ghostlib.recovery.plan import Steps, peak_memory, plan
+    from ghostlib.recovery.recipe import BUDGETS, TOO_FEW, Recipe
     from ghostlib.recovery.recover import recover as recover_model
     from ghostlib.selection.criteria import CRITERIA, select_layers
+    from ghostlib.statistics.calibration import readable
     from ghostlib.surgery.cut import prune
     from ghostlib.surgery.saving import check_output, save
     from ghostlib.text.corpora import documents, token_windows
@@ -190,39 +193,127 @@ def recover(options: argparse.Namespace) -> None:
         check_options(Family.of(options.operator), solver)
         if options.rank is None:
             canonical(options.operator)  # refuses one that needs it
-    CRITERIA[options.criterion or "cosine"]
-    BUDGETS[options.budget or "any"]
+    elif options.windows < 2:
+        raise ValueError(TOO_FEW)
+    criterion = "cosine" if options.criterion is None else options.criterion
+    n = 7 if options.n is None else options.n
+    CRITERIA[criterion]
+    BUDGETS["any" if options.budget is None else options.budget]
     documents(options.corpus)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_source(options.model, options.dtype, device)
     layers: Any = read_layers(",".join(options.layers)) if options.layers else None
-    model, tokenizer = load_model(options.model, dtype=options.dtype, device=device)
+    expected = plan(
+        options.model,
+        n=n,
+        layers=layers,
+        criterion=criterion,
+        operator=options.operator,
+        budget=options.budget or "any",
+        windows=options.windows,
+        length=options.length,
+        test_windows=options.test_windows,
+        dtype=options.dtype,
+        device=device,
+        spread=bool(options.offload),
+    )
+    if options.dry_run:
+        _print_table(expected.rows(), asdict(expected), as_json=options.json)
+    expected.check()
+    if options.dry_run:
+        return
+    steps = Steps(expected)
+    steps.begin("loading")
+    place: dict[str, Any] = {"device": device}
+    if options.offload:
+        place = {"device_map": "auto", "offload_folder": options.offload}
+    model, tokenizer = load_model(options.model, dtype=options.dtype, **place)
     check_output(options.output, bytes_needed=weight_bytes(model))
     drawn = {"length": options.length, "seed": options.seed}
     calib = token_windows(options.corpus, tokenizer, count=options.windows, **drawn)
     held_out = {"split": "test", "count": options.test_windows}
     test = token_windows(options.corpus, tokenizer, **held_out, **drawn)
+    steps.begin("choosing layers")
     if not layers and (options.criterion or not auto):
-        layers = select_layers(model, calib, options.n or 7, options.criterion or "cosine")
+        # A search scores one window of text for each set of layers that it considers.
+        layers = select_layers(model, calib, n, criterion, windows=calib[:1])
+    steps.begin("calibrating")
+    chosen = ""
     if auto:
         recipe = Recipe(model, calib, budget=options.budget or "any", keep=options.keep)
-        choice = recipe.choose(layers or options.n or 7)
-        print(choice)
-        layers, recovered = choice.layers, choice.apply(model)
+        choice = recipe.choose(layers or n)
+        chosen, layers, recovered = str(choice), choice.layers, choice.apply(model)
     else:
         recovered = recover_model(model, calib, layers, options.operator, fit=options.fit, **solver)
-    print(f"removing layers {', '.join(map(str, layers))}")
+    steps.begin("scoring")
     scored = {"dense": model, PRUNED: prune(model, layers), options.operator: recovered}
     perplexities = {name: perplexity(variant, test) for name, variant in scored.items()}
-    for name, value in perplexities.items():
-        print(f"{name:>18}: held-out perplexity {value:.2f}")
-    before = profile_model(model, tokenizer, probes=BRIEF, seed=options.seed)
-    profile = profile_model(recovered, tokenizer, probes=BRIEF, seed=options.seed, reference=before)
-    print(profile, *profile.lost, sep="\n")
+    asked: dict[str, Any] = {"probes": BRIEF, "seed": options.seed}
+    whole = profile_model(model, tokenizer, **asked)
+    profile = profile_model(recovered, tokenizer, **asked, reference=whole)
     facts = {"base_model": base_name(options.model), "text": base_name(options.corpus), **drawn}
     facts |= {"windows": options.windows, "perplexity": perplexities, "abilities": profile}
     save(recovered, options.output, tokenizer, portable=options.portable, facts=facts)
-    print(f"saved to {options.output}; its README.md says how to load it")
+    dense, pruned, repaired = perplexities.values()
+    closed = gap_closed(dense, pruned, repaired) if pruned > dense else None
+    before, after = count_parameters(model), count_parameters(recovered)
+    rows = [
+        ("layers removed", f"{spell(layers)} ({len(layers)})"),
+        ("parameters", f"{before / 1e6:,.1f} million, now {after / 1e6:,.1f} million"),
+        *[(f"held-out perplexity, {name}", f"{value:.2f}") for name, value in perplexities.items()],
+        ("gap closed", "no gap" if closed is None else f"{closed:.0%}"),
+        ("abilities lost", "; ".join(profile.lost) or "none of those probed"),
+        ("time", f"{steps.seconds:.0f} s"),
+        ("peak memory", readable(peak_memory(device))),
+        ("saved to", f"{one_line(options.output)}; its README.md says how to load it"),
+    ]
+    if chosen:
+        rows.insert(0, ("chosen", chosen))
+    record = {
+        "layers": list(layers),
+        "parameters": {"dense": before, "recovered": after},
+        "perplexity": perplexities,
+        "gap_closed": closed,
+        "abilities_lost": profile.lost,
+        "seconds": steps.seconds,
+        "peak_memory": peak_memory(device),
+        "folder": options.output,
+        "chosen": chosen or None,
+    }
+    _print_table(rows, record, as_json=options.json)
+    if not options.json:
+        print(f"\n{profile}")
+
+
+def _solver_options(options: argparse.Namespace, auto: bool) -> dict[str, Any]:
+    """What the solver is given; refuses options that would have no effect."""
+    if options.layers and (options.n or options.criterion):
+        raise ValueError("--layers names what is removed: leave out --n and --criterion")
+    if options.offload and options.device:
+        raise ValueError("--offload spreads the weights over all devices: leave out --device")
+    asked = {"relative_ridge": options.relative_ridge, "rank": options.rank}
+    solver = {name: value for name, value in asked.items() if value is not None}
+    for name in ("budget", "keep"):
+        if getattr(options, name) and not auto:
+            raise ValueError(
+                f"--{name} is for --operator auto, not for {options.operator}: leave it out"
+            )
+    if auto and (solver or options.fit != "teacher"):
+        raise ValueError(
+            "--operator auto chooses the ridge itself, with full rank and the dense model's text: "
+            "leave out --relative-ridge, --rank and --fit"
+        )
+    return solver
+
+
+def _print_table(rows: list[tuple[str, str]], record: dict[str, Any], *, as_json: bool) -> None:
+    """Print rows in two columns, or the same as one JSON object."""
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False))
+        return
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
 
 
 def fetch(options: argparse.Namespace) -> None:
@@ -271,7 +362,9 @@ def abilities(options: argparse.Namespace) -> None:
     probes = None if options.probes is None else [PROBES[name].name for name in options.probes]
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     profile = None
-    for source in filter(None, (options.reference, options.model)):
+    for source in (options.reference, options.model):
+        if source is None:
+            continue
         check_source(source, options.dtype, device)
         model, tokenizer = load_model(source, dtype=options.dtype, device=device)
         profile = profile_model(
@@ -291,8 +384,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _end("interrupted", error, 130)
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        return _end(next(iter(str(error).splitlines()), type(error).__name__), error, 2)
+        return _end(
+            next(iter(str(error).splitlines()), type(error).__name__), error, _status(error)
+        )
     return 0
+
+
+def _status(error: Exception) -> int:
+    """The exit status: 3 for what does not fit, 1 for what failed on the way, 2 for bad input."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 3
+    return 1 if isinstance(error, RuntimeError) else 2
 
 
 def _end(message: str, error: BaseException, status: int) -> int:
@@ -301,7 +403,7 @@ def _end(message: str, error: BaseException, status: int) -> int:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-    print(f"ghostlib: {message}", file=sys.stderr)
+    print(f"ghostlib: {one_line(message, 900)}", file=sys.stderr)
     return status
 
 

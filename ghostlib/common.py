@@ -1,15 +1,21 @@
 """What every room uses: names with a helpful error, progress bars, warnings to the caller."""
 
+import inspect
 import io
+import operator
 import os
 import sys
+import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from functools import wraps
+from numbers import Real
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 GHOSTED = "ghosted_"
 """What stands before the model type of a recovered model."""
@@ -37,7 +43,16 @@ class Registry(dict[str, T]):
     def __missing__(self, name: str) -> T:
         close = get_close_matches(str(name), self, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self)}")
+        asked = one_line(repr(name))
+        raise ValueError(f"unknown {self.kind} {asked}{hint} Known: {', '.join(self)}")
+
+
+def one_line(name: object, length: int = 300) -> str:
+    """A name as a terminal may show it: without control characters, and not too long."""
+    text = str(name)
+    if not text.isprintable():
+        text = repr(text)
+    return text if len(text) <= length else f"{text[:length]}… ({len(text):,} characters)"
 
 
 def shown() -> bool:
@@ -95,3 +110,104 @@ def without_retries() -> Iterator[str]:
     finally:
         for place, offline in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = offline
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Refuse arguments of another kind than the annotations say, in one line, before any work.
+
+    Models are left to `ghostlib.models.architectures.check_model`, ranges to the function itself.
+
+    Raises:
+        ValueError: such an argument; the message has its name, its value and what is allowed.
+    """
+    signature = inspect.signature(function)
+    known = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            if name in known and not fits(value, known[name]):
+                raise ValueError(f"{name} must be {_described(known[name])}, got {told(value)}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def at_least(least: int, **sizes: int | None) -> None:
+    """Refuse a size below ``least``, by name; None is for those that may be left out."""
+    for name, value in sizes.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated kind; of what has no say in it, everything is."""
+    parts, origin = get_args(kind), get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if kind is int:
+        return whole(value)
+    if kind is float:
+        number = value.item() if getattr(value, "ndim", None) == 0 else value  # of a tensor
+        return isinstance(number, Real) and not isinstance(number, bool)
+    if origin is tuple and parts[-1] is not Ellipsis:
+        pair = isinstance(value, tuple | list) and len(value) == len(parts)
+        return pair and all(map(fits, value, parts))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(fits(item, parts[1]) for item in value.values())
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        if not isinstance(value, Iterable) or isinstance(value, str):
+            return False
+        # what can be iterated but once is left to the function
+        return not isinstance(value, Collection) or all(fits(item, parts[0]) for item in value)
+    if origin is not None:
+        return not isinstance(origin, type) or isinstance(value, origin)
+    free = not isinstance(kind, type) or kind in (Any, bool, inspect.Parameter.empty)
+    return free or kind.__name__ == "PreTrainedModel" or isinstance(value, kind)
+
+
+def whole(value: Any) -> bool:
+    """Whether ``value`` is a whole number, of Python or of a tensor library, and no truth value."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return "bool" not in str(getattr(value, "dtype", type(value)))
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "Path": "a path",
+    "PathLike": "a path",
+    "Callable": "a function",
+    "Mapping": "a dictionary",
+    "NoneType": "None",
+    "tuple": "a pair",
+}
+
+
+def _described(kind: Any) -> str:
+    parts, origin = get_args(kind), get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_described, parts)))
+    name = (origin or kind).__name__
+    if name in ("Iterable", "Sequence", "Collection") or Ellipsis in parts:
+        return f"a list (each {_described(parts[0])})"
+    return _KINDS.get(name, f"a {name}")
+
+
+def told(value: Any) -> str:
+    """A value as an error message shows it: in one line, and not too long."""
+    shape = getattr(value, "shape", None)
+    kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'items')}"
+    text = repr(value) if shape is None else f"a {kind}, {tuple(shape)}"
+    return text if text.isprintable() and len(text) <= 80 else f"a {type(value).__name__}"

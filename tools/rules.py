@@ -44,7 +44,7 @@ def ending(nb: Notebook, path: Path) -> Iterator[str]:
     sections = re.split(r"^## +(?=\S)", prose(nb), flags=re.MULTILINE)
     if [section.partition("\n")[0].strip() for section in sections[-3:]] != ENDING:
         yield f"the last sections are not {', '.join(ENDING)} (as ## headings)"
-    names = [other.name for other in suite(path.parents[1])]
+    names = [p.name for p in suite(path.parents[1]) if p.stem[:2].isdecimal()]
     place = names.index(path.name) if path.name in names else 0
     for word, other in (("Back", names[:place][-1:]), ("Next", names[place + 1 :][:1])):
         if other and not re.search(rf"\b{word}\b[^\n]*\]\({other[0]}\)", nb.cells[-1].source):
@@ -145,7 +145,8 @@ def check(root: Path, paths: list[Path]) -> list[str]:
     for path in paths:
         nb = read(path)
         for rule in RULES:
-            if path.name[:2] not in PENDING or rule in (opening, *BASIC):
+            taught = path.stem[:2].isdecimal() and path.name[:2] not in PENDING
+            if taught or rule in (opening, *BASIC):  # the explorer has no exercises
                 found += [f"{path.name}: {problem}" for problem in rule(nb, path)]
     found += [
         f"{path.relative_to(root)}: not as generated: run `make fill`" for path in stale(root)

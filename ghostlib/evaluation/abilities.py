@@ -21,10 +21,10 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import Registry, track
+from ghostlib.common import Registry, checked, track
 from ghostlib.evaluation.items import articles_with_topic
 from ghostlib.evaluation.perplexity import NOT_FINITE
-from ghostlib.models.architectures import head, text_config
+from ghostlib.models.architectures import check_model, head, text_config
 from ghostlib.models.streams import final_hidden, known_positions
 from ghostlib.text.corpora import token_windows
 from ghostlib.text.tokens import bos_token, encode
@@ -551,6 +551,7 @@ def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, **dict.fromkeys(odd)}
 
 
+@checked
 def abilities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -577,8 +578,10 @@ def abilities(
     Raises:
         ValueError: an unknown probe, a loss that is not finite, or a reference of other items.
     """
+    check_model(model)
     asked = ProbeSet(model, tokenizer, probes, seed=seed)
-    if isinstance(reference, PreTrainedModel):
+    if not isinstance(reference, Profile | None):
+        check_model(reference)
         reference = _profile(asked, asked.ask(reference), None)
     return _profile(asked, asked.ask(model), reference)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
-from ghostlib.common import track
-from ghostlib.models.architectures import decoder_layers, text_config
+from ghostlib.common import at_least, checked, track
+from ghostlib.models.architectures import check_model, decoder_layers, text_config
 from ghostlib.models.configuration import twin
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import evaluating, known_positions
@@ -48,15 +48,22 @@ class Flops(NamedTuple):
 
 
 def count_parameters(model: PreTrainedModel) -> int:
-    """Number of parameters; a tied weight counts once."""
+    """Number of parameters; a tied weight counts once. `ValueError` if it is no model."""
+    check_model(model)
     return sum(p.numel() for p in model.parameters())
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters, each in its own dtype; a tied weight counts once."""
+    """Bytes of the parameters, each in its own dtype; a tied weight counts once.
+
+    Raises:
+        ValueError: it is no model.
+    """
+    check_model(model)
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+@checked
 def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> int:
     """Bytes of the keys and values kept after ``tokens`` tokens, in the model's dtype.
 
@@ -66,8 +73,9 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     Raises:
         ValueError: ``tokens`` is negative or ``batch_size`` below 1.
     """
-    _at_least(0, tokens=tokens)
-    _at_least(1, batch_size=batch_size)
+    check_model(model)
+    at_least(0, tokens=tokens)
+    at_least(1, batch_size=batch_size)
     if tokens == 0:
         return 0
     cache: Any = DynamicCache(config=model.config)
@@ -77,6 +85,7 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     return sum(t.numel() * t.itemsize for t in kept)
 
 
+@checked
 def flops(
     model: PreTrainedModel, tokens: int, *, context: int = 0, batch_size: int = 1, logits: int = 1
 ) -> Flops:
@@ -101,8 +110,9 @@ def flops(
     >>> flops(LlamaForCausalLM(config), 1, context=8).total
     12960
     """
-    _at_least(1, tokens=tokens, batch_size=batch_size)
-    _at_least(0, context=context, logits=logits)
+    check_model(model)
+    at_least(1, tokens=tokens, batch_size=batch_size)
+    at_least(0, context=context, logits=logits)
     if logits > tokens:
         raise ValueError(f"logits must be at most tokens = {tokens}, got {logits}")
     copied = _without_weights(model)
@@ -173,6 +183,7 @@ class Latency(NamedTuple):
     peak_bytes: int | None
 
 
+@checked
 def latency(
     models: Mapping[str, PreTrainedModel],
     prompt_tokens: int = 512,
@@ -203,15 +214,16 @@ def latency(
     """
     if not models:
         raise ValueError("no model to time: name at least one")
-    _at_least(
+    at_least(
         1,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch_size=batch_size,
         repeats=repeats,
     )
-    _at_least(0, warmup=warmup)
+    at_least(0, warmup=warmup)
     for name, model in models.items():
+        check_model(model)
         positions = known_positions(model)
         if positions is not None and prompt_tokens + new_tokens > positions:
             raise ValueError(
@@ -269,9 +281,3 @@ def _synchronize(devices: Iterable[torch.device]) -> None:
     """Wait until every accelerator has finished what it was given."""
     for device in devices:
         torch.accelerator.synchronize(device)
-
-
-def _at_least(least: int, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ghostlib.common import at_least, checked
+from ghostlib.models.architectures import check_model
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import evaluating
 
 Message = dict[str, str]  # {"role": "user", "content": …}
 
 
+@checked
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,11 +43,11 @@ def generate(
             ``max_new_tokens`` below 1, an empty prompt where the tokenizer adds nothing, or a
             tokenizer that has nothing to pad with.
     """
+    check_model(model)
     several: Any = [prompts] if isinstance(prompts, str) else list(prompts)
     if not several:
         raise ValueError("no prompt to continue: give at least one text")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    at_least(1, max_new_tokens=max_new_tokens)
     written = _in_template(tokenizer, several) if chat else several
     if not all(isinstance(text, str) for text in written):
         raise ValueError("prompts made of messages need chat=True; without it, give texts")

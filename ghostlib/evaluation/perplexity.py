@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import track
+from ghostlib.common import at_least, checked, track
 from ghostlib.models.architectures import head
 from ghostlib.models.streams import check_windows, final_hidden
 from ghostlib.text.corpora import CORPORA, tokenised
@@ -24,6 +24,7 @@ NOT_FINITE = (
 _CHUNK = 256  # tokens whose logits exist at once: 256 x 150,000 words x 4 bytes = 150 MB
 
 
+@checked
 def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> Tensor:
     """Mean negative log-likelihood per predicted token (nats) of each window.
 
@@ -54,8 +55,7 @@ def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 
     check_windows(model, windows)
     if windows.shape[1] < 2:
         raise ValueError("windows of one token predict nothing: use a length of at least 2")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    at_least(1, batch_size=batch_size)
     losses = []
     for ids in track(torch.split(windows, batch_size), "scoring", unit="batch"):
         losses.append(token_losses(model, final_hidden(model, ids), ids).mean(1))
@@ -85,6 +85,7 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
     return torch.cat(losses).double().view(len(ids), -1).cpu()
 
 
+@checked
 def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> float:
     """``exp`` of the mean negative log-likelihood over all windows.
 
@@ -93,6 +94,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) 
     return math.exp(float(window_losses(model, windows, batch_size=batch_size).mean()))
 
 
+@checked
 def gap_closed(dense: float, pruned: float, recovered: float) -> float:
     """Share of the log-perplexity lost by pruning that recovery wins back (1 = all, < 0 = harm).
 
@@ -208,6 +210,7 @@ class ScoredText:
         )
 
 
+@checked
 def scored_text(
     tokenizer: PreTrainedTokenizerBase,
     corpus: str | Path,
@@ -217,7 +220,7 @@ def scored_text(
     count: int | None = None,
     seed: int = 0,
     text_column: str = "text",
-    bos: bool | None = False,
+    bos: bool | None = None,
 ) -> ScoredText:
     """The windows of a corpus that `corpus_perplexity` scores; its arguments and errors."""
     published_split, published_count = PUBLISHED.get(str(corpus), ("test", None))
@@ -248,6 +251,7 @@ def scored_text(
     return ScoredText(name, split, windows, covered, first, added)
 
 
+@checked
 def corpus_perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -256,7 +260,7 @@ def corpus_perplexity(
     batch_size: int = 1,
     **options: Any,
 ) -> Perplexity:
-    """Perplexity and bits per byte of a model on a corpus, by the published protocol.
+    """Perplexity and bits per byte of a model on a corpus; ``bos=False`` is the published protocol.
 
     The documents, joined by a blank line, are tokenised as one text and cut into windows without
     overlap, each scored by itself (as in the evaluation code of GPTQ, arXiv 2210.17323, and the
@@ -273,9 +277,9 @@ def corpus_perplexity(
         count: the first so many windows; by default as in `PUBLISHED`, and all of other corpora.
         seed: see `ghostlib.documents`.
         text_column: see `ghostlib.documents`.
-        bos: False, as published: what the tokenizer adds (a BOS for Llama, nothing for SmolLM2)
-            stands once, at the beginning of the corpus. True: every window begins with BOS, which
-            a model trained with one needs. None: every window, if the tokenizer adds one.
+        bos: whether every window begins with BOS, which a model trained with one needs; by default
+            if the tokenizer adds one. False as published: what the tokenizer adds (a BOS for Llama,
+            nothing for SmolLM2) stands once, at the beginning of the corpus.
 
     Raises:
         ValueError: less text than one window, and whatever `ghostlib.token_windows` and

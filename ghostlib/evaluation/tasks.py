@@ -20,9 +20,10 @@ import numpy as np
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import Registry, quiet, without_retries
+from ghostlib.common import Registry, at_least, checked, quiet, without_retries
 from ghostlib.evaluation.items import Item, descriptions, read_items, topics
 from ghostlib.evaluation.perplexity import NOT_FINITE
+from ghostlib.models.architectures import check_model
 from ghostlib.models.streams import evaluating
 
 
@@ -75,6 +76,7 @@ class Difference:
     n: int
 
 
+@checked
 def paired(
     first: Score, second: Score, *, normed: bool = False, confidence: float = 0.95
 ) -> Difference:
@@ -146,6 +148,7 @@ EMBEDDED["wiki-topic"] = topics
 _INSTEAD = f"use {' or '.join(EMBEDDED)}, or the path of a .jsonl of {{query, choices, gold}}"
 
 
+@checked
 def zero_shot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -180,10 +183,8 @@ def zero_shot(
         ConnectionError: a task's data cannot be had from the hub.
         ghostlib.text.assets.AssetError: an embedded task whose corpus is not to be had.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be a positive number of items, not {limit}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_model(model)
+    at_least(1, limit=limit, batch_size=batch_size)
     wanted = [tasks] if isinstance(tasks, str | Path) else list(tasks)
     if not wanted:
         raise ValueError(f"no task to score: {_INSTEAD}")

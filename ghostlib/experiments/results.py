@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ghostlib.common import warn
+from ghostlib.common import checked, warn
 
 Record = dict[str, Any]
 
@@ -47,12 +47,13 @@ class Results:
         records: ``{name: record}``, in the order of the file.
     """
 
+    @checked
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.records: dict[tuple[Any, ...], Record] = {}
         self._header: list[Record] = []
         self._offset = self._lines = 0
-        self._lock_file = self.path.with_name(f".{self.path.name}.lock")
+        self._lock_file = self.path.parent / f".{self.path.name}.lock"
 
     def of(self, kind: str) -> list[Record]:
         """The records of one kind: ``"score"``, ``"selection"``, ``"choice"``, ``"skipped"`` …"""
@@ -189,6 +190,7 @@ class Results:
         self.read(data)
 
 
+@checked
 def read_results(path: str | os.PathLike[str]) -> Results:
     """A results file, for reading; also several that were joined by ``cat``.
 

@@ -24,14 +24,14 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import AUTO, DENSE, PRUNED, SEQUENTIAL, track, warn
+from ghostlib.common import AUTO, DENSE, PRUNED, SEQUENTIAL, checked, track, warn
 from ghostlib.evaluation.abilities import PROBES, Ability, ProbeSet
 from ghostlib.evaluation.perplexity import ScoredText
 from ghostlib.evaluation.tasks import check_tasks, zero_shot
 from ghostlib.experiments.results import Results
 from ghostlib.experiments.spec import Specification, base_name, family_of
 from ghostlib.experiments.tables import ABILITY, ACCURACY, PERPLEXITY, mean_interval
-from ghostlib.models.architectures import num_layers, text_config
+from ghostlib.models.architectures import check_model, num_layers, text_config
 from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.recovery.recipe import Recipe
@@ -43,6 +43,7 @@ from ghostlib.statistics.calibration import Calibration, calibrate
 from ghostlib.surgery.cut import install
 
 
+@checked
 def run_experiment(
     specification: Specification,
     output: str | os.PathLike[str],
@@ -74,6 +75,8 @@ def run_experiment(
         UserWarning: a loss that is not finite, or a damaged line of the file.
     """
     part = read_shard(shard)
+    if model is not None:
+        check_model(model)
     results = Results(output)
     try:
         results.expect(specification.identity())
@@ -87,6 +90,7 @@ def run_experiment(
     return results
 
 
+@checked
 def read_shard(text: str) -> tuple[int, int]:
     """(3, 8) of ``"3/8"``.
 
@@ -216,6 +220,8 @@ class _Run:
         count, length = text.windows.shape
         sizes = {"windows": count, "length": length, "tokens": count * (length - 1)}
         scored = {"split": text.split, **sizes, "bytes": text.bytes, "losses": losses}
+        if text.bos is not None:
+            scored["bos"] = text.bos  # which every window begins with
         return {"value": value, "low": low, "high": high, **scored}
 
     def _accuracy(
@@ -250,6 +256,8 @@ class _Run:
         family, gaps = family_of(operator), runs(layers, num_layers(self.model))
         if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
             return fit_sequential(self.model, self._windows, gaps, family, streams=self._streams)
+        if family.default and len(self._windows) > 1:
+            return self._ridged.fit(layers, operator)
         moments = self._statistics.of(family.regressor)
         return {gap: solve(moments[gap], family) for gap in gaps}
 
@@ -281,9 +289,24 @@ class _Run:
         return Recipe(self.model, self._windows)
 
     @cached_property
+    def _ridged(self) -> Recipe:
+        """Repairs that choose their ridges, with the statistics for all of them."""
+        fitted = [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
+        chosen = [(ls, op) for ls, op in fitted if family_of(op).default]
+        names = list(dict.fromkeys(op for _, op in chosen))
+        recipe = Recipe(self.model, self._windows, candidates=names)
+        recipe.collect([ls for ls, _ in chosen])
+        return recipe
+
+    @cached_property
     def _statistics(self) -> Calibration:
         """Moments that all operators are solved from, of one pass."""
-        fitted = [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
+        fitted = [
+            (ls, op)
+            for ls, op in self.todo
+            if op not in (DENSE, PRUNED, AUTO)
+            and not (family_of(op).default and len(self._windows) > 1)
+        ]
         # Also of sequential fits: of one gap they are the teacher's.
         gaps = {gap for ls, _ in fitted for gap in runs(ls, num_layers(self.model))}
         regressors = {family_of(operator).regressor for _, operator in fitted}

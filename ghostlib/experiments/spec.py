@@ -4,13 +4,12 @@ Neither torch nor transformers is imported here: the command line, whose options
 fields, answers at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghostlib.common import AUTO, PRUNED, SEQUENTIAL
+from ghostlib.common import AUTO, PRUNED, SEQUENTIAL, fits, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +48,8 @@ class Specification:
         tasks: zero-shot tasks that are scored: embedded, of lm-eval, or .jsonl files.
         probes: abilities that are scored, such as copying.
         probe_items: items of each probe at most.
+        bos: whether every window of a corpus begins with BOS; by default as the tokenizer does it,
+            False as published.
         limit: the first so many items of each task; by default all.
         batch_size: sequences in a forward pass of a task.
         seed: which windows are drawn.
@@ -81,6 +82,7 @@ class Specification:
     tasks: Sequence[str] = ()
     probes: Sequence[str] = ()
     probe_items: int | None = None
+    bos: bool | None = None
     limit: int | None = None
     batch_size: int = 8
     seed: int = 0
@@ -93,10 +95,13 @@ class Specification:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(field.default, tuple):
-                listed = [value] if isinstance(value, str | int | Path) else value
+                several = isinstance(value, Iterable) and not isinstance(value, str)
+                listed = value if several else [value]
                 self._set(field.name, [_READ.get(field.name, str)(each) for each in listed])
             elif "int" in str(field.type) and not (value is None and field.default is None):
                 whole_number(value, field.name, _LEAST.get(field.name, 1))
+            elif not fits(value, field.type):
+                raise ValueError(f"{field.name} = {value!r}: give text, as the name of one")
         if not (self.layers or self.starts):
             self._set("criteria", self.criteria or ["cosine"])
             self._set("n", self.n or [7])
@@ -106,6 +111,8 @@ class Specification:
         object.__setattr__(self, "selection_length", part)
         if part > self.length:
             raise ValueError(f"selection_length = {part}: at most length = {self.length}")
+        if not isinstance(self.bos, bool | None):
+            raise ValueError(f"bos = {self.bos!r}: give True, False, or None for the tokenizer's")
         check_source(self.model, self.dtype, self.device_map)
         for corpus in self.calibration:
             documents(corpus, split=self.split)
@@ -141,8 +148,8 @@ class Specification:
         """
         apart = {"device_map", "dtype", "criteria", "n", "layers", "starts", "operators"}
         apart |= {"perplexity", "tasks", "probes", "batch_size"}
-        if self.probe_items is None:  # files from before there were probes resume
-            apart.add("probe_items")
+        # files from before there were these resume
+        apart |= {name for name in ("probe_items", "bos") if getattr(self, name) is None}
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         known |= {
             "model": base_name(self.model),
@@ -172,7 +179,12 @@ class Specification:
     def _draw(self, corpus: str, tokenizer: "PreTrainedTokenizerBase", count: int) -> "Tensor":
         from ghostlib.text.corpora import token_windows
 
-        drawn: dict[str, Any] = {"split": self.split, "length": self.length, "seed": self.seed}
+        drawn: dict[str, Any] = {
+            "split": self.split,
+            "length": self.length,
+            "seed": self.seed,
+            "bos": self.bos,
+        }
         return token_windows(corpus, tokenizer, count=count, **drawn)
 
     def draw_test(self, tokenizer: "PreTrainedTokenizerBase", corpus: str) -> "ScoredText":
@@ -184,6 +196,7 @@ class Specification:
             "split": self.test_split,
             "length": self.test_length,
             "seed": self.seed,
+            "bos": self.bos,
         }
         return scored_text(tokenizer, corpus, count=count, **drawn)
 
@@ -199,7 +212,7 @@ def whole_number(value: Any, name: str = "n", least: int = 1) -> int:
     Raises:
         ValueError: it is not; the message names both.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    if not whole(value) or value < least:
         raise ValueError(f"{name} = {value!r}: give a whole number of at least {least}")
     return int(value)
 
@@ -231,7 +244,7 @@ def canonical(operator: str) -> str:
     family, name = family_of(operator), operator.removesuffix(SEQUENTIAL)
     if name != operator and family.regressor.reads_mlp:
         raise ValueError(
-            f"{operator!r}: {name} reads more than the stream, leave out{SEQUENTIAL!r}"
+            f"{operator!r}: {name} reads more than the stream, leave out {SEQUENTIAL!r}"
         )
     if family.regressor == STREAM:
         eye = torch.eye(4, dtype=torch.float64)  # one that needs an option says so of any moments
@@ -243,7 +256,7 @@ def canonical(operator: str) -> str:
 def _layers(layers: Any) -> tuple[int, ...]:
     from ghostlib.models.boundaries import read_layers, runs
 
-    if isinstance(layers, int):
+    if not isinstance(layers, Iterable):
         raise ValueError(f"layers = {layers}: give sets of layers, such as '12-18' or [(12, 13)]")
     listed = read_layers(layers) if isinstance(layers, str) else layers
     whole = tuple(sorted(whole_number(layer, "layer", 0) for layer in listed))
@@ -268,7 +281,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "n": whole_number,
     "layers": _layers,
     "criteria": _criterion,
-    "operators": canonical,
+    "operators": lambda name: canonical(str(name)),
     "probes": _probe,
 }
 _LEAST = {"test_length": 2, "selection_length": 2, "seed": 0}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ghostlib.common import AUTO, DENSE
+from ghostlib.common import AUTO, DENSE, one_line
 from ghostlib.evaluation.abilities import t_interval
 from ghostlib.evaluation.tasks import Score, paired
 from ghostlib.experiments.results import Record, Results
@@ -231,7 +231,7 @@ def report(results: Results, *, normed: bool = False) -> str:
     notes = [f"{r['criterion']}, n = {r['n']}: {r['layers']}" for r in results.of("selection")]
     notes += [f"{AUTO} without {r['layers']}: {r['operator']}" for r in results.of("choice")]
     for record in results.of("skipped"):
-        notes.append(f"left out: {record['reason']}")
+        notes.append(f"left out: {one_line(record['reason'])}")
     return "\n\n".join([*parts, "\n".join(notes)]).strip()
 
 
@@ -251,6 +251,7 @@ def _lines(table: pd.DataFrame) -> str:
     for *others, n, operator in table.index:
         parts = [operator, f"n = {n}" if n else "", *map(str, others)]
         names.append(", ".join(filter(None, parts)))
+    table = table.rename(columns=one_line)
     return str(table.set_axis(names).rename_axis(columns=None).fillna("").to_string())
 
 

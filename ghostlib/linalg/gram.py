@@ -17,6 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ghostlib.common import checked
+
 RCOND = 1e-6
 # A ridge below this multiple of the mean eigenvalue regularises nothing that can be measured.
 _RIDGE_THAT_COUNTS = 1e-6
@@ -106,6 +108,7 @@ class Gram:
         scale = 0.0 if self.terms is None else float((self.terms / scaling.square()).max())
         return Spectrum.of(self.G / torch.outer(scaling, scaling), scale)
 
+    @checked
     def regularise(
         self,
         rcond: float | None = None,

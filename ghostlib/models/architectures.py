@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ghostlib.common import GHOSTED
+from ghostlib.common import GHOSTED, checked, told
 from ghostlib.models.configuration import check_agreement, follow, kinds
 from ghostlib.models.placement import input_device, loaded_parameters
 
@@ -114,6 +114,11 @@ def check_model(model: Any) -> None:
             f"the model is wrapped in {kind}: pass model.module; calibrate_distributed spreads a "
             "calibration over processes"
         )
+    if any(base.__name__ == "FSDPModule" for base in type(model).__mro__):
+        raise ValueError(
+            f"the weights of this {kind} are spread over processes by fully_shard: load it "
+            "without, and with device_map where one device is too small"
+        )
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise ValueError(
             f"the model is a {kind} of PEFT, whose adapters are no part of its layers: pass "
@@ -121,7 +126,7 @@ def check_model(model: Any) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a causal language model of transformers is needed, got {kind}: load one with "
+            f"a causal language model of transformers is needed, got {told(model)}: load one with "
             "load_model or AutoModelForCausalLM.from_pretrained"
         )
     name = model_type(model)
@@ -215,7 +220,7 @@ def _behind(model: PreTrainedModel, layers: str) -> str:
     parent = layers
     while parent:
         parent = parent.rpartition(".")[0]
-        if parent == "":
+        if parent == "" and "." in layers:  # the model holds its decoder, and its head beside it
             break
         norms = [
             name
@@ -244,7 +249,15 @@ def num_layers(model: PreTrainedModel) -> int:
 def hidden_size(model: PreTrainedModel) -> int:
     """Width of the residual stream; of all together where there are several side by side."""
     config, streams = text_config(model), structure(model).streams
-    return int(config.hidden_size * (getattr(config, streams) if streams else 1))
+    # Remote code may call it otherwise.
+    width = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]
+    return int(width * (getattr(config, streams) if streams else 1))
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Number of token ids."""
+    size = getattr(text_config(model), "vocab_size", None)
+    return int(size or model.get_input_embeddings().weight.shape[0])
 
 
 def looks_back(model: PreTrainedModel) -> bool:
@@ -276,6 +289,14 @@ def to_state(stream: Tensor, like: Tensor, layout: str) -> Tensor:
     return unfolded.movedim((0, 1), axes)
 
 
+def check_index(model: PreTrainedModel, index: int) -> None:
+    """Refuse, by `ValueError`, an index that is neither of a layer nor of what comes behind."""
+    last = num_layers(model)
+    if not 0 <= index <= last:
+        raise ValueError(f"index must lie between 0 and the number of layers {last}, got {index}")
+
+
+@checked
 def receiver(model: PreTrainedModel, index: int) -> nn.Module:
     """The module whose first argument is the stream at ``index``.
 
@@ -283,8 +304,10 @@ def receiver(model: PreTrainedModel, index: int) -> nn.Module:
     the final norm, or the head of a model without one.
 
     Raises:
-        ValueError: nothing receives the stream after the last layer and nothing else.
+        ValueError: an index that is none, or nothing receives the stream after the last layer and
+            nothing else.
     """
+    check_index(model, index)
     layers = decoder_layers(model)
     if index < len(layers):
         return layers[index]

@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from ghostlib.common import at_least, checked, fits, told, whole
+
 
 class Boundary(NamedTuple):
     """Removed layers ``start … stop - 1``: the stream must jump from ``X_pre`` to ``X_post``.
@@ -26,10 +28,16 @@ class Boundary(NamedTuple):
         return f"({self.start}, {self.stop})"
 
 
-def check_boundary(boundary: Boundary | tuple[int, int], num_layers: int) -> Boundary:
-    """Return ``boundary`` as a `Boundary`; `ValueError` if the model has no such layers."""
-    start, stop = map(_index, boundary)
-    if not 0 <= start < stop <= num_layers:
+def check_boundary(boundary: Boundary | tuple[int, int], num_layers: int | None = None) -> Boundary:
+    """Return ``boundary`` as a `Boundary`; `ValueError` if it is none, or of no such layers."""
+    if not fits(boundary, tuple[int, int]):
+        raise ValueError(
+            f"boundary must be a pair of whole numbers (start, stop), got {told(boundary)}"
+        )
+    start, stop = map(operator.index, boundary)
+    if num_layers is None and not 0 <= start < stop:
+        raise ValueError(f"boundary ({start}, {stop}) is none: it needs 0 <= start < stop")
+    if num_layers is not None and not 0 <= start < stop <= num_layers:
         raise ValueError(
             f"boundary ({start}, {stop}) does not fit a model of {num_layers} layers: "
             f"it needs 0 <= start < stop <= {num_layers}"
@@ -53,14 +61,12 @@ def check_order(
 
 def _index(layer: Any) -> int:
     """``layer`` if it is a whole number, of Python or of a tensor library, and no truth value."""
-    try:
-        if "bool" in str(getattr(layer, "dtype", type(layer))):
-            raise TypeError
-        return operator.index(layer)
-    except TypeError:
-        raise ValueError(f"layers must be integers, such as 12, got {layer!r}") from None
+    if not whole(layer):
+        raise ValueError(f"layers must be integers, such as 12, got {layer!r}")
+    return operator.index(layer)
 
 
+@checked
 def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
     """Group removed layers into maximal runs, one `Boundary` each, in ascending order.
 
@@ -79,6 +85,7 @@ def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
     [Boundary(start=12, stop=15), Boundary(start=25, stop=26)]
     """
     ordered = sorted(_index(layer) for layer in layers)
+    at_least(1, num_layers=num_layers)
     if not ordered:
         raise ValueError("no layer to remove: name at least one layer")
     if outside := [layer for layer in ordered if not 0 <= layer < num_layers]:
@@ -111,14 +118,14 @@ def gaps_without(layers: Collection[int], num_layers: int) -> list[Boundary]:
     return runs(layers, num_layers) if layers else []
 
 
+@checked
 def contiguous(n: int, num_layers: int) -> list[Boundary]:
     """Every contiguous block of ``n`` layers, first and last layers included, by ascending start.
 
     Raises:
         ValueError: ``n`` is not between 1 and ``num_layers - 1``.
     """
-    if num_layers < 2:
-        raise ValueError("a model of one layer has none to spare: nothing can be removed")
+    at_least(2, num_layers=num_layers)
     if not 1 <= n < num_layers:
         raise ValueError(
             f"n = {n} layers cannot be removed from a model of {num_layers}: "
@@ -127,6 +134,7 @@ def contiguous(n: int, num_layers: int) -> list[Boundary]:
     return [Boundary(start, start + n) for start in range(num_layers - n + 1)]
 
 
+@checked
 def spell(layers: Iterable[int]) -> str:
     """Layers in short: runs as ``first–last``.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-_COUNT = re.compile(r"(num_|n_)?(hidden_|decoder_|text_)?(layers?|blocks)$")
+_COUNT = re.compile(r"(num_|n_)?(hidden_|decoder_|text_)?(layers?|blocks)$|depth$")
 # How many of the first layers, or of the last, are of one kind.
 _FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
 _LAST = ("num_kv_shared_layers",)
@@ -71,23 +71,18 @@ def follow(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
 
 
 def _follow_paths(tied: dict[str, str] | None, name: str, kept: Sequence[int]) -> None:
-    """Number the layers anew in a table of weights that are tied, by their paths."""
+    """Number the layers anew in a table of weights that are tied, by their paths (Zamba 2)."""
+    number = re.compile(rf"(?<=\b{name}\.)\d+")
 
-    def renumbered(path: str) -> str | None:
-        found = re.search(rf"(?<=\b{name}\.)\d+", path)
-        if not found:
-            return path
-        index = int(found[0])
-        return (
-            path[: found.start()] + str(kept.index(index)) + path[found.end() :]
-            if index in kept
-            else None
-        )
+    def renumbered(path: str) -> str:
+        return number.sub(lambda found: str(kept.index(int(found[0]))), path)
 
     if tied:
-        pairs = [(renumbered(target), renumbered(source)) for target, source in tied.items()]
+        pairs = list(tied.items())
         tied.clear()
-        tied.update({t: s for t, s in pairs if t is not None and s is not None})
+        for target, source in pairs:
+            if all(int(index) in kept for index in number.findall(f"{target} {source}")):
+                tied[renumbered(target)] = renumbered(source)
 
 
 def _per_layer(config: PretrainedConfig) -> dict[int, Any]:
@@ -129,11 +124,20 @@ def _follow_settings(owner: Any, total: int, kept: Sequence[int]) -> None:
 
 
 def _follow_tables(owner: Any, total: int, kept: Sequence[int]) -> None:
-    """Give each layer that is kept its own part of the tables that all are fed from (Gemma 3n)."""
+    """Give each layer that is kept its own part of the tables that all are fed from (Gemma 3n).
+
+    Raises:
+        ValueError: a table is offloaded.
+    """
     for name, axis in _TABLES.items():
         table = getattr(owner, name, None)
         if table is None or table.weight.shape[axis] % total or len(kept) == total:
             continue
+        if table.weight.device.type == "meta" and hasattr(table, "_hf_hook"):
+            raise ValueError(
+                f"the table {name}, of which every layer has a part, is offloaded: load the model "
+                "without offloading it"
+            )
         blocks = table.weight.detach().unflatten(axis, (total, -1))
         places = torch.tensor(kept, device=blocks.device)
         weight = blocks.index_select(axis, places).flatten(axis, axis + 1)

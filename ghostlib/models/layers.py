@@ -267,15 +267,6 @@ def has_bias(model: PreTrainedModel, index: int) -> bool:
     return module.bias is not None
 
 
-def mlp_output(model: PreTrainedModel, index: int) -> nn.Module:
-    """The module whose output is what layer ``index``'s MLP adds to the stream.
-
-    Raises:
-        ValueError: as `down_projection`.
-    """
-    return down_projection(model, index)
-
-
 def writers(model: PreTrainedModel, index: int) -> list[nn.Module]:
     """The modules of layer ``index`` whose outputs are added to the stream.
 
@@ -450,7 +441,7 @@ def listen(
 
     with ExitStack() as stack:
         # All are found before the first is watched.
-        modules = {start: mlp_output(model, start - 1) for start in starts}
+        modules = {start: down_projection(model, start - 1) for start in starts}
         for start, module in modules.items():
             stack.callback(module.register_forward_hook(hook_for(start)).remove)
         yield

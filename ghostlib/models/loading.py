@@ -1,5 +1,7 @@
 """Loading: a model and its tokenizer, the embedded one or any other by its name."""
 
+import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ghostlib.common import hub_trouble, shown, without_retries
+from ghostlib.common import checked, hub_trouble, one_line, shown, without_retries
 from ghostlib.models.architectures import structure
+from ghostlib.models.placement import check_device
 from ghostlib.text.assets import embedded_model_dir
 
 EMBEDDED = "smollm2"
@@ -38,19 +41,19 @@ def check_source(
 
     Raises:
         FileNotFoundError: a name that is spelt as a path, and no such folder.
-        ValueError: a dtype that no weights have, or a device that is not there.
+        ValueError: a name that is neither a path nor a hub's, a dtype that no weights have, or a
+            device that is not there.
     """
-    spelt_as_path = isinstance(name, Path) or name.startswith((".", "/", "~", "\\"))
-    if spelt_as_path and not Path(name).is_dir():
-        raise FileNotFoundError(f"no such model folder: {name}")
+    text = one_line(name)
+    here = os.path.isdir(name)
+    if not here and (isinstance(name, Path) or name.startswith((".", "/", "~", "\\"))):
+        raise FileNotFoundError(f"no such model folder: {text}")
+    if not here and not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", str(name)):
+        raise ValueError(f"model {text!r} is neither a folder nor an id of the hub (org/name)")
     if isinstance(dtype, str) and dtype not in (*DTYPES, "auto"):
         raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
     if isinstance(device, str) and device not in STRATEGIES:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {device!r} cannot be used ({reason}): name another") from None
+        check_device(device)
 
 
 def check_reachable(name: str) -> None:
@@ -59,7 +62,7 @@ def check_reachable(name: str) -> None:
     Raises:
         ConnectionError: the hub cannot be reached.
     """
-    if name == EMBEDDED or Path(name).is_dir() or try_to_load_from_cache(name, CONFIG_NAME):
+    if name == EMBEDDED or os.path.isdir(name) or try_to_load_from_cache(name, CONFIG_NAME):
         return
     if trouble := hub_trouble():
         raise ConnectionError(
@@ -68,6 +71,7 @@ def check_reachable(name: str) -> None:
         )
 
 
+@checked
 def load_model(
     name: str | Path = EMBEDDED,
     *,
@@ -92,7 +96,7 @@ def load_model(
         ConnectionError: a hub id that is not in the cache, and no hub.
         FileNotFoundError: a path, and there is no such folder.
     """
-    check_source(name, dtype, device or options.get("device_map"))
+    check_source(name, dtype, options.get("device_map") if device is None else device)
     check_reachable(str(name))
     if not shown():
         disable_progress_bar()

@@ -18,6 +18,21 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return compute_device(model.get_input_embeddings())
 
 
+def check_device(device: Any) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ValueError: such a device, and what torch says of it.
+    """
+    try:
+        if device is None:
+            raise TypeError("None")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # without it built in: the second
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used ({reason}): name another") from None
+
+
 def compute_device(module: nn.Module) -> torch.device:
     """The device ``module`` computes on: that of its first weight, wherever that is offloaded to.
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ghostlib.common import checked, told, whole
 from ghostlib.models.architectures import (
+    check_index,
     check_layers,
     keep_layers,
     model_type,
@@ -29,6 +31,7 @@ from ghostlib.models.architectures import (
     to_state,
     to_stream,
     uncached,
+    vocabulary,
 )
 from ghostlib.models.placement import input_device, offload_stores, release_movers
 
@@ -165,6 +168,7 @@ def feed(model: PreTrainedModel, stream: Tensor) -> Iterator[None]:
         yield
 
 
+@checked
 def record(
     model: PreTrainedModel, windows: Tensor, indices: Iterable[int], **inputs: Tensor
 ) -> dict[int, Tensor]:
@@ -174,12 +178,14 @@ def record(
         ``{index: (windows, length, hidden)}`` in the model's dtype; the layer count stands for the
         final norm.
     """
+    check_windows(model, windows)
     streams: dict[int, Tensor] = {}
     with tap(model, indices, streams.__setitem__) as run:
         run(input_ids=windows.to(input_device(model)), **inputs)
     return streams
 
 
+@checked
 @contextmanager
 def tap(
     model: PreTrainedModel, indices: Iterable[int], on_stream: Callable[[int, Tensor], None]
@@ -192,9 +198,12 @@ def tap(
     norm. The hooks are removed whatever happens.
 
     Raises:
-        ValueError: what passes from layer to layer is no stream (batch, tokens, hidden).
+        ValueError: what passes from layer to layer is no stream (batch, tokens, hidden), or an
+            index that is none.
     """
     wanted = sorted(set(indices))
+    for index in wanted:
+        check_index(model, index)
     waiting: list[int] = []
     layout = structure(model).layout
 
@@ -265,17 +274,19 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
     Their ids must be in the vocabulary, and they may not be longer than the positions the model
     knows, unless its configuration says that it computes any (ALiBi, dynamic rotary embeddings).
     """
-    if not isinstance(windows, Tensor) or windows.ndim != 2 or windows.is_floating_point():
-        got = tuple(windows.shape) if isinstance(windows, Tensor) else type(windows).__name__
-        raise ValueError(f"windows must be a (windows, length) tensor of token ids, got {got}")
+    integers = isinstance(windows, Tensor) and whole(windows.new_zeros(()))
+    if not integers or windows.ndim != 2:
+        raise ValueError(
+            f"windows must be a (windows, length) tensor of token ids, got {told(windows)}"
+        )
     if windows.numel() == 0:
         raise ValueError(f"windows hold no token: shape {tuple(windows.shape)}")
     low, high = int(windows.min()), int(windows.max())
     structure(model)
-    vocabulary = text_config(model).vocab_size
-    if low < 0 or high >= vocabulary:
+    known = vocabulary(model)
+    if low < 0 or high >= known:
         raise ValueError(
-            f"token ids {low} … {high} do not fit a vocabulary of {vocabulary}: "
+            f"token ids {low} … {high} do not fit a vocabulary of {known}: "
             "were the windows made with another model's tokenizer?"
         )
     positions = known_positions(model)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from ghostlib.common import Registry, warn
+from ghostlib.common import Registry, checked, warn
 from ghostlib.linalg.gram import Gram, Regularisation, Regularised, SingularGramWarning
 from ghostlib.linalg.hadamard import rotate
 from ghostlib.models.boundaries import Boundary
@@ -106,6 +106,7 @@ class Family:
         """Whether it adds no parameter and no operation: the checkpoint stays a stock one."""
         return self.install in ("down-projection", "earlier-writes", "nothing")
 
+    @checked
     def check_place(self, gaps: Iterable[Boundary]) -> None:
         """Refuse a gap that has no layer before it, where the repair needs one.
 
@@ -242,6 +243,7 @@ def symmetric(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
 # ---------------------------------------------------------------- least squares
 
 
+@checked
 def ghost(moments: Moments, *, around: str = "identity", **options: Unpack[Regularisation]) -> Fit:
     """The unconstrained optimum ``W = I + M``, ``M = pinv(X_pre) Delta`` (paper, eqs. 4-7).
 
@@ -265,6 +267,7 @@ def ghost(moments: Moments, *, around: str = "identity", **options: Unpack[Regul
     return least_squares(moments, **options)
 
 
+@checked
 def least_squares(
     moments: Moments,
     *,
@@ -421,7 +424,7 @@ def _on(features: str, **more: Any) -> dict[str, Any]:
 _JOINT: dict[str, Any] = {
     "solve": joint_least_squares,
     "options": (*_RIDGES, "bias"),
-    "default": (("relative_ridge", (1e-3, 0.1)),),
+    "default": (("relative_ridge", (1e-3, 1e-2)),),
 }
 
 FAMILIES: Registry[Family] = Registry("operator")
@@ -455,7 +458,7 @@ for _family in (
     Family("replaceme", "every matrix on the output of the last MLP before the gap",
            color="#754539", marker="s", install="down-projection", **_on("f", options=_RIDGES)),
     Family("refit", "the whole down-projection before the gap", color="#f1a8bf", marker="D",
-           install="down-projection", **_on("h", default=(("relative_ridge", 0.1),))),
+           install="down-projection", **_on("h", default=(("relative_ridge", 1e-2),))),
     Family("ghost-refit", "a matrix on the stream and the down-projection before it, jointly",
            color="#1765e1", marker="P", install="module and down-projection",
            **_on("x, h", **_JOINT)),

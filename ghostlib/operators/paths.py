@@ -20,6 +20,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from ghostlib.common import checked
 from ghostlib.linalg.gram import Regularisation, check_ridge
 from ghostlib.operators.families import least_squares, whitened
 from ghostlib.statistics.moments import Moments, check_alike, check_moments
@@ -48,6 +49,7 @@ class RidgePath:
     gcv: Tensor
 
 
+@checked
 def ridge_path(
     train: Moments, ridges: Iterable[float] = RIDGES, held_out: Moments | None = None
 ) -> RidgePath:
@@ -107,6 +109,7 @@ def ridge_path(
     )
 
 
+@checked
 def cross_validate(folds: Sequence[Moments], ridges: Iterable[float] = RIDGES) -> Tensor:
     """Held-out error of each fold when least squares is solved from all the others.
 
@@ -133,6 +136,7 @@ def cross_validate(folds: Sequence[Moments], ridges: Iterable[float] = RIDGES) -
     return torch.stack(errors)
 
 
+@checked
 def choose_ridge(
     train: Moments | Sequence[Moments],
     ridges: Iterable[float] = RIDGES,
@@ -167,6 +171,7 @@ def choose_ridge(
     return ridges[int(score.argmin())]
 
 
+@checked
 def choose_ridges(
     train: Moments,
     held_out: Moments,
@@ -193,6 +198,7 @@ def choose_ridges(
     grid = sorted(check_ridge(ridge) for ridge in ridges)
     if not grid:
         raise ValueError("no ridge to try: name at least one")
+    check_ridge(start)
     for moments in (train, held_out):
         check_moments(moments)
     check_alike(train, held_out)
@@ -232,6 +238,7 @@ class RankPath:
     held_out_error: Tensor
 
 
+@checked
 def rank_path(train: Moments, held_out: Moments, **options: Unpack[Regularisation]) -> RankPath:
     """Errors of ``solve(train, "low-rank", rank=r)`` for every r from one decomposition.
 
@@ -253,6 +260,7 @@ def rank_path(train: Moments, held_out: Moments, **options: Unpack[Regularisatio
     return RankPath(*(_rank_errors(P, Q, moments) for moments in (train, held_out)))
 
 
+@checked
 def choose_rank(
     train: Moments,
     held_out: Moments,
@@ -271,8 +279,8 @@ def choose_rank(
     Raises:
         ValueError: no candidate, one outside 1 … width, or a negative tolerance.
     """
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must not be negative, got {tolerance}")
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must not be negative or infinite, got {tolerance}")
     errors = rank_path(train, held_out, **options).held_out_error
     candidates = range(1, len(errors) + 1) if ranks is None else ranks
     tried = sorted({operator.index(rank) for rank in candidates})

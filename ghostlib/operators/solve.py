@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostlib.common import warn
-from ghostlib.linalg.gram import Regularised, SingularGramWarning
+from ghostlib.common import checked, warn
+from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, gram
 from ghostlib.models.boundaries import Boundary
 from ghostlib.operators.families import Family, Shape
 from ghostlib.statistics.features import STREAM, Regressor, Sources
@@ -45,16 +45,16 @@ class Operator:
     _diagonal: Tensor | None = field(default=None, repr=False)
 
     @classmethod
+    @checked
     def of(
         cls, W: Tensor, family: str | Family = "ghost", *, residual: float = float("nan")
     ) -> "Operator":
         """An operator around a matrix ``W`` (C, C) that was not solved here, such as a tuned one.
 
         Raises:
-            ValueError: ``W`` is not square or not real, or the family has no single matrix.
+            ValueError: ``W`` is not square, real and finite, or the family has no single matrix.
         """
-        if W.ndim != 2 or W.shape[0] != W.shape[1] or W.is_complex():
-            raise ValueError(f"W must be a square real matrix, got {tuple(W.shape)} {W.dtype}")
+        _check_square(W, "W")
         record = Family.of(family)
         if not record.regressor.has_identity:
             raise ValueError(f"{record} reads {record.regressor}: it has M, and no single W")
@@ -98,6 +98,7 @@ class Operator:
             return high / low if low > 0 else float("inf")
         return self._inverse.condition if self._inverse else 1.0
 
+    @checked
     def apply(
         self,
         X: Tensor,
@@ -133,6 +134,7 @@ class Operator:
         return Y if self.bias is None else Y + self.bias.to(X)
 
 
+@checked
 def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Operator:
     """The operator of a family that fits the moments best.
 
@@ -188,7 +190,7 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
 
 
 def check_options(family: Family, options: Mapping[str, Any]) -> None:
-    """Refuse an option that the family's solver does not take, by name.
+    """Refuse an option that the family's solver does not take, or out of range, before any pass.
 
     Raises:
         ValueError: such an option; the message lists those there are.
@@ -196,6 +198,9 @@ def check_options(family: Family, options: Mapping[str, Any]) -> None:
     if unknown := [name for name in options if name not in family.options]:
         known = f"it takes {', '.join(family.options)}" if family.options else "it takes none"
         raise ValueError(f"{family} has no option {unknown[0]!r}: {known}")
+    shared = {n: v for n, v in options.items() if n in Regularisation.__annotations__}
+    if not isinstance(shared.get("relative_ridge"), list | tuple):  # one for each feature
+        gram(torch.eye(1, dtype=torch.float64)).regularise(**shared)
 
 
 def warn_of_massive_activations(moments: Mapping[Boundary, Moments], family: Family) -> None:
@@ -215,6 +220,7 @@ def warn_of_massive_activations(moments: Mapping[Boundary, Moments], family: Fam
             )
 
 
+@checked
 def antisymmetric_share(M: Tensor) -> float:
     """``||(M - M')/2||_F / ||M||_F``: 0 for a symmetric matrix, 1 for an antisymmetric one.
 
@@ -222,12 +228,19 @@ def antisymmetric_share(M: Tensor) -> float:
     which is the number to compare with. A zero matrix is symmetric and has 0.
 
     Raises:
-        ValueError: ``M`` is not square.
+        ValueError: ``M`` is not square, real and finite.
 
     >>> antisymmetric_share(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
     1.0
     """
-    if M.ndim != 2 or M.shape[0] != M.shape[1]:
-        raise ValueError(f"the antisymmetric share needs a square matrix, got {tuple(M.shape)}")
+    _check_square(M, "M")
     norm = float(torch.linalg.norm(M))
     return float(torch.linalg.norm(M - M.T)) / (2 * norm) if norm > 0 else 0.0
+
+
+def _check_square(M: Tensor, name: str) -> None:
+    if M.ndim != 2 or M.shape[0] != M.shape[1] or M.is_complex():
+        got = f"{tuple(M.shape)} {M.dtype}"
+        raise ValueError(f"{name} must be a square matrix of real numbers, got {got}")
+    if not torch.isfinite(M).all():
+        raise ValueError(f"{name} must be a matrix of finite numbers, got NaN or infinity in it")

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ghostlib.common import Registry
+from ghostlib.common import Registry, checked
 from ghostlib.linalg.gram import SingularGramWarning
+from ghostlib.models.placement import check_device
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.statistics.moments import Moments
@@ -381,6 +382,7 @@ for _rule in (
     RULES[_rule.__name__] = _rule
 
 
+@checked
 def check_family(
     family: Family | str,
     *,
@@ -404,11 +406,12 @@ def check_family(
 
     Raises:
         AssertionError: a rule is broken; the message names it. Or an exempt one is kept.
-        ValueError: an unknown family or rule.
+        ValueError: an unknown family or rule, or a device that is not there.
 
     >>> check_family("ghost", contains=["scalar", "symmetric", "scaled-orthogonal"])
     >>> check_family("diagonal", exempt={"rotation": "it repairs channel by channel"})
     """
+    check_device(device)
     excused = dict(exempt or {})
     for name in excused:
         RULES[name]  # unknown names are refused, with the nearest

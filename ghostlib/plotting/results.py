@@ -700,6 +700,8 @@ def grid(
 def _plain_colour_bar(ax: Axes) -> None:
     """Numbers beside the colours without powers of ten, and over a wide range only some of them."""
     bar: Any = ax.collections[0].colorbar
+    if not isinstance(bar.mappable.norm, LogNorm):
+        return
     low, high = bar.mappable.get_clim()
 
     def written(value: float, _: object) -> str:

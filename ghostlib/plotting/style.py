@@ -18,6 +18,7 @@ import seaborn as sns
 from IPython.core.getipython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -161,7 +162,8 @@ def describe(ax: Axes, text: str) -> Axes:
 def alt_text(drawn: Axes | FigureBase) -> str:
     """What a figure, or one of its axes, shows: titles, and the numbers in words.
 
-    Axes drawn by hand are described by their labels and the ends of their lines.
+    Axes drawn by hand are described by their labels, the ends of their lines and the range of
+    their bars.
     """
     if isinstance(drawn, FigureBase):
         figure: Any = drawn
@@ -181,6 +183,12 @@ def _by_hand(ax: Axes) -> str:
         y = y[np.isfinite(y)]
         if len(y) and not str(line.get_label()).startswith("_"):
             lines.append(f"{line.get_label()} from {y[0]:.3g} to {y[-1]:.3g}")
+    for bars in ax.containers:
+        if isinstance(bars, BarContainer):
+            heights = [bar.get_height() for bar in bars]
+            label = str(bars.get_label())
+            name = "bars" if label.startswith("_") else label
+            lines.append(f"{name} from {min(heights):.3g} to {max(heights):.3g}")
     axes = f"{ax.get_ylabel() or 'values'} against {ax.get_xlabel() or 'position'}"
     return f"{axes[0].upper()}{axes[1:]}{': ' if lines else ''}{'; '.join(lines)}."
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import AUTO, PRUNED, Registry, track
+from ghostlib.common import AUTO, PRUNED, Registry, at_least, checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, runs, spell
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge, choose_ridges
-from ghostlib.operators.solve import Operator, solve
+from ghostlib.operators.solve import Operator, solve, warn_of_massive_activations
 from ghostlib.selection.criteria import needed, select_layers
-from ghostlib.selection.evidence import WEIGHT, Layers, to_keep
+from ghostlib.selection.evidence import WEIGHT, Layers, check_weight, to_keep
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate, suited
 from ghostlib.statistics.moments import Moments
@@ -51,9 +51,11 @@ SHORTLIST = ("residual", "cosine", "block-influence")
 
 TOO_FEW = "the recipe fits some windows and judges by others: give at least 2"
 
-_SEARCHED = 1024  # tokens of them that a search scores
 HELD_OUT = 4096
 """Tokens kept out of the fit, or one window where that is longer."""
+
+# Of these, tokens that a search for layers scores; and the layers it tries after its first step.
+_SEARCHED, _TRIES = 1024, 9
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +146,14 @@ class Recipe:
             without ground in this architecture; a probe that cannot be asked.
     """
 
+    @checked
     def __init__(
         self,
         model: PreTrainedModel,
         windows: Tensor,
         *,
         budget: str = "any",
-        candidates: Sequence[str] | None = None,
+        candidates: Sequence[str | Family] | None = None,
         batch_size: int = 1,
         keep: str | None = None,
         weight: float = WEIGHT,
@@ -164,7 +167,7 @@ class Recipe:
         names = (
             [name for name in within if _fits(model, name)] if candidates is None else candidates
         )
-        self.families = {name: Family.of(name) for name in names}
+        self.families = {str(name): Family.of(name) for name in names}
         for name, family in self.families.items():
             if "relative_ridge" not in family.options or family.name == "low-rank":
                 raise ValueError(
@@ -172,7 +175,9 @@ class Recipe:
                     f"are such as {', '.join(within)}"
                 )
             check_ground(model, family)
+        at_least(1, batch_size=batch_size)
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
+        check_weight(weight)
         self.keep, self.weight = keep, weight
         self._probes = None if keep is None else to_keep(model, keep)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
@@ -185,6 +190,7 @@ class Recipe:
     def _trials(self) -> Trials:
         return Trials(self.model, self.judges, batch_size=self.batch_size, probes=self._probes)
 
+    @checked
     def shortlist(self, n: int) -> list[Layers]:
         """What each of `SHORTLIST` would remove, from one pass over the fitted windows."""
         criteria = SHORTLIST if self.keep is None else (*SHORTLIST, "abilities")
@@ -192,10 +198,11 @@ class Recipe:
         known = calibrate(self.model, self.fitted, sorted(wanted), batch_size=self.batch_size)
         search: dict[str, Any] = {"windows": self.judges[:1, :_SEARCHED]}
         if self.keep is not None:
-            search |= {"keep": self.keep, "weight": self.weight}
+            search |= {"keep": self.keep, "weight": self.weight, "tries": _TRIES}
         chosen = [select_layers(self.model, known, n, name, **search) for name in criteria]
         return list(dict.fromkeys(map(tuple, chosen)))
 
+    @checked
     def collect(self, choices: Iterable[Layers]) -> None:
         """Collect in one pass what all of ``choices`` will be solved from."""
         gaps = {gap for layers in choices for gap in runs(layers, self.total)}
@@ -206,6 +213,7 @@ class Recipe:
             held_out = calibrate(self.model, self.judges, missing, **how)
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
 
+    @checked
     def choose(self, layers: Iterable[int] | int) -> Choice:
         """The best candidate for ``layers``, or for the best on the `shortlist` of so many.
 
@@ -238,10 +246,35 @@ class Recipe:
                 "try a wider dtype (bfloat16 or float32), or other windows"
             )
         layers, repair = best
-        whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
-        final = self._solve(whole, repair, ridges[best])
+        final = self._final(layers, repair, ridges[best])
         tokens = self.judges.numel()
         return Choice(layers, repair, final, ridges[best], losses, tokens, self.keep, kept)
+
+    @checked
+    def fit(self, layers: Iterable[int], repair: str) -> dict[Boundary, Operator]:
+        """One candidate for ``layers``, with the ridges that serve the held-out windows best.
+
+        Solved from all windows, as what `choose` returns.
+
+        Raises:
+            ValueError: layers that cannot be removed, or not one of the candidates.
+        """
+        if repair not in self.families:
+            raise ValueError(f"{repair} is none of the candidates: {', '.join(self.families)}")
+        removed = tuple(sorted(layers))
+        self.collect([removed])
+        parts = self._moments(removed, repair)
+        fitted = {gap: fit for gap, (fit, _) in parts.items()}
+        warn_of_massive_activations(fitted, self.families[repair])
+        ridges = {gap: _choose(*part) for gap, part in track(parts.items(), "choosing ridges")}
+        return self._final(removed, repair, ridges)
+
+    def _final(
+        self, layers: Layers, repair: str, ridges: Mapping[Boundary, Ridge]
+    ) -> dict[Boundary, Operator]:
+        """Solved from all windows."""
+        whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
+        return self._solve(whole, repair, ridges)
 
     def _repairs_of(self, layers: Layers) -> list[str]:
         """Those that there is a place for: some need a layer before the gap."""
@@ -262,7 +295,10 @@ class Recipe:
         return parts
 
     def _solve(
-        self, moments: Mapping[Boundary, Moments], repair: str, ridges: Mapping[Boundary, Ridge]
+        self,
+        moments: Mapping[Boundary, Moments],
+        repair: str,
+        ridges: Mapping[Boundary, Ridge],
     ) -> dict[Boundary, Operator]:
         return {
             gap: solve(m, self.families[repair], relative_ridge=ridges[gap])

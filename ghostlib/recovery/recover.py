@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import AUTO
+from ghostlib.common import AUTO, checked
 from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, runs
 from ghostlib.operators.families import Family
@@ -20,11 +20,12 @@ from ghostlib.surgery.cut import check_dense, install
 from ghostlib.surgery.installers import check_place
 
 
+@checked
 def recover(
     model: PreTrainedModel,
     calibration: Tensor | Mapping[Boundary, Moments],
     layers: Iterable[int] | int,
-    operator: str | Family = "ghost",
+    operator: "str | Family" = "ghost",  # in quotes: what else it may be is told below
     *,
     attention_mask: Tensor | None = None,
     skip_leading: int | None = None,
@@ -47,6 +48,8 @@ def recover(
             be their number, and the recipe chooses them too.
         operator: a name from `FAMILIES`, a regressor such as ``"x, n(x); 1/|y|"``, or ``"auto"``:
             the `Recipe` tries several repairs on calibration tokens that it keeps out of the fit.
+            Repairs that cannot do without a ridge (``refit`` and its kin) choose theirs by such
+            tokens as well, where windows and no options are given.
         attention_mask: (windows, length), 0 at padding, when windows are given.
         skip_leading: first positions of each window to leave out, when windows are given.
         batch_size: windows per forward pass, when windows are given; 1 by default.
@@ -75,11 +78,6 @@ def recover(
     check_dense(model)
     if fit not in ("teacher", "sequential"):
         raise ValueError(f"fit must be 'teacher' or 'sequential', got {fit!r}")
-    if not isinstance(calibration, Tensor | Mapping):
-        raise ValueError(
-            "calibration must be a (windows, length) tensor of token ids or moments by boundary, "
-            f"got {type(calibration).__name__}"
-        )
     given: dict[str, Any] = {
         "attention_mask": attention_mask,
         "skip_leading": skip_leading,
@@ -128,6 +126,10 @@ def recover(
         recovered = install(model, dict(operators), share=share)
         recovered.config.recovery |= {"fit": fit}
         return recovered
+    elif family.default and len(calibration) > 1 and not (options or set(passes) - {"batch_size"}):
+        recipe = Recipe(model, calibration, candidates=[family], **passes)
+        removed = [layer for gap in gaps for layer in gap.removed]
+        return install(model, dict(recipe.fit(removed, str(family))), share=share)
     else:
         calibration = calibrate(model, calibration, gaps, regressors=[family.regressor], **passes)
     collected: Mapping[Boundary, Moments] = calibration
@@ -151,7 +153,8 @@ def _moments_of(
     moments = collected[gap]
     if moments.width != hidden_size(model):
         raise ValueError(
-            f"moments of width {moments.width} do not fit a model of width {hidden_size(model)}"
+            f"moments of width {moments.width} do not fit a model of width {hidden_size(model)}: "
+            "calibrate again"
         )
     if moments.boundary not in (None, gap):
         raise ValueError(f"moments of boundary {moments.boundary} were given for {gap}")

@@ -13,19 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import track
+from ghostlib.common import at_least, checked, track
 from ghostlib.models.architectures import fingerprint, hidden_size, looks_back, num_layers
 from ghostlib.models.boundaries import Boundary, check_order
 from ghostlib.models.layers import has_bias, listen
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import check_windows, excerpt, feed, record
 from ghostlib.operators.families import Family
-from ghostlib.operators.solve import (
-    Operator,
-    check_options,
-    solve,
-    warn_of_massive_activations,
-)
+from ghostlib.operators.solve import Operator, check_options, solve, warn_of_massive_activations
 from ghostlib.statistics.calibration import suited
 from ghostlib.statistics.features import Sources
 from ghostlib.statistics.moments import Moments
@@ -59,8 +54,7 @@ def dense_streams(
         ValueError: windows that do not fit the model, or a batch size below 1.
     """
     check_windows(model, windows, attention_mask)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    at_least(1, batch_size=batch_size)
     wanted = sorted(set(indices))
     kept: dict[int, list[Tensor]] = {index: [] for index in wanted}
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
@@ -72,6 +66,7 @@ def dense_streams(
     return {index: torch.cat(parts) for index, parts in kept.items()}
 
 
+@checked
 def fit_sequential(
     model: PreTrainedModel,
     windows: Tensor,
@@ -113,10 +108,8 @@ def fit_sequential(
     family = Family.of(operator)
     check_options(family, options)
     check_windows(model, windows, attention_mask)
-    if skip_leading < 0:
-        raise ValueError(f"skip_leading must not be negative, got {skip_leading}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    at_least(0, skip_leading=skip_leading)
+    at_least(1, batch_size=batch_size)
     gaps = check_order(boundaries, num_layers(model))
     if not gaps:
         raise ValueError("no boundary to fit: name at least one, such as Boundary(12, 19)")

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import Registry, track
+from ghostlib.common import Registry, at_least, checked, track
 from ghostlib.evaluation.abilities import COPYING
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
 from ghostlib.models.streams import refusal
 from ghostlib.operators.families import Family
-from ghostlib.selection.evidence import WEIGHT, Evidence, Layers
+from ghostlib.selection.evidence import WEIGHT, Evidence, Layers, check_weight
 from ghostlib.statistics.calibration import Calibration, calibrate
 
 
@@ -38,6 +38,7 @@ class Selection(tuple[int, ...]):
         selection.scores = dict(scores)
         return selection
 
+    @checked
     def first(self, n: int) -> "Selection":
         """The best set of ``n`` layers that was scored: where a greedy search stood at step ``n``.
 
@@ -94,6 +95,7 @@ CRITERIA["abilities"] = Criterion(
 )
 
 
+@checked
 def select_layers(
     model: PreTrainedModel,
     calibration: Tensor | Calibration,
@@ -103,6 +105,7 @@ def select_layers(
     windows: Tensor | None = None,
     operator: str | Family = "ghost",
     beam: int = 1,
+    tries: int | None = None,
     keep: str = COPYING,
     weight: float = WEIGHT,
     attention_mask: Tensor | None = None,
@@ -118,10 +121,14 @@ def select_layers(
         n: number of layers to remove.
         criterion: a name from `CRITERIA`. Every candidate is considered, first and last layers
             included; ties go to the lower index.
-        windows: (windows, length) ids that ``taylor``, ``perplexity`` and ``greedy-recovered``
-            score, without padding; the calibration windows by default. Never test text.
-        operator: the repair in place while ``residual`` and ``greedy-recovered`` score.
+        windows: (windows, length) ids that ``taylor``, ``perplexity``, ``greedy-recovered`` and
+            ``abilities`` score, without padding; the calibration windows by default. Never test
+            text.
+        operator: the repair in place while ``residual``, ``greedy-recovered`` and ``abilities``
+            score.
         beam: how many of the best sets a greedy search keeps at every step.
+        tries: layers that a greedy search considers after its first step, those that cost least
+            alone; all of them by default.
         keep: the probe of random tokens that ``abilities`` asks beside the windows.
         weight: nats of the windows' loss that one of the probe's is worth.
         attention_mask, skip_leading, batch_size: as in `calibrate`, when windows are given.
@@ -136,8 +143,8 @@ def select_layers(
     """
     rule, total = CRITERIA[criterion], num_layers(model)
     contiguous(n, total)  # checks n
-    if beam < 1:
-        raise ValueError(f"beam must be at least 1, got {beam}")
+    at_least(1, beam=beam, tries=tries)
+    check_weight(weight)
     if windows is None and isinstance(calibration, Tensor):
         if "windows" in rule.needs and attention_mask is not None and not attention_mask.all():
             raise ValueError(
@@ -164,7 +171,7 @@ def select_layers(
     evidence = Evidence(model, known, windows, operator=operator, batch_size=batch_size, **asked)
     if known is not None:
         _check(criterion, n, known, boundaries)
-    chosen, scores = _search(rule, evidence, n, total, beam, criterion)
+    chosen, scores = _search(rule, evidence, n, total, (beam, tries or total), criterion)
     return Selection(chosen, criterion, scores)
 
 
@@ -231,7 +238,12 @@ def _check(criterion: str, n: int, known: Calibration, boundaries: list[Boundary
 
 
 def _search(
-    rule: Criterion, evidence: Evidence, n: int, total: int, beam: int, criterion: str
+    rule: Criterion,
+    evidence: Evidence,
+    n: int,
+    total: int,
+    widths: tuple[int, int],
+    criterion: str,
 ) -> tuple[Layers, dict[Layers, float]]:
     scores: dict[Layers, float] = {}
 
@@ -269,12 +281,15 @@ def _search(
         if len(chosen) < n:
             raise ValueError(f"criterion {criterion!r} finds no {n} layers that can go together")
         return chosen, scores
+    beam, tries = widths
     parents: list[Layers] = [()]
     for _ in track(range(n), "removing", unit="layer"):
         children: set[Layers] = set()
         for parent in parents:
             evidence.grow_from(parent)
-            others = (layer for layer in range(total) if layer not in parent)
+            others = [layer for layer in range(total) if layer not in parent]
+            if parent:
+                others = sorted(others, key=lambda layer: scores[layer,])[:tries]
             grown = [tuple(sorted((*parent, layer))) for layer in others]
             score(grown)
             children.update(grown)

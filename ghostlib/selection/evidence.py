@@ -27,6 +27,12 @@ WEIGHT = 0.1
 """Nats of running text that a nat of copying is worth where layers are chosen by both."""
 
 
+def check_weight(weight: float) -> None:
+    """Refuse, by `ValueError`, a weight that is negative, infinite or NaN."""
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must not be negative or infinite, got {weight}")
+
+
 class Evidence:
     """Facts about removing layers of ``model``.
 
@@ -52,6 +58,7 @@ class Evidence:
         weight: float = WEIGHT,
     ) -> None:
         self.model, self.calibration, self.windows = model, calibration, windows
+        check_weight(weight)
         self.keep, self.weight = keep, weight
         self.family, self.batch_size = Family.of(operator), batch_size
         self.total = num_layers(model)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostlib.common import at_least, checked
 from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.evaluation.perplexity import token_losses
-from ghostlib.models.architectures import hidden_size, looks_back, num_layers
+from ghostlib.models.architectures import check_model, hidden_size, looks_back, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without
 from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
 from ghostlib.operators.solve import Operator
@@ -39,6 +40,7 @@ class Trials:
         ValueError: windows that do not fit the model, or of one token; a batch size below 1.
     """
 
+    @checked
     def __init__(
         self,
         model: PreTrainedModel,
@@ -47,8 +49,10 @@ class Trials:
         batch_size: int = 1,
         probes: ProbeSet | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        at_least(1, batch_size=batch_size)
+        check_model(model)
+        if windows is None and probes is None:
+            raise ValueError("nothing to score: give windows, probes, or both")
         self.model, self.probes = model, probes
         self.batches: list[Tensor] = []
         if windows is not None:
@@ -62,6 +66,7 @@ class Trials:
         self.total = num_layers(model)
         self.rebase(())
 
+    @checked
     def rebase(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> None:
@@ -81,6 +86,7 @@ class Trials:
             streams = record(variant, ids, places)
             self.streams.append({keys[place]: streams[place] for place in places})
 
+    @checked
     def losses(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> Tensor:
@@ -95,11 +101,17 @@ class Trials:
         # The head is that of every variant, and what it does to logits is found once a model.
         return torch.cat([token_losses(self.model, h, ids).mean(1) for h, ids in hidden])
 
+    @checked
     def abilities(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> dict[str, np.ndarray]:
-        """Scores of the items of each probe; arguments as of `losses`."""
-        assert self.probes is not None, "probes=… says what is asked"
+        """Scores of the items of each probe; arguments as of `losses`.
+
+        Raises:
+            ValueError: there are no probes.
+        """
+        if self.probes is None:
+            raise ValueError("no probe to ask: give Trials(model, windows, probes=ProbeSet(…))")
         asked = range(self._texts, len(self.batches))
         return self.probes.values(self.model, self._hidden(layers, operators or {}, asked))
 
@@ -124,6 +136,7 @@ class Trials:
                 hidden = final_hidden(variant, ids)
             yield hidden
 
+    @checked
     def loss(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
     ) -> float:

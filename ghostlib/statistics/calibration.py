@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ghostlib.common import track
-from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
+from ghostlib.common import at_least, checked, track
+from ghostlib.models.architectures import check_model, fingerprint, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
 from ghostlib.models.layers import has_bias, intermediate_size, listen, stream_norm
 from ghostlib.models.placement import input_device
@@ -85,6 +85,7 @@ class Calibration(dict[Boundary, Moments]):
         return chosen
 
 
+@checked
 def calibrate(
     model: PreTrainedModel,
     windows: Tensor,
@@ -125,10 +126,8 @@ def calibrate(
     asked = [check_boundary(boundary, num_layers(model)) for boundary in boundaries]
     if not asked:
         raise ValueError("no boundary to calibrate: name at least one, such as Boundary(12, 19)")
-    if skip_leading < 0:
-        raise ValueError(f"skip_leading must not be negative, got {skip_leading}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    at_least(0, skip_leading=skip_leading)
+    at_least(1, batch_size=batch_size)
     extra = [Regressor.parse(regressor).generic for regressor in regressors]
     if not moments and set(extra) - {STREAM}:
         raise ValueError("regressors are collected as moments: leave moments=True")
@@ -349,6 +348,7 @@ class CalibrationBytes(NamedTuple):
         return sum(self)
 
 
+@checked
 def calibration_bytes(
     model: PreTrainedModel | int,
     boundaries: Iterable[Boundary | tuple[int, int]],
@@ -376,11 +376,11 @@ def calibration_bytes(
     >>> calibration_bytes(4096, [(20, 27)]).moments / 1e6  # 2 x 4096 x 4096 x 8 bytes, and sums
     268.664832
     """
+    if not isinstance(model, int) or isinstance(model, bool):
+        check_model(model)
     width = model if isinstance(model, int) else hidden_size(model)
-    for name, value in (("width", width), ("length", length), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    asked = {Boundary(*boundary) for boundary in boundaries}
+    at_least(1, width=width, length=length, batch_size=batch_size, hidden=hidden)
+    asked = set(map(check_boundary, boundaries))
     if not asked:
         raise ValueError("no boundary to count: name at least one, such as Boundary(12, 19)")
     last_stop = _last_stops(asked)
@@ -435,13 +435,13 @@ def require_memory(needed: CalibrationBytes) -> None:
     """
     available = available_bytes()
     if needed.total > available:
-        parts = ", ".join(f"{name} {_readable(count)}" for name, count in needed._asdict().items())
+        parts = ", ".join(f"{name} {readable(count)}" for name, count in needed._asdict().items())
         raise MemoryError(
-            f"this calibration needs {_readable(needed.total)} of memory ({parts}) and "
-            f"{_readable(available)} are available: name fewer boundaries or use shorter windows"
+            f"this calibration needs {readable(needed.total)} of memory ({parts}) and "
+            f"{readable(available)} are available: name fewer boundaries or use shorter windows"
         )
 
 
-def _readable(count: int) -> str:
+def readable(count: int) -> str:
     """Bytes in MB or GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

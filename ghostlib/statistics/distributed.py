@@ -33,12 +33,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ghostlib.common import checked
 from ghostlib.models.boundaries import Boundary
 from ghostlib.models.placement import input_device
 from ghostlib.statistics.calibration import Calibration, Similarity, calibrate
 from ghostlib.statistics.features import STREAM
 
 
+@checked
 def shard(windows: Tensor) -> Tensor:
     """This process's part of ``windows`` (or of their attention mask): every n-th of them.
 
@@ -49,6 +51,7 @@ def shard(windows: Tensor) -> Tensor:
     return windows[rank::processes]
 
 
+@checked
 def calibrate_distributed(
     model: PreTrainedModel,
     windows: Tensor,

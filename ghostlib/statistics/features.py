@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ghostlib.common import Registry
+from ghostlib.common import Registry, at_least, checked, fits, told
 
 
 def rms_norm(X: Tensor) -> Tensor:
@@ -169,8 +169,13 @@ class Regressor:
     weight: Weight = UNIFORM
 
     def __post_init__(self) -> None:
-        if not self.features:
-            raise ValueError("a regressor needs at least one feature, such as x")
+        if isinstance(self.features, tuple) and not self.features:
+            raise ValueError("a regressor needs at least one feature, such as x; got none")
+        if not fits(self.features, tuple[Feature, ...]):
+            raise ValueError(
+                f"a regressor needs a tuple of features, such as those of Regressor.parse('x'), "
+                f"got {told(self.features)}"
+            )
         if len(set(self.features)) < len(self.features):
             raise ValueError(f"regressor '{self}' names a feature twice: name each once")
 
@@ -194,8 +199,15 @@ class Regressor:
         features = tuple(FEATURES[name.strip()] for name in listed.split(","))
         return cls(features, WEIGHTS[weight.strip() or "1"])
 
+    @checked
     def resolve(self, norm: str) -> "Regressor":
-        """The same for a model whose layers read through a ``"rms"`` or a ``"layer"`` norm."""
+        """The same for a model whose layers read through a ``"rms"`` or a ``"layer"`` norm.
+
+        Raises:
+            ValueError: another norm.
+        """
+        if norm not in ("rms", "layer"):
+            raise ValueError(f"norm must be 'rms' or 'layer', got {norm!r}")
         return Regressor(tuple(f.resolve(norm) for f in self.features), self.weight)
 
     @property
@@ -228,18 +240,21 @@ class Regressor:
         """Whether ``W = I + M`` says the same as ``M``: it acts on one untransformed feature."""
         return len(self.features) == 1 and self.features[0].name in ("x", "f")
 
+    @checked
     def widths(self, width: int, hidden: int | None = None) -> tuple[int, ...]:
         """Width of each feature, for a stream and an MLP of these widths.
 
         Raises:
             ValueError: it reads what the down-projection reads, and ``hidden`` is not given.
         """
+        at_least(1, width=width, hidden=hidden)
         if "hidden" in self.sources and hidden is None:
             raise ValueError(f"moments of {self} need the width of the MLP: pass hidden=…")
         return tuple(
             hidden if hidden and feature.source == "hidden" else width for feature in self.features
         )
 
+    @checked
     def design(self, sources: Sources, real: Tensor | None = None) -> Tensor:
         """The features side by side, (…, tokens, p).
 
@@ -275,6 +290,7 @@ class Regressor:
 
     def contains(self, other: "Regressor") -> bool:
         """Whether its moments hold those of ``other``."""
+        other = Regressor.parse(other)
         return self.weight == other.weight and set(other.features) <= set(self.features)
 
 

@@ -16,16 +16,18 @@ import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ghostlib.common import at_least, checked
 from ghostlib.linalg.gram import Gram, gram
 from ghostlib.linalg.hadamard import has_hadamard, rotate
-from ghostlib.models.boundaries import Boundary
+from ghostlib.models.boundaries import Boundary, check_boundary
+from ghostlib.models.placement import check_device
 from ghostlib.statistics.features import STREAM, Regressor, Sources, places
 
 _FORMAT = "ghostlib-moments-2"
@@ -33,6 +35,7 @@ _TENSORS = ("G", "cross", "f1", "d1", "d2", "x_abs", "y_abs", "ratio", "ratio_ro
 _COUNTS = ("tokens", "weight", "sequences", "fourth")
 
 
+@runtime_checkable
 class Repair(Protocol):
     """Anything that maps features ``F`` to ``F M + bias``, such as an `Operator`."""
 
@@ -106,8 +109,8 @@ class Moments:
         fourth: sum over tokens of ``(w |Delta|^2)^2``, for `effective_tokens`.
 
     Raises:
-        ValueError: a width below 1, or features of the MLP without its width.
-        TypeError: a width that is not an integer.
+        ValueError: a width that is no whole number of at least 1, features of the MLP without its
+            width, a boundary that is none, or a device that is not there.
 
     >>> X_pre, X_post = torch.randn(2, 100, 8)
     >>> moments = Moments(8).update(X_pre, X_post)
@@ -125,6 +128,7 @@ class Moments:
     ratio: Tensor
     ratio_rotated: Tensor
 
+    @checked
     def __init__(
         self,
         width: int,
@@ -136,9 +140,9 @@ class Moments:
         model: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        at_least(1, width=width, hidden=hidden)
+        check_device(device)
         C = operator.index(width)
-        if C < 1 or (hidden is not None and operator.index(hidden) < 1):
-            raise ValueError(f"widths must be at least 1, got {width} and {hidden}")
         self.regressor = Regressor.parse(regressor)
         self.blocks = self.regressor.widths(C, hidden)
         p = sum(self.blocks)
@@ -148,7 +152,7 @@ class Moments:
             setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
         self.tokens, self.sequences = 0, 0
         self.weight, self.fourth = 0.0, 0.0
-        self.boundary = None if boundary is None else Boundary(*boundary)
+        self.boundary = None if boundary is None else check_boundary(boundary)
         self.model = model
         self.bias = bias
         self._gram: Gram | None = None
@@ -162,6 +166,7 @@ class Moments:
         at = "" if self.boundary is None else f", boundary={self.boundary}"
         return f"Moments({self.width}, regressor='{self.regressor}', tokens={self.tokens}{at})"
 
+    @checked
     def update(
         self,
         X_pre: Tensor,
@@ -265,7 +270,9 @@ class Moments:
             if values.is_complex():
                 raise ValueError(f"{name} is complex ({values.dtype}): activations are real")
             if len(values) != len(X_pre):
-                raise ValueError(f"{name} has {len(values)} tokens, X_pre has {len(X_pre)}")
+                raise ValueError(
+                    f"{name} must have as many tokens as X_pre, {len(X_pre)}, got {len(values)}"
+                )
             if not torch.isfinite(values).all():
                 raise ValueError(
                     f"{name} has NaN or infinite activations: they would spoil every moment"
@@ -277,7 +284,7 @@ class Moments:
                 )
         weight = by_token["weight"]
         if weight is not None and not (
-            weight.isreal().all() and weight.isfinite().all() and (weight >= 0).all()
+            not weight.is_complex() and weight.isfinite().all() and (weight >= 0).all()
         ):
             raise ValueError("weights must be finite and non-negative")
 
@@ -321,6 +328,7 @@ class Moments:
         """
         return self.pruned_error**2 / self.fourth if self.fourth > 0 else float(self.tokens)
 
+    @checked
     def error(self, repair: Tensor | Repair) -> float:
         """Squared error ``||F M + 1 b' - Delta||_F^2`` of any repair on these tokens.
 
@@ -332,7 +340,8 @@ class Moments:
                 error is ``||X_pre W - X_post||_F^2``; or its ``M`` (p, C) for other features.
 
         Raises:
-            ValueError: a matrix of another shape, or an operator that reads other features.
+            ValueError: a matrix of another shape or with NaN, or an operator that reads other
+                features.
         """
         bias = None
         regressor = getattr(repair, "regressor", self.regressor)
@@ -347,8 +356,11 @@ class Moments:
                 M = M - torch.eye(len(M)).to(M)
         else:
             M, bias = repair.M.to(self.G), repair.bias
+        if not torch.isfinite(M).all():
+            raise ValueError("the operator has NaN or infinite entries: solve it again")
         return self.error_of(M, bias)
 
+    @checked
     def error_of(self, M: Tensor, bias: Tensor | None = None) -> float:
         """`error` of a matrix ``M`` (p, C) on the features, and a bias (C,)."""
         if M.shape != self.cross.shape:
@@ -361,6 +373,7 @@ class Moments:
             total = total + 2 * b @ (M.T @ self.f1 - self.d1) + self.weight * (b @ b)
         return max(float(total), 0.0)
 
+    @checked
     def relative_error(self, repair: Tensor | Repair) -> float:
         """`error` divided by that of the pruned model (1 = no better than pruning).
 
@@ -371,6 +384,7 @@ class Moments:
             raise ValueError("X_post equals X_pre: the removed layers did nothing to recover")
         return self.error(repair) / self.pruned_error
 
+    @checked
     def effective_rank(self, rcond: float = 1e-6) -> int:
         """Singular values of ``F``, in its features' units, above ``rcond`` times the largest.
 
@@ -391,7 +405,9 @@ class Moments:
         """
         narrow = Regressor.parse(regressor)
         if not self.regressor.contains(narrow):
-            raise ValueError(f"moments of {self.regressor} do not hold those of {narrow}")
+            raise ValueError(
+                f"moments of {self.regressor} do not hold those of {narrow}: collect these"
+            )
         chosen = self.replaced({}, {})
         chosen.regressor = narrow
         chosen.bias = self.bias and narrow.reads_mlp
@@ -434,8 +450,10 @@ class Moments:
     def __radd__(self, other: Any) -> Self:
         return self if other == 0 else NotImplemented  # so that sum() works
 
+    @checked
     def to(self, device: torch.device | str) -> Self:
-        """A copy on another device (float64 stays)."""
+        """A copy on another device (float64 stays); `ValueError` if it is not there."""
+        check_device(device)
         return self.replaced({name: t.to(device) for name, t in self.tensors().items()}, {})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -454,8 +472,13 @@ class Moments:
             setattr(changed, name, value)
         return changed
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file; an old file is replaced only once the new one is whole."""
+        """Write one safetensors file; an old file is replaced only once the new one is whole.
+
+        Raises:
+            OSError: it could not be written; the old file stays.
+        """
         path = Path(path)
         facts = self.counts() | {
             "format": _FORMAT,
@@ -470,10 +493,13 @@ class Moments:
             tensors = {name: t.cpu().contiguous() for name, t in self.tensors().items()}
             save_file(tensors, temporary, metadata={"moments": json.dumps(facts)})
             os.replace(temporary, path)
+        except SafetensorError as error:  # of a full disk, or no such folder
+            raise OSError(f"{path} could not be written ({error}): name another") from error
         finally:
             temporary.unlink(missing_ok=True)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote.
 

@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from ghostlib.common import GHOSTED
+from ghostlib.common import GHOSTED, checked
 from ghostlib.models import streams
 from ghostlib.models.architectures import (
     check_layers,
+    check_model,
     hidden_size,
     keep_layers,
     num_layers,
     receiver,
     structure,
 )
-from ghostlib.models.boundaries import Boundary, check_order, runs
+from ghostlib.models.boundaries import Boundary, check_boundary, check_order, runs
 from ghostlib.models.placement import compute_device
 from ghostlib.operators.solve import Operator
 from ghostlib.statistics.calibration import suited
@@ -33,6 +34,7 @@ from ghostlib.surgery.ghosted import (
 from ghostlib.surgery.installers import fold
 
 
+@checked
 def prune(model: PreTrainedModel, layers: Iterable[int], *, share: bool = True) -> PreTrainedModel:
     """A copy of ``model`` without ``layers`` and without any repair; see `recover`.
 
@@ -50,6 +52,7 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share: bool = True) 
     return install(model, dict.fromkeys(runs(layers, num_layers(model))), share=share)
 
 
+@checked
 def install(
     model: PreTrainedModel,
     operators: Mapping[Boundary, Operator | None],
@@ -80,7 +83,7 @@ def install(
     """
     check_dense(model)
     total = num_layers(model)
-    given = {Boundary(*gap): operator for gap, operator in operators.items()}
+    given = {check_boundary(gap): operator for gap, operator in operators.items()}
     gaps = check_order(sorted(given), total)
     removed = [layer for gap in gaps for layer in gap.removed]
     if removed:
@@ -113,8 +116,9 @@ def check_dense(model: PreTrainedModel) -> None:
     """Refuse a model that was recovered before.
 
     Raises:
-        ValueError: it has operators already.
+        ValueError: it has operators already, or is no causal language model.
     """
+    check_model(model)
     if model.config.model_type.startswith(GHOSTED):
         raise ValueError(
             "this model was recovered before: start from the dense model, name all layers"
@@ -165,7 +169,14 @@ def _install_modules(
 ) -> None:
     """Make ``recovered`` a ghosted model, in place, with a module for each operator."""
     factors = {place: _factors(op.M) for place, op in modules.items() if _is_low_rank(op)}
-    cls = ghosted_class(recovered.config.model_type)
+    name = recovered.config.model_type
+    if name not in CONFIG_MAPPING:
+        raise ValueError(
+            f"a {name} is made by code that transformers does not know, so that a module at the "
+            "gap could not be loaded again: use a repair of the weights, such as refit, or "
+            "register its classes with AutoConfig.register and AutoModelForCausalLM.register"
+        )
+    cls = ghosted_class(name)
     become(recovered, cls)
     recovered.config.__class__ = cls.config_class
     names = {module: name for name, module in recovered.named_modules()}
@@ -186,7 +197,8 @@ def _install_modules(
     install_boundaries(recovered)
     for (place, operator), entry in zip(modules.items(), recovered.config.ghost, strict=True):
         module = recovered.get_submodule(entry["module"])
-        device, dtype = compute_device(module), next(module.parameters()).dtype
+        floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+        device, dtype = compute_device(module), next(floating, recovered.dtype)
         values = {"M": operator.M}
         if place in factors:
             values = dict(zip("AB", factors[place], strict=True))

@@ -8,6 +8,7 @@ recovered or loaded. Without this module, loading fails for want of the model ty
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from safetensors import SafetensorError
@@ -148,7 +150,25 @@ def _empty_receiver(cls: type) -> Any:
     return kind.__new__(kind)
 
 
-_ENTRY = ("module", "receiver", "width", "bias", "rank", "features", "layout")
+_ENTRY: dict[str, tuple[type, ...]] = {
+    "module": (str,),
+    "receiver": (int,),
+    "width": (int,),
+    "bias": (bool,),
+    "rank": (int, type(None)),
+    "features": (list,),
+    "layout": (str,),
+}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it says the place and the shape of an operator."""
+    if not isinstance(entry, dict):
+        return False
+    if not all(key in entry and type(entry[key]) in kinds for key, kinds in _ENTRY.items()):
+        return False
+    sizes = [entry["width"], 1 if entry["rank"] is None else entry["rank"], len(entry["features"])]
+    return min(sizes) > 0 and all(type(name) is str for name in entry["features"])
 
 
 def install_boundaries(model: PreTrainedModel) -> None:
@@ -162,7 +182,7 @@ def install_boundaries(model: PreTrainedModel) -> None:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"a recovered model lists its operators in config.ghost, got {entries!r}")
     for entry in entries:
-        if not isinstance(entry, dict) or not all(key in entry for key in _ENTRY):
+        if not _is_entry(entry):
             raise ValueError(f"an entry of config.ghost holds {', '.join(_ENTRY)}, got {entry!r}")
     paths = [entry["module"] for entry in entries]
     known = dict(model.named_modules())
@@ -309,7 +329,11 @@ def whole(folder: Path) -> Iterator[Path]:
     """
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
+        known = re.compile(rf"\.+{re.escape(folder.name)}(?:\.\d+\.tmp)*\.(\d+)\.tmp")
+        for left in folder.parent.iterdir() if folder.parent.exists() else ():
+            found = known.fullmatch(left.name)
+            if found and (int(found[1]) == os.getpid() or not psutil.pid_exists(int(found[1]))):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
         fresh.mkdir(parents=True)
         yield fresh
         if not folder.exists():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ghostlib.common import checked
 from ghostlib.models.architectures import (
     decoder_layers,
     hidden_size,
@@ -18,6 +19,7 @@ from ghostlib.models.architectures import (
     num_layers,
     structure,
     text_config,
+    vocabulary,
 )
 from ghostlib.models.boundaries import spell
 from ghostlib.models.layers import down_projection, embeddings, stream_norm, writers
@@ -93,6 +95,7 @@ def _shortened(layers: Sequence[int]) -> str:
     return text if len(text) <= 24 else f"{text[:16]} … ({len(layers)})"
 
 
+@checked
 def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: Any) -> Inspection:
     """What `ghostlib` finds in a model, and what can be done to it, without loading its weights.
 
@@ -125,7 +128,7 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     return Inspection(
         type=model_type(model),
         width=hidden_size(model),
-        vocabulary=int(text_config(model).vocab_size),
+        vocabulary=vocabulary(model),
         kinds=_kinds(model),
         parameters=parameters,
         cache=_cache(model),

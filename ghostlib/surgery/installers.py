@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ghostlib.common import Registry
+from ghostlib.models import layers
 from ghostlib.models.architectures import num_layers, receiver
 from ghostlib.models.boundaries import Boundary
-from ghostlib.models.layers import embeddings, mlp_output, present, scale_output, writers
+from ghostlib.models.layers import embeddings, present, scale_output, writers
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator
 from ghostlib.statistics.features import STREAM
@@ -119,7 +120,7 @@ def projection_before(model: PreTrainedModel, index: int, name: str) -> nn.Modul
         raise ValueError(
             f"{name} acts on the MLP before the gap, and no layer is left before it: keep layer 0"
         )
-    projection = present(mlp_output(model, index - 1))
+    projection = present(layers.down_projection(model, index - 1))
     for path, module in model.named_modules():
         if module is not projection and getattr(module, "weight", None) is projection.weight:
             raise ValueError(

@@ -6,6 +6,7 @@ is saved under a model type of its own, which fails loudly without this package;
 together with one readable file of code that ``trust_remote_code=True`` loads.
 """
 
+import html
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ghostlib.common import checked, one_line
+from ghostlib.models.architectures import check_model
 from ghostlib.models.boundaries import spell
 from ghostlib.surgery.ghosted import GhostedMixin, whole
 from ghostlib.surgery.portable import write_portable
@@ -25,6 +28,7 @@ _ROOM = 64 * 2**20  # bytes beside the weights: tokenizer, card, configuration
 _VERSIONS = ("ghostlib", "torch", "transformers")
 
 
+@checked
 def save(
     model: PreTrainedModel,
     folder: str | os.PathLike[str],
@@ -51,10 +55,12 @@ def save(
         The folder.
 
     Raises:
+        ValueError: it is no causal language model.
         FileExistsError: the folder is a file, or holds something already.
         OSError: it cannot be written, or the disk has less room than the weights need; nothing is
             left behind.
     """
+    check_model(model)
     target = Path(folder)
     check_output(target, bytes_needed=_weight_bytes(model))
     with whole(target.absolute()) as temporary:
@@ -125,7 +131,7 @@ def model_card(
     )
     removed = record["removed"]
     lines = [
-        f"# {facts.get('base_model') or name}, {len(removed)} decoder layers removed",
+        f"# {_safe(facts.get('base_model') or name)}, {len(removed)} decoder layers removed",
         "",
         f"Decoder layers {spell(removed)} of the dense model are removed (counted from 0). "
         "Each gap is repaired in closed form (Ghosted Layers, arXiv 2605.15491):",
@@ -138,11 +144,14 @@ def model_card(
     apart = ("base_model", "license", "perplexity", "abilities")
     shown = {k: v for k, v in facts.items() if k not in apart}
     versions = ", ".join(f"{package} {_version(package)}" for package in _VERSIONS)
-    lines += ["", *(f"- {key.replace('_', ' ')}: {value}" for key, value in shown.items())]
+    lines += [
+        "",
+        *(f"- {_safe(key.replace('_', ' '))}: {_safe(value)}" for key, value in shown.items()),
+    ]
     lines += [f"- versions: {versions}"]
     if facts.get("perplexity"):
         lines += ["", "| model | held-out perplexity |", "|---|---|"]
-        lines += [f"| {who} | {value:.2f} |" for who, value in facts["perplexity"].items()]
+        lines += [f"| {_safe(who)} | {value:.2f} |" for who, value in facts["perplexity"].items()]
     if facts.get("abilities"):
         lines += ["", *_abilities(facts["abilities"])]
     lines += ["", *_loading(model, name, portable)]
@@ -171,9 +180,14 @@ def _loading(model: PreTrainedModel, name: str, portable: bool) -> list[str]:
         *first,
         "from transformers import AutoModelForCausalLM",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{remote})',
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{remote})",
         "```",
     ]
+
+
+def _safe(text: object) -> str:
+    """A name in Markdown, which a browser shows: no element of HTML, in one line."""
+    return html.escape(one_line(text), quote=False)
 
 
 def _version(package: str) -> str:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from ghostlib.common import Registry
+from ghostlib.common import Registry, checked
+from ghostlib.models.architectures import check_model
 from ghostlib.models.placement import input_device
 
 _TOLERANCE = 1e-3  # of the largest logit, in float32
@@ -312,6 +313,7 @@ def _padded(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+@checked
 def check_repaired_model(
     model: PreTrainedModel,
     partner: PreTrainedModel | None = None,
@@ -333,12 +335,14 @@ def check_repaired_model(
 
     Raises:
         AssertionError: it gives something else; the message names the check.
-        ValueError: an unknown check.
+        ValueError: an unknown check, or no model.
 
     >>> from ghostlib.surgery.testing import CHECKS
     >>> list(CHECKS)[:3]
     ['dynamic cache', 'static cache', 'offloaded cache']
     """
+    for each in (model, partner or model):
+        check_model(each)
     chosen = {name: CHECKS[name] for name in (CHECKS if checks is None else checks)}
     generator = torch.Generator().manual_seed(0)
     place, words = input_device(model), model.config.vocab_size

@@ -10,18 +10,16 @@ import re
 from array import array
 from collections.abc import Iterator
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghostlib.common import Registry
+from ghostlib.common import Registry, at_least, checked, one_line, told
 from ghostlib.text.assets import asset
 from ghostlib.text.documents import (
     Corpus,
     Document,
     is_text_path,
     local_corpus,
-    one_line,
     paragraphs,
     read_hub,
     squeeze,
@@ -126,6 +124,7 @@ def find(corpus: str | Path) -> Corpus:
         raise ValueError(f"{error}; or a hub dataset 'org/name', or the path of a file") from None
 
 
+@checked
 def documents(
     corpus: str | Path, *, split: str = "train", seed: int = 0, text_column: str = "text"
 ) -> Iterator[str]:
@@ -159,11 +158,10 @@ def documents(
     if source.splits is not None and split not in source.splits:
         name, known = one_line(corpus), ", ".join(source.splits)
         raise ValueError(f"unknown split {split!r} of corpus {name}: use one of {known}")
-    if not _whole(seed):
-        raise ValueError(f"seed must be an integer, not {seed!r}")
     return source.texts(split, seed, text_column)
 
 
+@checked
 def token_windows(
     corpus: str | Path,
     tokenizer: Any,
@@ -239,9 +237,11 @@ def tokenised(
             begins, as published protocols have it.
     """
     texts = documents(corpus, split=split, seed=seed, text_column=text_column)
-    for name, value in (("length", length), ("count", count)):
-        if value is not None and (not _whole(value) or value < 1):
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    at_least(1, length=length, count=count)
+    if not callable(tokenizer):
+        raise ValueError(
+            f"tokenizer must be a tokenizer, as load_model gives it, got {told(tokenizer)}"
+        )
     token = bos_token(tokenizer, bos)
     body = length if token is None else length - 1
     if not body:
@@ -267,8 +267,3 @@ def tokenised(
     if token is not None:
         windows = torch.nn.functional.pad(windows, (1, 0), value=tokenizer.bos_token_id)
     return windows, text
-
-
-def _whole(value: object) -> bool:
-    """Whether ``value`` is an integer, NumPy's included."""
-    return isinstance(value, Integral)

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ghostlib.common import without_retries
+from ghostlib.common import one_line, without_retries
 
 # (key, text)
 Document = tuple[str, str]
@@ -112,14 +112,6 @@ def fraction(key: str) -> float:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def one_line(name: object) -> str:
-    """A name as an error message shows it: without control characters, and not too long."""
-    text = str(name)
-    if not text.isprintable():
-        text = repr(text)
-    return text if len(text) <= 300 else f"{text[:300]}… ({len(text):,} characters)"
 
 
 def local_corpus(path: Path) -> Corpus:

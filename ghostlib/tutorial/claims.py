@@ -12,7 +12,9 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from IPython.display import display
+from scipy import stats
 
 MIME = "application/vnd.ghostlib.claim+json"
 HOLDS, FAILS, UNDECIDED, UNMEASURED = "holds", "does not hold", "undecided", "not measured"
@@ -180,6 +182,21 @@ def verdict(
     if floor < low and high < ceiling:
         return HOLDS
     return FAILS if high <= floor or ceiling <= low else UNDECIDED
+
+
+def interval(values: Any) -> tuple[float, tuple[float, float]]:
+    """Mean of independent values, and its 95 % interval (Student's t).
+
+    Such as differences of two models' losses, one a window or seed: keywords ``estimate`` and
+    ``interval`` of `record`.
+
+    >>> interval([1.0, 2.0, 3.0])  # doctest: +ELLIPSIS
+    (2.0, (-0.48..., 4.48...))
+    """
+    found = np.asarray(values, dtype=float)
+    half = float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(found))
+    mean = float(found.mean())
+    return mean, (mean - half, mean + half)
 
 
 class _Entry:

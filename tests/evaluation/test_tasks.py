@@ -152,7 +152,7 @@ def test_limit_and_several_tasks(model: PreTrainedModel, tmp_path: Path) -> None
     assert one.correct == few["a"].correct[:1] and one.acc_se is None
     with pytest.raises(ValueError, match="two tasks are called 'a': name each once"):
         zero_shot(model, TOKENIZER, [*paths, paths[0]])
-    with pytest.raises(ValueError, match="limit must be a positive number of items, not 0"):
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         zero_shot(model, TOKENIZER, paths, limit=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         zero_shot(model, TOKENIZER, paths, batch_size=0)

@@ -350,3 +350,27 @@ def test_what_the_model_does_not_have_is_refused_and_nothing_is_left(folder, tmp
         with pytest.raises(ValueError, match=rf"{LAYERS}"):
             run_experiment(specification(folder, **changes), path)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_window_begins_with_bos_where_the_tokenizer_has_it(folder, tmp_path):
+    tokenizer = tiny_tokenizer(bos=True)
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    first = tokenizer.bos_token_id
+    for bos, begins in ((None, True), (True, True), (False, False)):
+        plan = specification(folder, layers="1", operators=["pruned"], bos=bos)
+        drawn = [plan.draw_calibration(tokenizer), plan.draw_selection(tokenizer)]
+        drawn.append(plan.draw_test(tokenizer, plan.perplexity[0]).windows)
+        for windows in drawn[: 2 if bos is False else 3]:
+            assert (
+                (windows[:, 0] == first).all() and not (windows[:, 1:] == first).any()
+            ) == begins
+        if bos is False:  # as published: what the tokenizer adds stands once, before the text
+            assert (drawn[2] == first).sum() == (drawn[2][0, 0] == first) == 1
+        assert plan.identity().get("bos") == bos
+    plan = specification(folder, layers="1", operators=["pruned"])
+    results = run_experiment(plan, tmp_path / "a.jsonl", model=model, tokenizer=tokenizer)
+    records = [record for record in results.records.values() if record["kind"] == "score"]
+    assert records and {record["bos"] for record in records} == {"<bos>"}
+    assert {record["tokens"] for record in records} == {3 * 15}  # BOS itself is not scored
+    with pytest.raises(ValueError, match="bos = 'perhaps': give True, False, or None"):
+        specification(folder, bos="perhaps")

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostlib.models.boundaries import Boundary, check_boundary, contiguous, gaps_without, runs
+from ghostlib.models.boundaries import (
+    Boundary,
+    check_boundary,
+    contiguous,
+    gaps_without,
+    read_layers,
+    runs,
+    spell,
+)
 
 
 def test_a_boundary_names_the_removed_layers() -> None:
@@ -75,3 +83,26 @@ def test_contiguous_lists_every_block_first_and_last_included() -> None:
 def test_contiguous_refuses(n: int) -> None:
     with pytest.raises(ValueError, match="choose n between 1 and 5"):
         contiguous(n, 6)
+
+
+@given(st.sets(st.integers(0, 40), min_size=1))
+def test_layers_are_read_as_they_are_spelt(layers: set[int]) -> None:
+    assert read_layers(spell(sorted(layers))) == tuple(sorted(layers))
+    assert read_layers(spell(layers).replace("–", "-")) == tuple(sorted(layers))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1-2-3", "1–2–3", "3-2", "3-", "-3", "1,,2", "1;2", "a", "2.5"]
+)
+def test_other_spellings_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="are not of the form 12-15,17,25-26"):
+        read_layers(text)
+
+
+def test_a_pair_is_asked_for() -> None:
+    for wrong in (5, "24", (2,), (1, 2, 3), (2.5, 4), (None, 3), (True, 3)):
+        with pytest.raises(ValueError, match="boundary must be a pair of whole numbers"):
+            check_boundary(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"boundary \(4, 2\) is none: it needs 0 <= start < stop"):
+        check_boundary((4, 2))
+    assert check_boundary([2, 4]) == Boundary(2, 4)  # type: ignore[arg-type]

@@ -3,21 +3,22 @@
 import contract
 import pytest
 
-# One of each kind: norms, positions, experts, state spaces, towers, exceptions, refusals.
+# One of each kind: norms, positions, experts, state spaces, towers, several streams, tables by
+# layer, shared blocks, exceptions, refusals.
 SAMPLE = (
     "bert",
-    "biogpt",
     "bloom",
     "cohere2",
     "deepseek_v3",
+    "deepseek_v4",
     "diffllama",
     "falcon",
     "gemma3",
     "gemma4_text",
-    "glm4",
     "gpt_neo",
     "gpt_oss",
     "granite",
+    "inkling2_text",
     "jamba",
     "lfm2",
     "llama",
@@ -28,8 +29,8 @@ SAMPLE = (
     "nemotron_h",
     "qwen3_next",
     "smollm3",
-    "stablelm",
     "xlm",
+    "zamba2",
 )
 
 

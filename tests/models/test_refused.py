@@ -6,19 +6,27 @@ import pytest
 import torch
 from conftest import LAYERS, tiny_model, tiny_windows
 from contract import build
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     BertConfig,
     CLIPVisionConfig,
+    PretrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 import ghostlib as gl
-from ghostlib.models.architectures import REFUSED, check_model, receiver, structure
+from ghostlib.models.architectures import (
+    REFUSED,
+    check_model,
+    decoder_layers,
+    receiver,
+    structure,
+)
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 
@@ -40,6 +48,28 @@ def headless() -> Any:
     return AutoModel.from_config(tiny_model("llama").config)
 
 
+class FullyShardedDataParallel(nn.Module):
+    """By the name of FSDP's wrapper, which needs a group of processes."""
+
+
+class DistributedDataParallel(nn.Module):
+    """By the name of DDP's wrapper, which needs a group of processes."""
+
+
+class UNet2DConditionModel(nn.Module):
+    """By the name of a diffusion model of diffusers."""
+
+
+class FSDPModule:
+    """What fully_shard puts before the class of a model."""
+
+
+def fully_sharded() -> Any:
+    model = tiny_model("llama")
+    model.__class__ = type("FSDPLlamaForCausalLM", (FSDPModule, type(model)), {})
+    return model
+
+
 class PeftModel(nn.Module):
     """With what PEFT's wrapper is known by."""
 
@@ -56,11 +86,15 @@ class PeftModel(nn.Module):
         (vision, "CLIPVisionModel has no language-model head"),
         (headless, "LlamaModel has no language-model head: load it with AutoModelForCausalLM"),
         (lambda: nn.Linear(2, 2), "a causal language model of transformers is needed, got Linear"),
-        (lambda: "gpt2", "a causal language model of transformers is needed, got str"),
+        (lambda: "gpt2", "a causal language model of transformers is needed, got 'gpt2'"),
         (
             lambda: nn.DataParallel(tiny_model("llama")),
             "wrapped in DataParallel: pass model.module",
         ),
+        (DistributedDataParallel, "wrapped in DistributedDataParallel: pass model.module"),
+        (FullyShardedDataParallel, "wrapped in FullyShardedDataParallel: pass model.module"),
+        (fully_sharded, "FSDPLlamaForCausalLM are spread over processes by fully_shard: load it"),
+        (UNet2DConditionModel, "model of transformers is needed, got UNet2DConditionModel"),
         (
             lambda: torch.compile(tiny_model("llama")),
             "compiled: pass the one given to torch.compile",
@@ -99,17 +133,89 @@ def test_a_norm_that_stands_elsewhere_too_keeps_the_last_layer() -> None:
     assert len(gl.prune(model, [1, 2]).model.layers) == LAYERS - 2
 
 
-class Renamed(nn.Module):
-    """A decoder as remote code may write one: its names are its own."""
+class NovelConfig(PretrainedConfig):
+    """Of remote code: no setting is called as in transformers."""
 
-    def __init__(self, stack: nn.ModuleList, final: nn.Module) -> None:
+    model_type = "novel"
+
+    def __init__(self, breadth: int = 16, depth: int = LAYERS, words: int = 97, **rest: Any):
+        self.breadth, self.depth, self.words = breadth, depth, words
+        super().__init__(**rest)
+
+
+class Page(nn.Module):
+    def __init__(self, breadth: int) -> None:
         super().__init__()
-        self.stack, self.final = stack, final
+        self.ln, self.up, self.down = (
+            nn.LayerNorm(breadth),
+            nn.Linear(breadth, 24),
+            nn.Linear(24, breadth),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(self.up(self.ln(x)).relu())
+        return out
 
 
-def test_a_model_with_names_of_its_own_is_found_by_structure() -> None:
-    model: PreTrainedModel = tiny_model("llama")
-    model.model.inner = Renamed(model.model.layers, model.model.norm)
-    del model.model.layers, model.model.norm
-    found = structure(model)
-    assert (found.layers, found.receiver) == ("model.inner.stack", "model.inner.final")
+class Novel(PreTrainedModel):
+    config_class = NovelConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.dictionary = nn.Embedding(config.words, config.breadth)
+        self.pages = nn.ModuleList(Page(config.breadth) for _ in range(config.depth))
+        self.last_norm = nn.LayerNorm(config.breadth)
+        self.voice = nn.Linear(config.breadth, config.words)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.dictionary
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.voice
+
+    def forward(self, input_ids: Tensor, **rest: Any) -> CausalLMOutput:
+        x = self.dictionary(input_ids)
+        for page in self.pages:
+            x = page(x)
+        return CausalLMOutput(logits=self.voice(self.last_norm(x)))
+
+
+def test_remote_code_with_names_of_its_own_is_found_by_structure() -> None:
+    model, ids = Novel(NovelConfig()).eval(), tiny_windows()
+    assert structure(model)[:2] == ("pages", "last_norm")
+    refitted = gl.recover(model, ids, [2, 3], "refit", relative_ridge=1e-3)
+    assert refitted.config.depth == LAYERS - 2 == len(refitted.pages)
+    assert gl.perplexity(refitted, ids) < gl.perplexity(gl.prune(model, [2, 3]), ids) * 1.01
+    with pytest.raises(ValueError, match=r"a novel is made by code .*register its classes with"):
+        gl.recover(model, ids, [2, 3], "ghost", relative_ridge=1e-3)
+
+
+class Int8Linear(nn.Module):
+    """A linear map with weights of eight bits, as quantising libraries put in place of others."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((plain.weight / scale).round().char(), requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight * self.scale).mT
+
+
+def test_a_quantised_model_is_repaired_at_the_gap_and_not_in_its_weights() -> None:
+    model, ids = tiny_model("llama"), tiny_windows()
+    for holder in [m for layer in decoder_layers(model) for m in layer.modules()]:
+        for name, child in list(holder.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(holder, name, Int8Linear(child))
+    repaired = gl.recover(model, ids, [2, 3], "ghost", relative_ridge=1e-3)
+    assert len(decoder_layers(repaired)) == LAYERS - 2
+    with pytest.raises(ValueError, match=r"are quantised and .*or use an operator at the gap"):
+        gl.recover(model, ids, [2, 3], "refit")
+
+
+def test_a_model_that_halves_its_stream_names_the_setting_to_load_with() -> None:
+    with pytest.raises(ValueError, match="before it is loaded with rescale_every=0"):
+        structure(build("rwkv", rescale_every=6))

@@ -8,7 +8,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 import ghostlib as gl
 
-# What each type needs to compute what a Llama does.
+# What each type needs to compute what a Llama does. Qwen3 normalises queries and keys, and GPT-NeoX
+# takes means away: no weights make either of them compute the same.
 AS_LLAMA: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "granite": {"attention_multiplier": 64**-0.5},

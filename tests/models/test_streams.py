@@ -10,7 +10,7 @@ from contract import build
 from torch import Tensor
 
 import ghostlib as gl
-from ghostlib.models.architectures import decoder_layers
+from ghostlib.models.architectures import decoder_layers, to_state, to_stream
 from ghostlib.models.streams import (
     check_windows,
     evaluating,
@@ -86,8 +86,8 @@ def test_a_configuration_may_say_that_positions_have_no_end() -> None:
 @pytest.mark.parametrize(
     ("windows", "message"),
     [
-        ([[1, 2]], "got list"),
-        (torch.zeros(3, dtype=torch.long), r"got \(3,\)"),
+        ([[1, 2]], r"got \[\[1, 2\]\]"),
+        (torch.zeros(3, dtype=torch.long), r"got a Tensor of torch.int64, \(3,\)"),
         (torch.zeros(1, 0, dtype=torch.long), "hold no token"),
         (torch.full((1, 3), VOCABULARY), f"do not fit a vocabulary of {VOCABULARY}"),
         (torch.full((1, 3), -1), "do not fit"),
@@ -96,6 +96,28 @@ def test_a_configuration_may_say_that_positions_have_no_end() -> None:
 def test_windows_that_are_none_are_refused(windows, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_windows(tiny_model("llama"), windows)
+
+
+@pytest.mark.parametrize("layout", ["btc", "btnc", "nbtc"])
+def test_several_streams_are_one_of_their_whole_width(layout: str) -> None:
+    sizes = {"b": 2, "t": 5, "n": 3, "c": 4}
+    state = torch.randn([sizes[axis] for axis in layout])
+    stream = to_stream(state, layout)
+    named = {axis: 1 for axis in layout}
+    at = tuple(named[axis] for axis in layout)
+    assert stream[1, 1, 4 * ("n" in layout) + 1] == state[at]
+    assert torch.equal(to_state(stream, state, layout), state)
+
+
+def test_every_layer_keeps_its_part_of_a_table_of_all() -> None:
+    model = build("gemma4_text")
+    table = model.model.embed_tokens_per_layer.weight.detach().chunk(LAYERS, 1)
+    kept = gl.prune(model, [2, 3]).model.embed_tokens_per_layer.weight
+    assert torch.equal(kept, torch.cat([table[i] for i in (0, 1, 4, 5)], 1))
+    table_of_all = model.model.embed_tokens_per_layer
+    table_of_all.to("meta")._hf_hook = None
+    with pytest.raises(ValueError, match=r"table embed_tokens_per_layer, .* is offloaded"):
+        gl.prune(model, [2, 3])
 
 
 def test_several_streams_are_no_stream() -> None:

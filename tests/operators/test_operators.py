@@ -470,9 +470,9 @@ def test_an_operator_around_a_matrix_that_was_not_solved_here() -> None:
 @pytest.mark.parametrize(
     ("W", "family", "message"),
     [
-        (torch.zeros(3, 4), "ghost", r"W must be a square real matrix, got \(3, 4\)"),
-        (torch.zeros(3), "ghost", "must be a square real matrix"),
-        (torch.zeros(2, 3, 3), "ghost", "must be a square real matrix"),
+        (torch.zeros(3, 4), "ghost", r"W must be a square matrix of real numbers, got \(3, 4\)"),
+        (torch.zeros(3), "ghost", "must be a square matrix of real numbers"),
+        (torch.zeros(2, 3, 3), "ghost", "must be a square matrix of real numbers"),
         (torch.zeros(3, 3).to(torch.complex64), "ghost", "real matrix, got .* torch.complex64"),
         (torch.zeros(3, 3), "two-branch", r"two-branch reads x, n\(x\): it has M, and no single W"),
         (torch.zeros(3, 3), "gost", "did you mean 'ghost'"),
@@ -512,7 +512,7 @@ def test_antisymmetric_share_of_chance_and_of_nothing() -> None:
     A = torch.randn(500, 500, generator=torch.Generator().manual_seed(0))
     assert antisymmetric_share(A) == pytest.approx(0.5**0.5, abs=0.005)
     assert antisymmetric_share(torch.zeros(4, 4)) == 0.0
-    with pytest.raises(ValueError, match=r"square matrix, got \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"square matrix of real numbers, got \(4, 3\)"):
         antisymmetric_share(torch.zeros(4, 3))
 
 

@@ -255,3 +255,12 @@ def test_numbers_are_short():
     assert [plotting.short(n) for n in numbers] == [
         "0.00432", "0.500", "18.0", "200", "1.00e+03", "2,248", "1.0e+06",
     ]  # fmt: skip
+
+
+def test_bars_drawn_by_hand_are_described():
+    ax = plt.figure().subplots()
+    ax.bar([0, 1], [0.25, 0.5], label="MLP")
+    ax.bar([0, 1], [0.5, 2.0])
+    ax.set(xlabel="layer", ylabel="norm")
+    text = plotting.alt_text(ax)
+    assert text == "Norm against layer: MLP from 0.25 to 0.5; bars from 0.5 to 2."

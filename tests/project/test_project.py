@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from packaging.requirements import Requirement
 import fill
 import ghostlib as gl
 import rules
+from ghostlib import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -225,6 +227,44 @@ def test_commands_that_are_written_down_are_targets():
     commands = [(ROOT / "README.md").read_text(), (ROOT / "CONTRIBUTING.md").read_text()]
     mentioned = set(re.findall(r"`make ([a-z-]+)", "\n".join(commands)))
     assert {"run", "site", "fill"} <= mentioned <= targets()
+
+
+@needs_make
+def test_the_classroom_has_no_solutions_and_no_outputs(tmp_path):
+    for path in (ROOT / "Makefile", *SUITE[:1]):
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    shutil.copytree(tmp_path / "notebooks", tmp_path / "notebooks" / "solutions")
+    command = ["make", "classroom", "DEV=", f"PY={sys.executable}"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (written,) = (tmp_path / "build" / "classroom").iterdir()
+    cells = fill.read(written).cells
+    assert not any(cell.get("outputs") for cell in cells)
+    assert [cell.source for cell in cells] == [cell.source for cell in fill.read(SUITE[0]).cells]
+
+
+COMMANDS = re.compile(r"^(?:ghostlib) (?:recover|experiment|inspect|fetch|names).*$", re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_commands_of_the_pages_are_understood():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    found = COMMANDS.findall(text) + re.findall(r"`(ghostlib experiment [^`]+)`", text)
+    assert len(found) > 8
+    for line in found:
+        words = shlex.split(line.replace("$SLURM_ARRAY_TASK_ID", "1"), comments=True)
+        options = cli.parser().parse_args(words[1:])
+        for kind, known in (("criteria", gl.CRITERIA), ("operators", gl.OPERATORS)):
+            for name in getattr(options, kind, ()):
+                assert name in known or name in ("pruned", "auto"), line
+
+
+def test_links_between_pages_are_alive():
+    for path in PAGES:
+        for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+            if not target.startswith("https://"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 @needs_make

@@ -373,7 +373,39 @@ def test_to_keep_an_ability_layers_are_searched_by_it(monkeypatch) -> None:
     sets = recipe.shortlist(2)
     assert searched == [*SHORTLIST, "abilities"]
     known = gl.calibrate(model, recipe.fitted, needed("abilities", 2, LAYERS))
-    options = {"keep": "copying-16", "weight": 0.3, "windows": recipe.judges[:1]}
+    options = {"keep": "copying-16", "weight": 0.3, "windows": recipe.judges[:1], "tries": 9}
     assert tuple(select(model, known, 2, "abilities", **options)) in sets
     with pytest.raises(ValueError, match="probe 'names' cannot be asked: it needs a tokenizer"):
         gl.Recipe(model, windows(), keep="names")
+
+
+@pytest.mark.parametrize("name", ["refit", "ghost-refit", "ghost-refit-relative"])
+def test_a_repair_that_needs_a_ridge_chooses_it_by_windows_kept_out_of_the_fit(name: str) -> None:
+    model, windows, gap = tiny_model("llama"), tiny_windows(8, 24), gl.Boundary(2, 4)
+    family, recipe = gl.OPERATORS[name], gl.Recipe(model, windows, candidates=[name])
+    parts = [
+        gl.calibrate(model, part, [gap], regressors=[family.regressor]).of(family.regressor)[gap]
+        for part in (recipe.fitted, recipe.judges)
+    ]
+    assert len(recipe.fitted) + len(recipe.judges) == 8 and len(recipe.judges) > 0
+    ridges = gl.choose_ridges(*parts)
+    if name == "refit":
+        ridges = gl.choose_ridge(parts[0], held_out=parts[1])
+    expected = gl.solve(parts[0] + parts[1], name, relative_ridge=ridges)
+    found = recipe.fit(gap.removed, name)[gap]
+    torch.testing.assert_close(found.M, expected.M)
+    with torch.no_grad():
+        by_hand = gl.install(model, {gap: expected})(windows).logits
+        torch.testing.assert_close(
+            gl.recover(model, windows, gap.removed, name)(windows).logits, by_hand
+        )
+        # Moments cannot be divided again, and what is asked for is done: the default, or the value.
+        moments = {gap: parts[0] + parts[1]}
+        plain = gl.recover(model, moments, gap.removed, name)(windows).logits
+        fixed = gl.recover(model, windows, gap.removed, name, **dict(family.default))(
+            windows
+        ).logits
+    torch.testing.assert_close(plain, fixed)
+    assert not torch.allclose(plain, by_hand)
+    with pytest.raises(ValueError, match="ghost is none of the candidates: " + name):
+        recipe.fit(gap.removed, "ghost")

@@ -116,12 +116,15 @@ MASK = torch.ones(4, 24)
 MOMENTS = {gap: gl.Moments(WIDTH) for gap in GAPS}
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "fractions": ({"layers": [2.5]}, r"layers must be integers, such as 12, got 2\.5"),
-    "text": ({"layers": "23"}, "layers must be integers, such as 12, got '2'"),
-    "truth values": ({"layers": [True, False]}, "layers must be integers, such as 12, got True"),
+    "fractions": (
+        {"layers": [2.5]},
+        r"layers must be a list \(each a whole number\) or .*, got \[2\.5\]",
+    ),
+    "text": ({"layers": "23"}, "layers must be a list .*, got '23'"),
+    "truth values": ({"layers": [True, False]}, "layers must be a list .*, got .True, False"),
     "a mask of layers": (
         {"layers": torch.tensor([False, True])},
-        r"layers must be integers, such as 12, got tensor\(False\)",
+        r"layers must be a list .*, got a Tensor of torch\.bool",
     ),
     "a number": ({"layers": 3}, r"got the number 3: choose them with select_layers"),
     "none": ({"layers": []}, "no layer to remove"),
@@ -129,8 +132,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "beyond": ({"layers": [LAYERS]}, "out of range"),
     "negative": ({"layers": [-1]}, "out of range"),
     "twice": ({"layers": [2, 2]}, "more than once"),
-    "no calibration": ({"calibration": None}, "calibration must be a .* tensor .*, got NoneType"),
-    "a list of ids": ({"calibration": [[5, 6]]}, "calibration must be a .* tensor .*, got list"),
+    "no calibration": (
+        {"calibration": None},
+        "calibration must be a Tensor or .*, got None",
+    ),
+    "a list of ids": (
+        {"calibration": [[5, 6]]},
+        r"calibration must be a Tensor or .*, got \[\[5",
+    ),
     "other words": ({"calibration": tiny_windows() + VOCABULARY}, "do not fit a vocabulary"),
     "half a token": (
         {"attention_mask": MASK * 0.5},
@@ -142,7 +151,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a mask of another shape": ({"attention_mask": MASK[:2]}, r"got \(2, 24\)"),
     "nothing but padding": ({"attention_mask": MASK * 0}, "leave no token"),
-    "a negative skip": ({"skip_leading": -1}, "skip_leading must not be negative, got -1"),
+    "a negative skip": ({"skip_leading": -1}, "skip_leading must be at least 0, got -1"),
     "no batch": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     "a fit unheard of": (
         {"fit": "student"},

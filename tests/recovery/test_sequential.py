@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers, receiver
-from ghostlib.models.layers import mlp_output
+from ghostlib.models.layers import down_projection
 from ghostlib.models.streams import tap
 from ghostlib.recovery import sequential
 from ghostlib.recovery.sequential import dense_streams
@@ -66,7 +66,7 @@ def around(model: PreTrainedModel, ids: Tensor, place: int) -> dict[str, Tensor]
         found["x"] = args[0] if args else kwargs["hidden_states"]
 
     hooks = [
-        mlp_output(model, place - 1).register_forward_hook(on_mlp),
+        down_projection(model, place - 1).register_forward_hook(on_mlp),
         receiver(model, place).register_forward_pre_hook(on_stream, with_kwargs=True),
     ]
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_streams_at_hand_are_used_and_checked():
         ([(1, 3), (3, 4)], "overlap, touch or are out of order"),
         ([(3, 4), (1, 2)], "overlap, touch or are out of order"),
         ([(1, 9)], "does not fit a model of 6 layers"),
-        ([(1.5, 3)], "layers must be integers, such as 12, got 1.5"),
+        ([(1.5, 3)], "boundaries must be a list"),
         ([], "no boundary to fit"),
     ],
 )
@@ -228,7 +228,7 @@ def test_bad_boundaries_are_named(boundaries, message):
         ({"attention_mask": torch.full((4, 24), 0.5)}, "must hold 1, and 0 at padding, got 0.5"),
         ({"attention_mask": torch.zeros(4, 24)}, "leave no token to fit"),
         ({"skip_leading": 24}, "leave no token to fit"),
-        ({"skip_leading": -1}, "skip_leading must not be negative, got -1"),
+        ({"skip_leading": -1}, "skip_leading must be at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"rank": 3}, "ghost has no option 'rank'"),
         ({"operator": "gost"}, "unknown operator 'gost'; did you mean 'ghost'"),

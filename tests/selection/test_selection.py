@@ -59,6 +59,19 @@ def test_cosine_equals_brute_force(any_tiny, n):
     assert (selection.criterion, selection.n) == ("cosine", n)
 
 
+def test_tries_limit_a_greedy_search_to_what_costs_least_alone():
+    model, ids = tiny_model("llama"), tiny_windows(2, 12)
+    whole = gl.select_layers(model, ids, 3, "perplexity")
+    assert gl.select_layers(model, ids, 3, "perplexity", tries=LAYERS).scores == whole.scores
+    few = gl.select_layers(model, ids, 3, "perplexity", tries=2)
+    alone = sorted(range(LAYERS), key=lambda layer: whole.scores[layer,])
+    (first,) = [layers for layers in few.scores if len(layers) == 1 and layers[0] == alone[0]]
+    pairs = [layers for layers in few.scores if len(layers) == 2]
+    assert pairs == [tuple(sorted((*first, layer))) for layer in alone[1:3]]
+    with pytest.raises(ValueError, match="tries must be at least 1, got 0"):
+        gl.select_layers(model, ids, 3, "perplexity", tries=0)
+
+
 def test_block_influence_takes_single_layers_anywhere():
     model, ids = tiny_model("llama"), tiny_windows(2, 10)
     selection = gl.select_layers(model, ids, 3, "block-influence")
@@ -243,7 +256,7 @@ def test_n_must_leave_a_layer(n, criterion):
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_a_model_of_one_layer_has_none_to_spare(criterion):
     model = tiny_model("llama", num_hidden_layers=1)
-    with pytest.raises(ValueError, match="one layer has none to spare"):
+    with pytest.raises(ValueError, match="num_layers must be at least 2, got 1"):
         gl.select_layers(model, tiny_windows(), 1, criterion)
 
 

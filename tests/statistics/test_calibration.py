@@ -18,7 +18,7 @@ from conftest import (
 import ghostlib as gl
 from ghostlib import Boundary, Moments
 from ghostlib.models.architectures import decoder_layers, receiver
-from ghostlib.models.layers import mlp_output, stream_norm
+from ghostlib.models.layers import down_projection, stream_norm
 from ghostlib.models.streams import tap
 from ghostlib.statistics.calibration import suited
 from ghostlib.statistics.features import STREAM, Regressor
@@ -229,13 +229,13 @@ def test_bad_activations_name_layer_and_window(value):
         ({"boundaries": [(-1, 2)]}, r"\(-1, 2\) does not fit"),
         ({"windows": torch.zeros(4, dtype=torch.long)}, r"got \(4,\)"),
         ({"windows": torch.zeros(2, 3)}, "token ids"),
-        ({"windows": [[1, 2]]}, "got list"),
+        ({"windows": [[1, 2]]}, r"windows must be a Tensor, got \[\[1, 2\]\]"),
         ({"windows": torch.zeros(0, 8, dtype=torch.long)}, "no token"),
         ({"windows": torch.full((1, 8), VOCABULARY)}, "another model's tokenizer"),
         ({"windows": torch.full((1, 8), -1)}, "token ids -1"),
         ({"attention_mask": torch.ones(1, 3, dtype=torch.long)}, "windows' shape"),
         ({"skip_leading": 24}, "mask and skip_leading leave no token to calibrate with"),
-        ({"skip_leading": -1}, "skip_leading must not be negative, got -1"),
+        ({"skip_leading": -1}, "skip_leading must be at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"regressors": ["y"]}, "unknown feature 'y'"),
         ({"regressors": [None]}, "unknown feature 'None'"),
@@ -278,7 +278,7 @@ def stored_mlp(model: Any, ids: torch.Tensor, start: int) -> dict[str, torch.Ten
         seen["hidden"] = args[0].reshape(*ids.shape, -1).double()
         seen["output"] = output.reshape(*ids.shape, -1).double()
 
-    handle = mlp_output(model, start - 1).register_forward_hook(hook)
+    handle = down_projection(model, start - 1).register_forward_hook(hook)
     with torch.no_grad():
         model(ids, use_cache=False)
     handle.remove()
@@ -304,7 +304,9 @@ def test_streamed_moments_of_features_equal_stored_activations(
     regressor, streams = suited(any_tiny, asked), stored_streams(any_tiny, ids)
     mlp = stored_mlp(any_tiny, ids, GAP.start) if asked.reads_mlp else {}
     hidden = mlp["hidden"].shape[-1] if mlp else None
-    bias = "hidden" in regressor.sources and mlp_output(any_tiny, GAP.start - 1).bias is not None
+    bias = (
+        "hidden" in regressor.sources and down_projection(any_tiny, GAP.start - 1).bias is not None
+    )
     known: dict[str, Any] = {"boundary": GAP, "model": stats.model}
     expected = Moments(WIDTH, regressor=regressor, hidden=hidden, bias=bias, **known)
     for row in range(len(ids)):

@@ -61,6 +61,13 @@ def test_rounding_of_equal_channels_is_not_blown_up() -> None:
         assert not standardise(torch.full((1, 17), value)).any()
 
 
+@pytest.mark.parametrize("function", [rms_norm, standardise])
+def test_every_token_is_rounded_by_its_own_size(function: Any) -> None:
+    x = randn(5, 16)
+    scales = torch.tensor([1e-9, 1e9, 1.0, 1e-3, 1e6])[:, None]
+    torch.testing.assert_close(function(scales * x), function(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_normalised_without_overflow(dtype: torch.dtype) -> None:
     half = torch.full((2, 16), 300.0, dtype=dtype)  # whose square is too large for float16

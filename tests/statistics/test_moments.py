@@ -210,12 +210,16 @@ def test_effective_rank_needs_a_fraction(rcond: float) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"width": 0}, ValueError, "widths must be at least 1, got 0"),
+        ({"width": 0}, ValueError, "width must be at least 1, got 0"),
         ({"width": -1}, ValueError, "at least 1, got -1"),
         ({"width": 8, "regressor": "h", "hidden": 0}, ValueError, "at least 1, got 8 and 0"),
-        ({"width": 2.5}, TypeError, "integer"),
-        ({"width": "8"}, TypeError, "integer"),
-        ({"width": 8, "regressor": "h", "hidden": 2.5}, TypeError, "integer"),
+        ({"width": 2.5}, ValueError, "width must be a whole number, got 2.5"),
+        ({"width": "8"}, ValueError, "width must be a whole number"),
+        (
+            {"width": 8, "regressor": "h", "hidden": 2.5},
+            ValueError,
+            "hidden must be a whole",
+        ),
         ({"width": 8, "regressor": "h"}, ValueError, "need the width of the MLP: pass hidden="),
         ({"width": 8, "regressor": "x, h; 1/|y|"}, ValueError, r"moments of x, h; 1/\|y\| need"),
         ({"width": 8, "regressor": "y"}, ValueError, "unknown feature 'y'"),

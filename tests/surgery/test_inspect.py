@@ -67,5 +67,5 @@ def test_a_type_that_needs_help_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     again = tiny_model("llama")
     again.model.before = torch.nn.ModuleList([torch.nn.Linear(500, 500)])
     monkeypatch.setitem(EXCEPTIONS, "llama", Structure("model.layers", "model.norm"))
-    assert structure(again) == ("model.layers", "model.norm")
+    assert structure(again)[:2] == ("model.layers", "model.norm")
     assert len(decoder_layers(gl.prune(again, [1, 2]))) == LAYERS - 2

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers
-from ghostlib.models.layers import mlp_output
+from ghostlib.models.layers import down_projection
 from ghostlib.models.streams import tap
 from ghostlib.recovery.recipe import Recipe
 from ghostlib.statistics.features import Regressor
@@ -84,7 +84,7 @@ def test_replaceme_is_least_squares_on_the_last_mlp(any_tiny):
             gl.recover(any_tiny, ids, gap.removed, "replaceme")
         return
     F: list[torch.Tensor] = []
-    hook = mlp_output(any_tiny, gap.start - 1).register_forward_hook(
+    hook = down_projection(any_tiny, gap.start - 1).register_forward_hook(
         lambda module, args, output: F.append(output.detach().reshape(-1, WIDTH).double())
     )
     dense: dict[int, torch.Tensor] = {}

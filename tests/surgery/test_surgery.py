@@ -279,7 +279,7 @@ def repair(model, name: str = "ghost") -> gl.Operator:
         ([(-1, 2)], r"boundary \(-1, 2\) does not fit"),
         ([(1, 9)], r"boundary \(1, 9\) does not fit"),
         ([(0, LAYERS)], "removing 6 of 6 layers leaves no layer"),
-        ([(1.5, 3)], "layers must be integers, such as 12, got 1.5"),
+        ([(1.5, 3)], "boundary must be a pair of whole numbers"),
     ],
 )
 def test_boundaries_that_no_model_is_left_of_are_refused(gaps, message):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from ghostlib.tutorial import claims
 from ghostlib.tutorial.claims import CLAIMS, MIME, Measurement, ledger, record, verdict
@@ -158,3 +159,11 @@ def test_the_papers_claims_come_first_and_are_all_there():
     assert list(CLAIMS) == list(range(1, len(sources) + 1))
     assert all(source.startswith("paper") for source in sources[:12])
     assert set(sources[12:]) == {"ours"}
+
+
+def test_interval_is_that_of_scipy():
+    values = [0.2, 0.5, 0.1, 0.9]
+    mean, ends = claims.interval(values)
+    reference = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean == pytest.approx(0.425)
+    assert ends == pytest.approx((reference.low, reference.high))

@@ -1,0 +1,316 @@
+"""What a recovery will take, before anything starts: bytes to fetch, memory and time.
+
+Bytes are counted from the configuration alone, on a model without weights. Seconds are operations
+by the rate at which this device multiplies matrices of the model's size, measured in a moment.
+"""
+
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from ghostlib.common import AUTO, shown
+from ghostlib.evaluation.cost import flops, weight_bytes
+from ghostlib.models.architectures import hidden_size, num_layers, text_config
+from ghostlib.models.boundaries import Boundary, contiguous, runs
+from ghostlib.models.loading import EMBEDDED, check_reachable
+from ghostlib.operators.families import Family
+from ghostlib.recovery.recipe import BUDGETS, SHORTLIST
+from ghostlib.selection.criteria import CRITERIA, needed
+from ghostlib.statistics.calibration import available_bytes, calibration_bytes, readable
+from ghostlib.text.assets import MODEL, cache_dir
+
+_WHEEL = 98_000_000  # of the embedded model
+_PROCESS = 600_000_000  # Python with torch and transformers, or a CUDA context
+_CHUNK = 256  # positions whose logits exist at once, see `window_losses`
+_SOLVE = 25  # C^3 float64 operations of a solution: decomposition, products
+_REACHED = 0.75  # share of the rate of one large product that a whole pass reaches
+_SECONDS = 0.2  # for each measurement of a rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recovery is expected to take.
+
+    Attributes:
+        download: bytes of weights to be fetched.
+        memory: bytes at once on the device, by what they are for.
+        available: bytes free on the device.
+        seconds: by step, in order.
+        spread: the weights are spread over devices, memory and disk, and need not fit in one place.
+        device: where the model will be.
+        removed: number of layers.
+        parameters: of the dense model.
+    """
+
+    download: int
+    memory: Mapping[str, int]
+    available: int
+    seconds: Mapping[str, float]
+    spread: bool
+    device: str
+    removed: int
+    parameters: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at once that have to fit on the device."""
+        return sum(self.memory.values()) - (self.memory["weights"] if self.spread else 0)
+
+    def check(self) -> None:
+        """Refuse what cannot fit.
+
+        Raises:
+            MemoryError: more memory is needed than the device has; the message has both numbers.
+            OSError: the disk has less room than the download needs.
+        """
+        if self.peak > self.available:
+            parts = ", ".join(f"{name} {readable(size)}" for name, size in self.memory.items())
+            raise MemoryError(
+                f"this needs about {readable(self.peak)} on {self.device} ({parts}) and "
+                f"{readable(self.available)} are free: use --dtype bfloat16, a shorter --length, "
+                "or --offload FOLDER"
+            )
+        free = shutil.disk_usage(_existing(Path(HF_HUB_CACHE))).free
+        if self.download > free:
+            raise OSError(
+                f"{readable(self.download)} have to be fetched and {readable(free)} are free in "
+                f"{HF_HUB_CACHE}: make room, or set HF_HOME to a folder on another disk"
+            )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What is expected, as rows of a table."""
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.memory.items())
+        return [
+            ("layers to remove", str(self.removed)),
+            ("parameters", f"{self.parameters / 1e6:,.1f} million"),
+            ("to download", readable(self.download) if self.download else "nothing"),
+            (
+                f"memory on {self.device}",
+                f"about {readable(self.peak)} of {readable(self.available)}",
+            ),
+            ("of which", parts),
+            ("time", f"about {minutes(sum(self.seconds.values()))}"),
+        ]
+
+
+def plan(
+    name: str | Path,
+    *,
+    n: int,
+    layers: Iterable[int] | None = None,
+    criterion: str = "cosine",
+    operator: str = "ghost",
+    budget: str = "any",
+    windows: int = 16,
+    length: int = 2048,
+    test_windows: int = 8,
+    dtype: str | None = None,
+    device: str = "cpu",
+    spread: bool = False,
+) -> Plan:
+    """Count beforehand what ``ghostlib recover`` with these options will take.
+
+    Args:
+        name: as for `ghostlib.load_model`; of a model on the hub only the configuration is read.
+        spread: whether weights may be put on several devices and on disk.
+
+    Raises:
+        ValueError: no causal language model, layers that it has not, or more than it has.
+        ConnectionError: a hub id, and no hub.
+    """
+    model = _without_weights(name, dtype)
+    total, C = num_layers(model), hidden_size(model)
+    width = int(getattr(text_config(model), "intermediate_size", None) or 4 * C)
+    chosen = list(layers or range(n))
+    if not 0 < len(chosen) < total:
+        raise ValueError(f"n = {len(chosen)}: of {total} layers 1 to {total - 1} can be removed")
+    names = BUDGETS[budget] if operator == AUTO else (operator,)
+    regressors = [Family.of(family).regressor for family in names]
+    choices = len(SHORTLIST) if operator == AUTO else 1
+    gaps = runs(layers, total) if layers else contiguous(len(chosen), total)[:choices]
+    searched = _searched(criterion, operator, len(chosen), total) if not layers else {}
+    with_moments = operator == AUTO or bool("moments" in CRITERIA[criterion].needs)
+    sizes: dict[str, Any] = {"length": length}
+    calibration = calibration_bytes(C, gaps, hidden=width, regressors=regressors, **sizes).total
+    if searched:
+        search = calibration_bytes(C, searched, moments=with_moments, **sizes).total
+        calibration = max(calibration, search)
+    item = model.dtype.itemsize
+    memory = {
+        "weights": weight_bytes(model),
+        "calibration": calibration,
+        "activations": length * (8 * C + 4 * width) * item
+        + 3 * _CHUNK * int(text_config(model).vocab_size) * 4,
+        "repair": len(gaps) * 3 * C * C * 8,
+        "process": _PROCESS,
+    }
+    forward = flops(model, length, logits=0).total
+    scored = flops(model, length, logits=length).total
+    products = max(sum(r.widths(C, width)) for r in regressors)
+    accumulated = 2 * length * products * (products + C) * len(gaps)
+    fast, double = _rate(C, width, model.dtype, device), _rate(C, C, torch.float64, device)
+    passes = _search_passes(criterion, len(chosen), total) if not layers else 0
+    trials = choices * len(names) if operator == AUTO else 0
+    moments = 4 * length * C * C * len(searched) * with_moments
+    solving = _SOLVE * len(gaps) * sum(sum(r.widths(C, width)) ** 3 for r in regressors)
+    seconds = {
+        "choosing layers": windows * (passes * forward / fast + moments / double),
+        "calibrating": windows * (forward / fast + accumulated / double)
+        + trials * scored / fast
+        + solving / double,
+        "scoring": 3 * test_windows * scored / fast,
+    }
+    return Plan(
+        download=_download(str(name)),
+        memory=memory,
+        available=_free(device),
+        seconds=seconds,
+        spread=spread,
+        device=device,
+        removed=len(chosen),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+class Steps:
+    """Says on the error stream which step begins, and about how long all of the rest will take."""
+
+    def __init__(self, expected: Plan) -> None:
+        self._expected = dict(expected.seconds)
+        self._start = self._begun = time.perf_counter()
+        self._left = sum(self._expected.values())
+        self._pace = 1.0  # measured time of a step over its expected time
+        self._running = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first step."""
+        return time.perf_counter() - self._start
+
+    def begin(self, step: str) -> None:
+        """The step before is done, and this one begins."""
+        now = time.perf_counter()
+        if self._running:
+            self._pace = (now - self._begun) / self._running
+        self._begun, self._running = now, self._expected.get(step, 0.0)
+        if shown():
+            left = minutes(self._pace * self._left)
+            print(f"{step}; about {left} left", file=sys.stderr, flush=True)
+        self._left -= self._running
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes held at once so far: on a CUDA device, or else by this process."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def minutes(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> [minutes(s) for s in (0.4, 42, 100, 4000)]
+    ['1 s', '42 s', '1 min 40 s', '1 h 7 min']
+    """
+    whole = max(round(seconds), 1)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _without_weights(name: str | Path, dtype: str | None) -> PreTrainedModel:
+    """The model that will be loaded, in its dtype, on the meta device."""
+    config: Any
+    if str(name) == EMBEDDED:
+        config = _embedded_config()
+    else:
+        check_reachable(str(name))
+        config = AutoConfig.from_pretrained(name)
+    kept = getattr(config, "dtype", None) or torch.float32
+    wanted = getattr(torch, dtype) if dtype not in (None, "auto") else kept
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    return model
+
+
+def _embedded_config() -> LlamaConfig:
+    """Of the embedded model, which need not have been fetched."""
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+
+
+def _searched(criterion: str, operator: str, n: int, total: int) -> list[Boundary]:
+    """The boundaries that the choice of layers compares."""
+    rules = SHORTLIST if operator == AUTO else (criterion,)
+    return sorted({gap for rule in rules for gap in needed(rule, n, total)})
+
+
+def _search_passes(criterion: str, n: int, total: int) -> int:
+    """Passes over the calibration windows that the choice of layers makes."""
+    rule = CRITERIA[criterion]
+    searching = n * total if rule.search == "greedy" and "windows" in rule.needs else 0
+    return searching + 1
+
+
+def _download(name: str) -> int:
+    """Bytes of weights that are not here yet."""
+    if name == EMBEDDED:
+        return 0 if (cache_dir() / MODEL).is_dir() else _WHEEL
+    if os.path.isdir(name):
+        return 0
+    files = HfApi().model_info(name, files_metadata=True).siblings or []
+    for ending in (".safetensors", ".bin"):
+        weights = [f for f in files if f.rfilename.endswith(ending) and "/" not in f.rfilename]
+        if weights:
+            missing = [f for f in weights if not try_to_load_from_cache(name, f.rfilename)]
+            return sum(f.size or 0 for f in missing)
+    return 0
+
+
+def _free(device: str) -> int:
+    """Bytes free where the model will be."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_bytes()
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _rate(rows: int, columns: int, dtype: torch.dtype, device: str) -> float:
+    """Operations a second that a pass over a stream of this width reaches."""
+    place = "cpu" if dtype == torch.float64 and torch.device(device).type == "mps" else device
+    X = torch.ones(512, rows, dtype=dtype, device=place)
+    W = torch.ones(rows, columns, dtype=dtype, device=place)
+    rounds, begin = 0, 0.0
+    while rounds < 2 or time.perf_counter() - begin < _SECONDS:
+        (X @ W)[0, 0].item()  # waits for the device
+        if rounds == 0:
+            begin = time.perf_counter()  # the first warms up
+        rounds += 1
+    return _REACHED * 2 * X.numel() * columns * (rounds - 1) / (time.perf_counter() - begin)

@@ -1,0 +1,134 @@
+"""What the explorer shows: any block of layers, any family, from streams recorded once."""
+
+import base64
+import io
+import warnings
+from functools import lru_cache
+from html import escape
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ghostlib.common import PRUNED
+from ghostlib.evaluation.generation import generate
+from ghostlib.models.architectures import hidden_size, num_layers
+from ghostlib.models.boundaries import Boundary, spell
+from ghostlib.models.streams import record
+from ghostlib.operators.families import Family
+from ghostlib.operators.solve import Operator, solve
+from ghostlib.plotting.style import alt_text, color, describe, plain_numbers
+from ghostlib.statistics.moments import Moments
+from ghostlib.surgery.cut import install
+
+
+class Explorer:
+    """Repairs of any block of layers of ``model``, each solved in a moment.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        calibration: (windows, length) token ids, from which repairs are solved.
+        held_out: (windows, length) token ids, on which they are measured.
+
+    The streams of all layers are kept, in float32: (layers + 1) x tokens x width numbers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        calibration: Tensor,
+        held_out: Tensor,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.layers = num_layers(model)
+        self._fit, self._test = self._record(calibration), self._record(held_out)
+        self.tokens = len(self._fit[0])
+        self.moments = lru_cache(maxsize=32)(self._moments)
+
+    def _record(self, windows: Tensor) -> dict[int, Tensor]:
+        """{layer: (tokens, width)}: what enters every layer, and what leaves the last."""
+        streams = record(self.model, windows, range(self.layers + 1))
+        return {index: stream.flatten(0, 1).float().cpu() for index, stream in streams.items()}
+
+    def _moments(self, boundary: Boundary, tokens: int) -> Moments:
+        """Of the first ``tokens`` calibration tokens."""
+        X_pre, X_post = (self._fit[index][:tokens] for index in boundary)
+        return Moments(hidden_size(self.model)).update(X_pre, X_post)
+
+    def solve(
+        self, start: int, n: int, family: str, tokens: int, ridge: float
+    ) -> tuple[Operator | None, str]:
+        """The repair of layers ``start … start + n - 1``, and what the solver warns of.
+
+        Args:
+            family: a name; ``"pruned"`` for no repair.
+            tokens: of calibration.
+            ridge: relative, for families that take one.
+
+        Raises:
+            ValueError: the block does not lie within the model; an unknown family.
+        """
+        if not 0 <= start < start + n <= self.layers:
+            raise ValueError(
+                f"layers {start} … {start + n - 1} are not within 0 … {self.layers - 1}"
+            )
+        if family == PRUNED:
+            return None, ""
+        options = {"relative_ridge": ridge} if "relative_ridge" in Family.of(family).options else {}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            op = solve(self.moments(Boundary(start, start + n), tokens), family, **options)
+        return op, "; ".join(str(warning.message).split(":")[0] for warning in caught)
+
+    def figure(self, start: int, n: int, family: str, tokens: int, ridge: float) -> Figure:
+        """Error without and with the repair, spectrum of the repair, and error of every token."""
+        op, warned = self.solve(start, n, family, tokens, ridge)
+        X, Y = self._test[start], self._test[start + n]
+        before = (X - Y).norm(dim=1)
+        repaired = X if op is None else op.apply(X.double()).float()
+        after = (repaired - Y).norm(dim=1)
+        share = float(after.square().sum() / before.square().sum())
+        shade = color(family)
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
+        left.bar([PRUNED, family], [1.0, share], color=[color(PRUNED), shade])
+        left.set(title="Error on held-out text", ylabel="of the error without repair")
+        left.annotate(f"{share:.2f}", (1, share), (0, 4), textcoords="offset points", ha="center")
+        describe(left, f"Without repair 1, {family} {share:.2f}.")
+        values = torch.zeros(1) if op is None else torch.linalg.svdvals(op.W - torch.eye(len(op.W)))
+        middle.plot(range(1, len(values) + 1), values, color=shade)
+        middle.set(title="Spectrum of W − I", xlabel="index", ylabel="singular value")
+        describe(middle, f"Singular values from {float(values[0]):.3g} down.")
+        right.loglog(before, after, ".", color=shade, markersize=3)
+        ends = [float(before.min()), float(before.max())]
+        right.plot(ends, ends, color="#808080", linewidth=1)
+        right.set(title="Each token's error", xlabel="without repair", ylabel=f"with {family}")
+        better = float((after < before).double().mean())
+        describe(right, f"{better:.0%} of {len(after):,} tokens have a smaller error.")
+        plain_numbers(right.xaxis)
+        plain_numbers(right.yaxis)
+        removed = spell(range(start, start + n))
+        figure.suptitle(
+            f"Layers {removed} removed, {family}, {tokens:,} tokens {warned}", x=0.01, ha="left"
+        )
+        return figure
+
+    def html(self, start: int, n: int, family: str, tokens: int, ridge: float) -> str:
+        """`figure` as an HTML element with its alternative text."""
+        figure = self.figure(start, n, family, tokens, ridge)
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+        plt.close(figure)
+        source = base64.b64encode(png.getvalue()).decode()
+        return f'<img alt="{escape(alt_text(figure))}" src="data:image/png;base64,{source}">'
+
+    def sentence(
+        self, start: int, n: int, family: str, tokens: int, ridge: float, prompt: str
+    ) -> str:
+        """How the model so repaired continues ``prompt``."""
+        op, _ = self.solve(start, n, family, tokens, ridge)
+        repaired = install(self.model, {Boundary(start, start + n): op})
+        return generate(repaired, self.tokenizer, prompt, max_new_tokens=24)[0]

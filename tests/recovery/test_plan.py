@@ -1,0 +1,101 @@
+"""What is expected of a recovery before it starts, against what is known of the models."""
+
+from types import SimpleNamespace
+
+import pytest
+from conftest import tiny_model
+from transformers import LlamaConfig
+
+import ghostlib as gl
+from ghostlib.recovery import plan as module
+from ghostlib.recovery.plan import Plan, minutes, plan
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """The folder of an 8B model's configuration, without weights."""
+    LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_weights_of_an_8b_model_are_counted_without_them(llama):
+    found = plan(llama, n=7)
+    assert found.parameters == 8_030_261_248
+    assert found.memory["weights"] == 2 * found.parameters
+    assert plan(llama, n=7, dtype="float32").memory["weights"] == 4 * found.parameters
+
+
+def test_calibration_is_counted_as_calibrate_counts_it(llama):
+    found = plan(llama, layers=[20, 21, 22, 24], n=7, length=1024)
+    gaps = [(20, 23), (24, 25)]
+    assert found.memory["calibration"] == gl.calibration_bytes(4096, gaps, length=1024).total
+    assert found.removed == 4
+
+
+def test_spread_weights_need_not_fit(llama):
+    whole, spread = plan(llama, n=7), plan(llama, n=7, spread=True)
+    assert whole.peak - spread.peak == whole.memory["weights"]
+
+
+def test_more_windows_take_longer_and_no_more_memory(llama, monkeypatch):
+    monkeypatch.setattr(module, "_rate", lambda *_: 1e12)
+    few, many = plan(llama, n=7, windows=8), plan(llama, n=7, windows=32)
+    assert few.memory == many.memory
+    assert many.seconds["choosing layers"] == 4 * few.seconds["choosing layers"]
+    assert many.seconds["scoring"] == few.seconds["scoring"]
+    recipe = plan(llama, n=7, operator="auto")
+    assert sum(recipe.seconds.values()) > 2 * sum(plan(llama, n=7).seconds.values())
+
+
+def test_what_the_hub_has_and_the_cache_lacks_is_to_be_downloaded(monkeypatch):
+    files = {"model-1.safetensors": 5, "model-2.safetensors": 7, "pytorch_model.bin": 12}
+    files |= {"original/a.safetensors": 100, "config.json": 1}
+    listed = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+    api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=listed))
+    monkeypatch.setattr(module, "HfApi", lambda: api)
+    assert module._download("org/model") == 12
+    there = {"model-1.safetensors": "here"}
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda _, name: there.get(name))
+    assert module._download("org/model") == 7
+
+
+def test_the_embedded_model_is_known_before_it_is_fetched(monkeypatch, tmp_path):
+    monkeypatch.setenv("GHOSTLIB_CACHE", str(tmp_path))
+    found = plan("smollm2", n=7)
+    assert found.parameters == 134_515_008 and found.download == 98_000_000
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_is_refused():
+    sizes = {"weights": 10, "process": 2}
+    made = Plan(0, sizes, 11, {"scoring": 1.0}, False, "cpu", 7, 5)
+    with pytest.raises(MemoryError, match=r"needs about 0\.0 MB on cpu"):
+        made.check()
+    Plan(0, sizes, 12, {"scoring": 1.0}, False, "cpu", 7, 5).check()
+    Plan(0, sizes, 3, {"scoring": 1.0}, True, "cpu", 7, 5).check()
+    with pytest.raises(OSError, match="have to be fetched"):
+        Plan(10**18, sizes, 12, {"scoring": 1.0}, False, "cpu", 7, 5).check()
+
+
+@pytest.mark.parametrize("layers", [None, range(6)])
+def test_layers_that_cannot_go_are_refused(tmp_path, layers):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of 6 layers 1 to 5 can be removed"):
+        plan(tmp_path, n=6, layers=layers)
+
+
+def test_times_as_people_say_them():
+    assert [minutes(s) for s in (0, 59.7, 3599, 3600)] == [
+        "1 s",
+        "1 min 0 s",
+        "59 min 59 s",
+        "1 h 0 min",
+    ]

@@ -1,0 +1,55 @@
+"""The explorer's repairs, against the package's own on the same tokens."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from conftest import LAYERS, tiny_model, tiny_tokenizer, tiny_windows
+
+import ghostlib as gl
+from ghostlib.tutorial.explorer import Explorer
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", vocab_size=len(TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def explorer(model):
+    return Explorer(model, TOKENIZER, tiny_windows(4), tiny_windows(2, seed=1))
+
+
+@pytest.mark.parametrize("family", ["diagonal", "symmetric", "ghost"])
+def test_repairs_are_those_of_the_package(model, explorer, family):
+    stats = gl.calibrate(model, tiny_windows(4), [(2, 4)])
+    options = {"relative_ridge": 1e-2} if family == "ghost" else {}
+    expected = gl.solve(stats[gl.Boundary(2, 4)], family, **options)
+    found, _ = explorer.solve(2, 2, family, explorer.tokens, 1e-2)
+    torch.testing.assert_close(found.W, expected.W, rtol=1e-4, atol=1e-4)
+
+
+def test_the_figure_shows_the_held_out_error(model, explorer):
+    figure = explorer.figure(2, 2, "ghost", explorer.tokens, 1e-2)
+    op, _ = explorer.solve(2, 2, "ghost", explorer.tokens, 1e-2)
+    held_out = gl.calibrate(model, tiny_windows(2, seed=1), [(2, 4)])[gl.Boundary(2, 4)]
+    bars = [bar.get_height() for bar in figure.axes[0].patches]
+    assert bars == pytest.approx([1.0, held_out.error(op) / held_out.pruned_error], rel=1e-3)
+    plt.close(figure)
+    assert explorer.html(2, 2, "pruned", 8, 0.0).startswith('<img alt="')
+    assert not plt.get_fignums()
+
+
+def test_the_sentence_is_that_of_the_repaired_model(model, explorer):
+    op, _ = explorer.solve(1, 3, "diagonal", explorer.tokens, 0.0)
+    repaired = gl.install(model, {gl.Boundary(1, 4): op})
+    expected = gl.generate(repaired, TOKENIZER, "the theory", max_new_tokens=24)[0]
+    assert explorer.sentence(1, 3, "diagonal", explorer.tokens, 0.0, "the theory") == expected
+
+
+def test_a_warning_is_shown_and_a_block_outside_refused(explorer):
+    _, warned = explorer.solve(2, 2, "ghost", 4, 0.0)
+    assert warned
+    with pytest.raises(ValueError, match="are not within 0 … 5"):
+        explorer.solve(LAYERS - 1, 2, "ghost", 4, 0.0)
