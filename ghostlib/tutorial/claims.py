@@ -98,8 +98,8 @@ CLAIMS: dict[int, Claim] = {
     20: Claim("Streaming memory does not grow with the number of tokens", "ours"),
     21: Claim("The gap of any operator to the optimum is ‖X (W − W*)‖² exactly", "ours"),
     22: Claim(
-        "On calibration tokens one operator for a run of layers fits no worse than the composition of "
-        "one per layer",
+        "On calibration tokens one operator for a run of layers fits no worse than the composition "
+        "of one per layer",
         "ours",
     ),
     23: Claim(
