@@ -14,6 +14,7 @@ from ghostlib.experiments.results import Results
 from ghostlib.experiments.tables import (
     choices,
     mean_interval,
+    ratio,
     relative_text,
     report,
     scores,
@@ -183,3 +184,29 @@ def test_empty_tables_have_their_columns(results: Results) -> None:
         assert not len(empty) and {"model", "seed", "layers", "n"} <= set(empty.columns)
         assert pd.api.types.is_integer_dtype(empty["n"])
     assert pd.api.types.is_float_dtype(scores(results)["value"])
+
+
+def test_ratio_over_windows_and_over_seeds() -> None:
+    """Against the definition: log ratios, by corpus, by seed; Student's t over what is drawn."""
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame(
+        [(seed, on, rng.normal(3, 1, 4).tolist()) for seed in range(3) for on in ("one", "two")],
+        columns=["seed", "dataset", "evidence"],
+    )
+    other = rows.assign(evidence=[[x + 0.5 for x in losses] for losses in rows["evidence"]])
+    other.at[0, "evidence"] = rows["evidence"][0]
+    found = ratio(rows, other.sample(frac=1, random_state=0))
+    by_seed = [-0.25, -0.5, -0.5]
+    middle, low, high = mean_interval(by_seed)
+    assert found.estimate == pytest.approx(middle) and found.seeds == 3 and found.windows == 24
+    assert (found.low, found.high) == pytest.approx((low, high))
+    one = ratio(rows[rows.seed == 0], other[other.seed == 0])
+    assert (one.low, one.high) == pytest.approx(mean_interval([0.0] * 4 + [-0.5] * 4)[1:])
+    assert (one.seeds, one.windows) == (1, 8)
+
+
+def test_ratio_wants_one_model_each_on_the_same_text() -> None:
+    rows = pd.DataFrame({"seed": [0, 0], "dataset": ["a", "b"], "evidence": [[1.0], [2.0]]})
+    for wrong in (rows[:1], pd.concat([rows, rows])):
+        with pytest.raises(ValueError, match="one model each, on the same seeds and corpora"):
+            ratio(rows, wrong)

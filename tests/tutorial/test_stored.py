@@ -31,6 +31,12 @@ def test_a_few_numbers(name, layers, operator, dataset, seed, first, last):
     assert row.value == pytest.approx(math.exp(np.mean(row.evidence)))
 
 
+def test_zero_shot_items_are_all_there():
+    rows = scores(stored("zeroshot")).query("dataset == 'wiki-topic'").set_index("operator")
+    assert set(rows.index) == {"dense", "pruned", "linearpatch-r", "replaceme", "ghost"}
+    assert set(rows["size"]) == {297} and rows["evidence"].map(lambda s: s.items).nunique() == 1
+
+
 def test_the_grid_is_whole():
     """Every criterion, depth and operator but the recipe and the choice by abilities."""
     rows = selections(stored("grid")).merge(scores(stored("grid")))
