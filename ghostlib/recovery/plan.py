@@ -222,7 +222,7 @@ def minutes(seconds: float) -> str:
     """A time as people say it.
 
     >>> [minutes(s) for s in (0.4, 42, 100, 4000)]
-    ['1 s', '42 s', '1 min 40 s', '1 h 7 min']
+    ['1 s', '42 s', '1 min 40 s', '1 h 6 min']
     """
     whole = max(round(seconds), 1)
     if whole < 60:

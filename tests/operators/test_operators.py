@@ -473,7 +473,7 @@ def test_an_operator_around_a_matrix_that_was_not_solved_here() -> None:
         (torch.zeros(3, 4), "ghost", r"W must be a square matrix of real numbers, got \(3, 4\)"),
         (torch.zeros(3), "ghost", "must be a square matrix of real numbers"),
         (torch.zeros(2, 3, 3), "ghost", "must be a square matrix of real numbers"),
-        (torch.zeros(3, 3).to(torch.complex64), "ghost", "real matrix, got .* torch.complex64"),
+        (torch.zeros(3, 3).to(torch.complex64), "ghost", "real numbers, got .* torch.complex64"),
         (torch.zeros(3, 3), "two-branch", r"two-branch reads x, n\(x\): it has M, and no single W"),
         (torch.zeros(3, 3), "gost", "did you mean 'ghost'"),
     ],

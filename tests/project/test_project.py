@@ -168,7 +168,7 @@ def test_setting_the_address_brings_all_that_needs_it_and_taking_it_back_takes_i
     assert "someone/something/actions/workflows/test.yml/badge.svg" in readme
     citation = yaml.safe_load((tmp_path / "CITATION.cff").read_text())
     assert citation["repository-code"] == "https://github.com/someone/something"
-    for path in (tmp_path / "notebooks").iterdir():
+    for path in (tmp_path / "notebooks").glob("*.ipynb"):
         text = path.read_text()
         assert "git+https://github.com/someone/something" in text, path.name
         assert (

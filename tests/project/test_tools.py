@@ -37,7 +37,7 @@ def tags(*names: str) -> dict[str, list[str]]:
 
 
 def exercise(number: int, answer: str):
-    check = f"assert a{number} in (None, {number})"
+    check = f"assert a{number} in (None, {number})\nprint(a{number})"
     return (
         new_code_cell(f"a{number} = {answer}", metadata=tags("exercise")),
         new_code_cell(check, metadata=tags("check")),

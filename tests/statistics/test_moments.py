@@ -212,7 +212,7 @@ def test_effective_rank_needs_a_fraction(rcond: float) -> None:
     [
         ({"width": 0}, ValueError, "width must be at least 1, got 0"),
         ({"width": -1}, ValueError, "at least 1, got -1"),
-        ({"width": 8, "regressor": "h", "hidden": 0}, ValueError, "at least 1, got 8 and 0"),
+        ({"width": 8, "regressor": "h", "hidden": 0}, ValueError, "hidden must be at least 1"),
         ({"width": 2.5}, ValueError, "width must be a whole number, got 2.5"),
         ({"width": "8"}, ValueError, "width must be a whole number"),
         (
