@@ -51,7 +51,7 @@ def shard(windows: Tensor) -> Tensor:
     return windows[rank::processes]
 
 
-@checked
+# Not @checked: a refusal in one process alone would leave the others waiting.
 def calibrate_distributed(
     model: PreTrainedModel,
     windows: Tensor,
@@ -78,6 +78,8 @@ def calibrate_distributed(
             agree on the boundaries, the options or the model.
         RuntimeError: `calibrate` failed in one of the processes (the message says which and why).
     """
+    if not isinstance(boundaries, Iterable):  # they are the same in every process
+        raise ValueError(f"boundaries must be a list of Boundary(start, stop), got {boundaries!r}")
     asked = list(boundaries)
     device = torch.device("cpu")
     if _place()[1] > 1 and "cpu:" not in dist.get_backend_config():

@@ -317,9 +317,8 @@ ROWS = [
         SEEN | {"boundaries": [GAP]},
         model=bad("causal language model", None, 3, error=RuntimeError),
         windows=[
-            *bad("windows", None, [[3]]),
+            *bad("windows", None, [[3]], IDS.float(), error=RuntimeError),
             Bad(IDS[:0], "no windows"),
-            Bad(IDS.float(), "windows", RuntimeError),
         ],
         boundaries=[*bad("boundar", [], [(4, 2)], error=RuntimeError), *bad("boundar", None, 5)],
         free="options",

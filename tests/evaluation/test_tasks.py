@@ -213,7 +213,7 @@ def test_errors_in_one_line_that_say_what_to_do(model: PreTrainedModel, tmp_path
         zero_shot(model, TOKENIZER, "?")
     with pytest.raises(
         ConnectionError,
-        match=r"task 'arc_easy' could not .*OSError: no route\): without network use wiki-descr",
+        match=r"task 'arc_easy' could not be read.*: without network use wiki-descr",
     ) as caught:
         zero_shot(model, TOKENIZER, "arc_easy")
     assert "\n" not in str(caught.value)
@@ -234,7 +234,7 @@ def test_names_are_checked_without_reading_any_data(
         check_names([write(tmp_path / "bad.jsonl", [[1]])])
     with pytest.raises(FileNotFoundError, match="no such task file"):
         check_names([tmp_path / "gone.jsonl"])
-    with pytest.raises(ConnectionError, match="no route"):
+    with pytest.raises(ConnectionError, match="could not be read"):
         check_tasks(["arc_easy"])
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     check_names(["wiki-topic"])

