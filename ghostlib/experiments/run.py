@@ -259,7 +259,7 @@ class _Run:
         family, gaps = family_of(operator), runs(layers, num_layers(self.model))
         if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
             return fit_sequential(self.model, self._windows, gaps, family, streams=self._streams)
-        if family.default and len(self._windows) > 1:
+        if self._chooses_ridge(operator):
             return self._ridged.fit(layers, operator)
         moments = self._statistics.of(family.regressor)
         return {gap: solve(moments[gap], family) for gap in gaps}
@@ -291,11 +291,19 @@ class _Run:
     def _recipe(self) -> Recipe:
         return Recipe(self.model, self._windows)
 
+    @property
+    def _fitted(self) -> list[tuple[Layers, str]]:
+        """The models still to be computed whose operators are solved from statistics."""
+        return [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
+
+    def _chooses_ridge(self, operator: str) -> bool:
+        """Whether windows kept out of the fit choose its ridge, as in `recover`."""
+        return bool(family_of(operator).default) and len(self._windows) > 1
+
     @cached_property
     def _ridged(self) -> Recipe:
         """Repairs that choose their ridges, with the statistics for all of them."""
-        fitted = [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
-        chosen = [(ls, op) for ls, op in fitted if family_of(op).default]
+        chosen = [(ls, op) for ls, op in self._fitted if self._chooses_ridge(op)]
         names = list(dict.fromkeys(op for _, op in chosen))
         recipe = Recipe(self.model, self._windows, candidates=names)
         recipe.collect([ls for ls, _ in chosen])
@@ -304,12 +312,7 @@ class _Run:
     @cached_property
     def _statistics(self) -> Calibration:
         """Moments that all operators are solved from, of one pass."""
-        fitted = [
-            (ls, op)
-            for ls, op in self.todo
-            if op not in (DENSE, PRUNED, AUTO)
-            and not (family_of(op).default and len(self._windows) > 1)
-        ]
+        fitted = [(ls, op) for ls, op in self._fitted if not self._chooses_ridge(op)]
         # Also of sequential fits: of one gap they are the teacher's.
         gaps = {gap for ls, _ in fitted for gap in runs(ls, num_layers(self.model))}
         regressors = {family_of(operator).regressor for _, operator in fitted}

@@ -12,9 +12,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from IPython.display import display
-from scipy import stats
 
 MIME = "application/vnd.ghostlib.claim+json"
 HOLDS, FAILS, UNDECIDED, UNMEASURED = "holds", "does not hold", "undecided", "not measured"
@@ -204,10 +202,10 @@ def interval(values: Any) -> tuple[float, tuple[float, float]]:
     >>> interval([1.0, 2.0, 3.0])  # doctest: +ELLIPSIS
     (2.0, (-0.48..., 4.48...))
     """
-    found = np.asarray(values, dtype=float)
-    half = float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(found))
-    mean = float(found.mean())
-    return mean, (mean - half, mean + half)
+    from ghostlib.evaluation.abilities import t_interval  # and torch, which the ledger needs not
+
+    mean, low, high = t_interval(values)
+    return mean, (low, high)
 
 
 class _Entry:
