@@ -6,7 +6,9 @@ On the embedded model, layers 12 … 18. Times are compared within one process, 
 memory is measured in a process of its own and includes interpreter, torch and the model.
 
 - plain forward: the whole dense model over the windows, head included, nothing collected;
-- one boundary: `calibrate` for (12, 19), which stops at layer 19;
+- pass alone: only to layer 19, where calibration for (12, 19) stops, nothing collected;
+- one boundary: `calibrate` for (12, 19), and its operator;
+- with the MLP: `calibrate` for what `ghost-refit` reads, ``[x, h]``;
 - many boundaries: all 30 single layers and all 24 blocks of seven, with similarities;
 - naive: a whole forward pass that keeps both activations, then `numpy.linalg.lstsq` in float64.
 """
@@ -39,6 +41,17 @@ def plain(model: PreTrainedModel, windows: Tensor) -> None:
             model(window, use_cache=False)
 
 
+def alone(model: PreTrainedModel, windows: Tensor) -> None:
+    """The pass that calibration for one boundary rides on."""
+    for window in windows.split(1):
+        gl.record(model, window, [BLOCK.stop])
+
+
+def with_mlp(model: PreTrainedModel, windows: Tensor) -> None:
+    """One streaming pass for the moments of the stream and of the MLP's hidden activations."""
+    gl.calibrate(model, windows, [BLOCK], regressors=["x, h"])
+
+
 def one_boundary(model: PreTrainedModel, windows: Tensor) -> None:
     """One streaming pass for one boundary, and its operator."""
     gl.solve(gl.calibrate(model, windows, [BLOCK])[BLOCK], "ghost")
@@ -68,7 +81,9 @@ def naive(model: PreTrainedModel, windows: Tensor) -> None:
 
 WAYS: dict[str, Callable[[PreTrainedModel, Tensor], None]] = {
     "plain forward": plain,
+    "pass alone": alone,
     "one boundary": one_boundary,
+    "with the MLP": with_mlp,
     "many boundaries": many_boundaries,
     "naive": naive,
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 os.environ.setdefault("GHOSTLIB_PROGRESS", "0")
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -18,6 +19,10 @@ from transformers import (
 
 import ghostlib as gl
 from ghostlib.models.architectures import decoder_layers, receiver
+
+# A machine that is busy is no fault of the code.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 LAYERS, WIDTH, VOCABULARY = 6, 16, 97
 

@@ -490,12 +490,13 @@ def _interval(probe: Probe, values: np.ndarray) -> tuple[float, float, float]:
 
 
 def t_interval(
-    values: Sequence[float] | np.ndarray, confidence: float = 0.95
+    values: Sequence[float] | np.ndarray | Tensor, confidence: float = 0.95
 ) -> tuple[float, float, float]:
     """A mean and its interval by Student's t; that of a single value is NaN."""
-    mean, count, half = float(np.mean(values)), len(values), math.nan
-    if count > 1:
-        half = float(stats.t.ppf((1 + confidence) / 2, count - 1) * stats.sem(values))
+    each = np.asarray(values, dtype=float)
+    mean, half = float(each.mean()), math.nan
+    if len(each) > 1:
+        half = float(stats.t.ppf((1 + confidence) / 2, len(each) - 1) * stats.sem(each))
     return mean, mean - half, mean + half
 
 

@@ -28,7 +28,7 @@ _NAMED_BY = {
     "specification": ("id",),
     "environment": ("id",),
     "selection": ("specification", "criterion", "n"),
-    "choice": ("specification", "layers"),
+    "choice": ("specification", "layers", "recipe"),
     "score": ("specification", "layers", "operator", "measure", "dataset"),
     "skipped": ("specification", "layers", "operator", "dataset"),
 }

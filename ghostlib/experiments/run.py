@@ -24,18 +24,18 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import AUTO, DENSE, PRUNED, SEQUENTIAL, checked, track, warn
+from ghostlib.common import DENSE, PRUNED, SEQUENTIAL, checked, track, warn
 from ghostlib.evaluation.abilities import PROBES, Ability, ProbeSet
 from ghostlib.evaluation.perplexity import ScoredText
 from ghostlib.evaluation.tasks import check_tasks, zero_shot
 from ghostlib.experiments.results import Results
-from ghostlib.experiments.spec import Specification, base_name, family_of
+from ghostlib.experiments.spec import Specification, base_name, budget_of, family_of
 from ghostlib.experiments.tables import ABILITY, ACCURACY, PERPLEXITY, mean_interval
 from ghostlib.models.architectures import check_model, num_layers, text_config
 from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.solve import Operator, solve
-from ghostlib.recovery.recipe import Recipe
+from ghostlib.recovery.recipe import Recipe, affordable
 from ghostlib.recovery.sequential import dense_streams, fit_sequential
 from ghostlib.selection.criteria import CRITERIA, needed, searched, select_several
 from ghostlib.selection.evidence import Layers
@@ -134,7 +134,7 @@ class _Run:
                 self._plan(layers, operator, measure, dataset)
         if any(operator not in (DENSE, PRUNED) for _, operator in self.todo):
             check_windows(self.model, self._windows)  # before the first cell is written
-        if chosen := [layers for layers, operator in self.todo if operator == AUTO]:
+        if chosen := [layers for layers, operator in self.todo if self._judged(operator)]:
             self._recipe.collect(chosen)
         for (layers, operator), missing in track(self.todo.items(), "scoring", unit="model"):
             self.results.refresh()
@@ -178,7 +178,7 @@ class _Run:
 
     def _plan(self, layers: Layers, operator: str, measure: str, dataset: str) -> None:
         """Note what is missing, and record what is left out."""
-        fitted = operator not in (DENSE, PRUNED, AUTO)
+        fitted = operator not in (DENSE, PRUNED) and not budget_of(operator)
         if 0 in layers and fitted and family_of(operator).regressor.reads_mlp:
             names = {"layers": _spell(layers), "operator": operator, "dataset": ""}
             reason = f"{operator} reads the layer before a gap, and layer 0 is removed"
@@ -251,16 +251,16 @@ class _Run:
     def _operators(self, layers: Layers, operator: str) -> Mapping[Boundary, Operator]:
         if operator in (DENSE, PRUNED):
             return {}
-        if operator == AUTO:
-            choice = self._recipe.choose(layers)
-            names = {"layers": spell(layers), "operator": choice.repair}
+        if budget := budget_of(operator):
+            choice = self._recipe.choose(layers, among=affordable(self.model, budget))
+            names = {"layers": spell(layers), "recipe": operator, "operator": choice.repair}
             self.results.append("choice", **names, losses=choice.summary["losses"])
             return choice.operators
         family, gaps = family_of(operator), runs(layers, num_layers(self.model))
         if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
             return fit_sequential(self.model, self._windows, gaps, family, streams=self._streams)
-        if self._chooses_ridge(operator):
-            return self._ridged.fit(layers, operator)
+        if self._judged(operator):
+            return self._recipe.fit(layers, operator)
         moments = self._statistics.of(family.regressor)
         return {gap: solve(moments[gap], family) for gap in gaps}
 
@@ -287,32 +287,28 @@ class _Run:
         """What all models have in common on each probe."""
         return {name: Trials(self.model, None, probes=p) for name, p in self.probes.items()}
 
-    @cached_property
-    def _recipe(self) -> Recipe:
-        return Recipe(self.model, self._windows)
-
-    @property
-    def _fitted(self) -> list[tuple[Layers, str]]:
-        """The models still to be computed whose operators are solved from statistics."""
-        return [(ls, op) for ls, op in self.todo if op not in (DENSE, PRUNED, AUTO)]
-
-    def _chooses_ridge(self, operator: str) -> bool:
-        """Whether windows kept out of the fit choose its ridge, as in `recover`."""
+    def _judged(self, operator: str) -> bool:
+        """Whether windows kept out of the fit choose it or its ridge, as in `recover`."""
+        if operator in (DENSE, PRUNED) or budget_of(operator):
+            return operator not in (DENSE, PRUNED)
         return bool(family_of(operator).default) and len(self._windows) > 1
 
     @cached_property
-    def _ridged(self) -> Recipe:
-        """Repairs that choose their ridges, with the statistics for all of them."""
-        chosen = [(ls, op) for ls, op in self._fitted if self._chooses_ridge(op)]
-        names = list(dict.fromkeys(op for _, op in chosen))
-        recipe = Recipe(self.model, self._windows, candidates=names)
-        recipe.collect([ls for ls, _ in chosen])
-        return recipe
+    def _recipe(self) -> Recipe:
+        """All that is chosen by windows kept out of the fit, from the same statistics."""
+        names: list[str] = []
+        for _, operator in self.todo:
+            if budget := budget_of(operator):
+                names += affordable(self.model, budget)
+            elif self._judged(operator):
+                names.append(operator)
+        return Recipe(self.model, self._windows, candidates=list(dict.fromkeys(names)))
 
     @cached_property
     def _statistics(self) -> Calibration:
-        """Moments that all operators are solved from, of one pass."""
-        fitted = [(ls, op) for ls, op in self._fitted if not self._chooses_ridge(op)]
+        """Moments that all other operators are solved from, of one pass."""
+        unfitted = (DENSE, PRUNED)
+        fitted = [(ls, op) for ls, op in self.todo if op not in unfitted and not self._judged(op)]
         # Also of sequential fits: of one gap they are the teacher's.
         gaps = {gap for ls, _ in fitted for gap in runs(ls, num_layers(self.model))}
         regressors = {family_of(operator).regressor for _, operator in fitted}

@@ -34,7 +34,8 @@ class Specification:
         layers: remove these instead of choosing, such as 12-18 or 12-15,17.
         starts: remove every block of this many layers instead.
         operators: families, regressors such as ``"x, n(x); 1/|y|"``, these with " sequential"
-            behind them; pruned (no repair); auto (the recipe).
+            behind them; pruned (no repair); auto (the recipe), "auto none" and "auto matrix" (on a
+            budget).
         calibration: corpora that operators are fitted on.
         split: part of the calibration corpora.
         windows: calibration windows of each corpus.
@@ -123,7 +124,7 @@ class Specification:
             raise ValueError("name at least one calibration corpus, such as 'wiki'")
         if not (self.perplexity or self.tasks or self.probes or self.criteria):
             raise ValueError("nothing to do: name a corpus, task or probe, or a criterion")
-        if AUTO in self.operators and self.windows * len(self.calibration) < 2:
+        if any(map(budget_of, self.operators)) and self.windows * len(self.calibration) < 2:
             raise ValueError(f"windows = {self.windows}: the recipe needs at least 2 in all")
 
     def _set(self, name: str, values: Sequence[Any]) -> None:
@@ -217,6 +218,22 @@ def whole_number(value: Any, name: str = "n", least: int = 1) -> int:
     return int(value)
 
 
+def budget_of(operator: str) -> str | None:
+    """The budget of the recipe under an operator's name, ``"auto matrix"``; None of any other.
+
+    Raises:
+        ValueError: an unknown budget.
+    """
+    name, _, budget = operator.partition(" ")
+    if name != AUTO or f" {budget}" == SEQUENTIAL:
+        return None
+    from ghostlib.recovery.recipe import BUDGETS
+
+    if budget:
+        BUDGETS[budget]
+    return budget or "any"
+
+
 def family_of(operator: str) -> "Family":
     """The family behind an operator's name, however it is fitted; `ValueError` if there is none."""
     from ghostlib.operators.families import Family
@@ -239,7 +256,9 @@ def canonical(operator: str) -> str:
     from ghostlib.statistics.features import STREAM
     from ghostlib.statistics.moments import Moments
 
-    if operator in (PRUNED, AUTO):
+    if budget := budget_of(operator):
+        return AUTO if budget == "any" else operator
+    if operator == PRUNED:
         return operator
     family, name = family_of(operator), operator.removesuffix(SEQUENTIAL)
     if name != operator and family.regressor.reads_mlp:

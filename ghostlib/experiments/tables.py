@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ghostlib.common import AUTO, DENSE, one_line
+from ghostlib.common import DENSE, one_line
 from ghostlib.evaluation.abilities import t_interval
 from ghostlib.evaluation.tasks import Score, paired
 from ghostlib.experiments.results import Record, Results
@@ -97,9 +97,10 @@ def selections(results: Results) -> pd.DataFrame:
 
 
 def choices(results: Results) -> pd.DataFrame:
-    """What ``"auto"`` chose: a row for each set of layers, ``model, seed, layers, n, operator``,
-    and ``losses``, those of all candidates, in nats per calibration token that was held out."""
-    columns = {**_MODEL, "operator": str, "losses": object}
+    """What the recipe chose: a row for each set of layers and budget, ``model, seed, layers, n,
+    recipe, operator``, and ``losses``, those of all candidates, in nats per calibration token that
+    was held out."""
+    columns = {**_MODEL, "recipe": str, "operator": str, "losses": object}
     return _frame(results, results.of("choice"), columns)
 
 
@@ -229,7 +230,8 @@ def report(results: Results, *, normed: bool = False) -> str:
         if len(repaired):
             parts.append(f"{compared} [95 % interval]\n{_lines(wide(repaired, relative_text))}")
     notes = [f"{r['criterion']}, n = {r['n']}: {r['layers']}" for r in results.of("selection")]
-    notes += [f"{AUTO} without {r['layers']}: {r['operator']}" for r in results.of("choice")]
+    chosen = results.of("choice")
+    notes += [f"{r['recipe']} without {r['layers']}: {r['operator']}" for r in chosen]
     for record in results.of("skipped"):
         notes.append(f"left out: {one_line(record['reason'])}")
     return "\n\n".join([*parts, "\n".join(notes)]).strip()

@@ -8,6 +8,7 @@ part. Loss on text does not show what else was lost: ``keep`` names an ability t
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import itemgetter
@@ -164,9 +165,7 @@ class Recipe:
         within = BUDGETS[budget]
         if candidates is not None and not candidates:
             raise ValueError(f"no candidate to choose from: name one, such as {within[-1]!r}")
-        names = (
-            [name for name in within if _fits(model, name)] if candidates is None else candidates
-        )
+        names = affordable(model, budget) if candidates is None else candidates
         self.families = {str(name): Family.of(name) for name in names}
         for name, family in self.families.items():
             if "relative_ridge" not in family.options or family.name == "low-rank":
@@ -185,6 +184,8 @@ class Recipe:
         kept_out[[(2 * i + 1) * len(windows) // (2 * count) for i in range(count)]] = True
         self.fitted, self.judges = windows[~kept_out], windows[kept_out]
         self._statistics: dict[Boundary, tuple[Calibration, Calibration]] = {}
+        self._chosen: dict[tuple[Layers, str], dict[Boundary, Ridge]] = {}
+        self._tried: dict[tuple[Layers, str], tuple[Tensor, float]] = {}
 
     @cached_property
     def _trials(self) -> Trials:
@@ -214,28 +215,24 @@ class Recipe:
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
 
     @checked
-    def choose(self, layers: Iterable[int] | int) -> Choice:
+    def choose(self, layers: Iterable[int] | int, *, among: Iterable[str] | None = None) -> Choice:
         """The best candidate for ``layers``, or for the best on the `shortlist` of so many.
 
+        Args:
+            layers: to remove, or how many.
+            among: some of the candidates; all by default. What was tried is not tried again.
+
         Raises:
-            ValueError: layers that cannot be removed, or NaN from every repair and from none.
+            ValueError: layers that cannot be removed, a name that is none of the candidates, or NaN
+                from every repair and from none.
         """
+        names = [self._candidate(name) for name in (self.families if among is None else among)]
         asked = self.shortlist(layers) if isinstance(layers, int) else [tuple(sorted(layers))]
         self.collect(asked)
-        by_window: dict[tuple[Layers, str], Tensor] = {}
-        ridges: dict[tuple[Layers, str], dict[Boundary, Ridge]] = {}
-        kept: dict[tuple[Layers, str], float] = {}
-        todo = [(layers, repair) for layers in asked for repair in self._repairs_of(layers)]
-        for key in track(todo, "choosing", unit="repair"):
-            layers, repair = key
-            parts = self._moments(layers, repair)
-            fits = {gap: fit for gap, (fit, _) in parts.items()}
-            ridges[key] = {gap: _choose(*parts[gap]) for gap in parts}
-            operators = self._solve(fits, repair, ridges[key])
-            by_window[key] = self._trials.losses(layers, operators).nan_to_num(math.inf)
-            if self.keep is not None:
-                score = float(self._trials.abilities(layers, operators)[self.keep].mean())
-                kept[key] = score if math.isfinite(score) else math.inf
+        todo = [(ls, repair) for ls in asked for repair in (PRUNED, *self._placed(ls, names))]
+        tried = {key: self._try(*key) for key in track(todo, "choosing", unit="repair")}
+        by_window = {key: loss for key, (loss, _) in tried.items()}
+        kept = {key: score for key, (_, score) in tried.items()} if self.keep else {}
         losses = {key: float(loss.mean()) for key, loss in by_window.items()}
         totals = {key: loss + self.weight * kept.get(key, 0.0) for key, loss in losses.items()}
         admitted = [key for key in losses if _admissible(key, by_window)]
@@ -246,9 +243,9 @@ class Recipe:
                 "try a wider dtype (bfloat16 or float32), or other windows"
             )
         layers, repair = best
-        final = self._final(layers, repair, ridges[best])
-        tokens = self.judges.numel()
-        return Choice(layers, repair, final, ridges[best], losses, tokens, self.keep, kept)
+        ridges, tokens = self._ridges(layers, repair), self.judges.numel()
+        final = self._final(layers, repair, ridges)
+        return Choice(layers, repair, final, ridges, losses, tokens, self.keep, kept)
 
     @checked
     def fit(self, layers: Iterable[int], repair: str) -> dict[Boundary, Operator]:
@@ -259,15 +256,36 @@ class Recipe:
         Raises:
             ValueError: layers that cannot be removed, or not one of the candidates.
         """
-        if repair not in self.families:
-            raise ValueError(f"{repair} is none of the candidates: {', '.join(self.families)}")
-        removed = tuple(sorted(layers))
+        family, removed = self.families[self._candidate(repair)], tuple(sorted(layers))
         self.collect([removed])
-        parts = self._moments(removed, repair)
-        fitted = {gap: fit for gap, (fit, _) in parts.items()}
-        warn_of_massive_activations(fitted, self.families[repair])
-        ridges = {gap: _choose(*part) for gap, part in track(parts.items(), "choosing ridges")}
-        return self._final(removed, repair, ridges)
+        fitted = {gap: fit for gap, (fit, _) in self._moments(removed, repair).items()}
+        warn_of_massive_activations(fitted, family)
+        return self._final(removed, repair, self._ridges(removed, repair))
+
+    def _candidate(self, name: str) -> str:
+        if name not in self.families:
+            raise ValueError(f"{name} is none of the candidates: {', '.join(self.families)}")
+        return name
+
+    def _ridges(self, layers: Layers, repair: str) -> dict[Boundary, Ridge]:
+        """The ridge of each gap that serves the held-out windows best."""
+        if (layers, repair) not in self._chosen:
+            parts = self._moments(layers, repair)
+            chosen = {gap: _choose(*part) for gap, part in track(parts.items(), "choosing ridges")}
+            self._chosen[layers, repair] = chosen
+        return self._chosen[layers, repair]
+
+    def _try(self, layers: Layers, repair: str) -> tuple[Tensor, float]:
+        """Losses on the held-out windows of a repair solved without them, and the probe's score."""
+        if (layers, repair) not in self._tried:
+            fits = {gap: fit for gap, (fit, _) in self._moments(layers, repair).items()}
+            operators = self._solve(fits, repair, self._ridges(layers, repair))
+            losses, score = self._trials.losses(layers, operators).nan_to_num(math.inf), math.nan
+            if self.keep is not None:
+                score = float(self._trials.abilities(layers, operators)[self.keep].mean())
+                score = score if math.isfinite(score) else math.inf
+            self._tried[layers, repair] = losses, score
+        return self._tried[layers, repair]
 
     def _final(
         self, layers: Layers, repair: str, ridges: Mapping[Boundary, Ridge]
@@ -276,12 +294,10 @@ class Recipe:
         whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
         return self._solve(whole, repair, ridges)
 
-    def _repairs_of(self, layers: Layers) -> list[str]:
+    def _placed(self, layers: Layers, names: Iterable[str]) -> list[str]:
         """Those that there is a place for: some need a layer before the gap."""
-        placed = [
-            name for name, f in self.families.items() if not (f.regressor.reads_mlp and 0 in layers)
-        ]
-        return [PRUNED, *placed]
+        reads_mlp = {name: self.families[name].regressor.reads_mlp for name in names}
+        return [name for name, reads in reads_mlp.items() if not (reads and 0 in layers)]
 
     def _moments(self, layers: Layers, repair: str) -> dict[Boundary, tuple[Moments, Moments]]:
         """Those that ``repair`` is solved from, of the fitted and of the held-out windows."""
@@ -344,9 +360,16 @@ def check_ground(model: PreTrainedModel, family: Family) -> None:
         raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None
 
 
-def _fits(model: PreTrainedModel, name: str) -> bool:
-    try:
-        check_ground(model, Family.of(name))
-    except ValueError:
-        return False
-    return True
+@checked
+def affordable(model: PreTrainedModel, budget: str) -> list[str]:
+    """The families of a budget that this architecture has ground and place for.
+
+    Raises:
+        ValueError: an unknown budget.
+    """
+    names = []
+    for name in BUDGETS[budget]:
+        with suppress(ValueError):
+            check_ground(model, Family.of(name))
+            names.append(name)
+    return names

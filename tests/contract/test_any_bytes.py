@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM
 import ghostlib as gl
 
 TOKENIZER = tiny_tokenizer()
-FEW = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SUFFIXES = (".txt", ".raw", ".jsonl", ".parquet")
 
 

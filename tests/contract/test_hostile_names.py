@@ -105,7 +105,7 @@ def test_an_error_about_a_hostile_name_is_one_plain_line(
 
 
 @given(st.text(max_size=50))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_name_is_known_or_refused_in_one_line(name: str) -> None:
     for registry in (gl.OPERATORS, gl.CRITERIA, gl.CORPORA):
         assert isinstance(registry, Registry)

@@ -26,7 +26,10 @@ OPERATORS = (
     "replaceme",
     "ghost",
     "ghost sequential",
+    "refit",
     "auto",
+    "auto matrix",
+    "auto none",
 )
 
 
@@ -101,9 +104,9 @@ def test_every_cell_equals_the_public_functions(folder, tmp_path):
     calib, layers = plan.draw_calibration(tokenizer), (1, 3, 4)
     variants = {"dense": model, "pruned": gl.prune(model, layers)}
     for operator in OPERATORS[1:]:
-        name, sequential, _ = operator.partition(" sequential")
-        fit = "sequential" if sequential else "teacher"
-        variants[operator] = gl.recover(model, calib, layers, name, fit=fit, verbose=False)
+        name, _, how = operator.partition(" ")
+        options = {"fit": how} if how == "sequential" else {"budget": how} if how else {}
+        variants[operator] = gl.recover(model, calib, layers, name, **options, verbose=False)
     for operator, variant in variants.items():
         for corpus in plan.perplexity:
             found = gl.corpus_perplexity(variant, tokenizer, corpus, length=16, count=3)

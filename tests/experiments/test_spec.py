@@ -38,7 +38,15 @@ def test_a_single_value_serves_for_a_list(text: str) -> None:
 
 
 def test_operators_have_one_spelling() -> None:
-    names = ["ghost sequential", "two-branch", "x, n(x); 1/|y|", "n(x)", "auto", "pruned"]
+    names = [
+        "ghost sequential",
+        "two-branch",
+        "x, n(x); 1/|y|",
+        "n(x)",
+        "auto",
+        "auto none",
+        "pruned",
+    ]
     assert gl.Specification(operators=names).operators == tuple(names)
     with pytest.raises(ValueError, match="operators has 'x, n\\(x\\)' twice"):
         gl.Specification(operators=["x, n(x)", "x, n(x); 1"])
@@ -82,6 +90,7 @@ def test_operators_have_one_spelling() -> None:
         ({"operators": "replaceme sequential"}, "replaceme reads more than the stream"),
         ({"operators": ["ghost", "ghost"]}, "operators has 'ghost' twice"),
         ({"operators": "auto", "calibration": "wiki", "windows": 1}, "needs at least 2 in all"),
+        ({"operators": "auto free"}, "unknown budget 'free'. Known: none, matrix"),
         ({"calibration": "wikki"}, "unknown corpus 'wikki'; did you mean 'wiki'"),
         ({"calibration": []}, "at least one calibration corpus"),
         ({"calibration": ["wiki", "wiki"]}, "calibration has 'wiki' twice"),

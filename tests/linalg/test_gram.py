@@ -117,7 +117,7 @@ def penalty(F: Tensor, blocks: Sequence[int], options: dict[str, Any]) -> Tensor
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(SEEDS)
 def test_solve_is_ridge_regression(options: dict[str, Any], seed: int) -> None:
     blocks = (4, 2)

@@ -71,7 +71,7 @@ def test_order_must_be_positive(n: int) -> None:
             function(4.0)  # type: ignore[arg-type]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.sampled_from([1, 2, 4, 12, 24, 28, 36, 40, 112, 500, 576, 640]),
     batch=st.lists(st.integers(0, 3), max_size=2),

@@ -75,7 +75,7 @@ def test_every_family_keeps_the_rules_on_a_gpu(name: str) -> None:
     check_family(name, exempt=EXEMPT.get(name), device="cuda", **options(name))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.sampled_from(sorted(CONTAINS)))
 def test_nested_sets_have_ordered_errors_on_any_tokens(seed: int, name: str) -> None:
     inner = tuple(map(Family.of, CONTAINS[name]))
@@ -88,7 +88,7 @@ REGULARISED = [name for name, family in FAMILIES.items() if "relative_ridge" in 
 REGRESSORS = ["x, n(x), n(prev)", "n(x); 1/|y|^2", "n(prev), x; 1/|y|^0.5"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     SEEDS,
     st.sampled_from([*REGULARISED, *REGRESSORS]),

@@ -251,7 +251,7 @@ def assume_clear(X: Tensor) -> None:
 # --- properties -------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, st.sampled_from([2, 8, 30, 60]))
 def test_every_rank_more_fits_better_and_the_last_is_ghost(seed: int, tokens: int) -> None:
     X, Y = activations(seed, tokens)
@@ -264,7 +264,7 @@ def test_every_rank_more_fits_better_and_the_last_is_ghost(seed: int, tokens: in
     assert low[-1] == pytest.approx(ghost, abs=slack)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS)
 def test_the_gap_to_the_optimum_is_pythagorean(seed: int) -> None:
     X, Y = activations(seed)
@@ -280,7 +280,7 @@ def test_the_gap_to_the_optimum_is_pythagorean(seed: int) -> None:
         assert moments.error(W) - best.residual == pytest.approx(gap, abs=1e-9 * moments.t)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS)
 @pytest.mark.parametrize("name", ["ghost", "affine", "symmetric", "low-rank"])
 def test_a_vanishing_ridge_is_the_pseudo_inverse(name: str, seed: int) -> None:
@@ -296,7 +296,7 @@ def test_a_vanishing_ridge_is_the_pseudo_inverse(name: str, seed: int) -> None:
     assert errors[-1] == pytest.approx(limit.residual, rel=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS)
 def test_only_the_unconstrained_optimum_ignores_the_output_metric(seed: int) -> None:
     """Fitting ``Y A`` instead of ``Y`` weighs the output channels: ghost only follows."""
@@ -315,7 +315,7 @@ def test_only_the_unconstrained_optimum_ignores_the_output_metric(seed: int) -> 
         assert not torch.allclose(plain, in_metric, rtol=1e-3, atol=1e-3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS, st.integers(1, 20))
 def test_smallest_M_and_smallest_W_agree_iff_full_column_rank(seed: int, tokens: int) -> None:
     X, Y = activations(seed, tokens)
@@ -497,7 +497,7 @@ def test_moments_accept_an_operator() -> None:
     assert moments.error(op.W) == pytest.approx(op.residual)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS)
 def test_antisymmetric_share(seed: int) -> None:
     A = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -521,7 +521,7 @@ def test_antisymmetric_share_of_chance_and_of_nothing() -> None:
 GAP = Boundary(2, 4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.floats(-3, 3))
 def test_effective_tokens_by_brute_force(seed: int, exponent: float) -> None:
     X, Y = activations(seed)

@@ -25,7 +25,7 @@ def pair(width: int, tokens: int, seed: int, rank: int | None = None):
     return made
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(width=st.integers(2, 12), seed=st.integers(0, 99), ridge=st.sampled_from([None, 1e-2]))
 def test_the_path_equals_one_solve_per_rank(width, seed, ridge):
     train, held_out = pair(width, 5 * width, seed)

@@ -64,7 +64,7 @@ def test_equals_lstsq_on_stored_activations(name: str, bias: bool) -> None:
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_sets_are_nested(seed: int) -> None:
     data = activations(seed)
     errors: dict[tuple[float, ...], float] = {

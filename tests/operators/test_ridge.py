@@ -32,7 +32,7 @@ def moments(seed: int, tokens: int, noise: float = 2.0) -> Moments:
     return Moments(WIDTH).update(*activations(seed, tokens, noise))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS, st.sampled_from([1, 5, 8, 40]))
 def test_the_path_is_a_solve_per_value(seed: int, tokens: int) -> None:
     train, held_out = moments(seed, tokens), moments(seed + 1, 30)
@@ -93,7 +93,7 @@ def test_one_decomposition_for_the_whole_path(decomposed: list[Tensor]) -> None:
     assert len(decomposed) == 1
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(SEEDS)
 def test_cross_validation_is_fitting_the_other_folds(seed: int) -> None:
     folds = [moments(seed + k, 6 + k) for k in range(4)]

@@ -22,7 +22,7 @@ def whole(model, ids, layers, operators=None) -> torch.Tensor:
     return gl.window_losses(variant, ids)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(base=SETS, layers=SETS, repaired=st.booleans())
 def test_any_base_serves_any_trial(base, layers, repaired):
     model, ids = tiny_model("llama"), tiny_windows(3, 12)

@@ -105,7 +105,7 @@ def test_the_token_before_skips_padding_and_goes_on() -> None:
         assert torch.equal(torch.cat([first, second], 1), before) and torch.equal(state, last)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3))
 def test_the_token_before_by_a_loop(rows: list[list[bool]]) -> None:
     x = randn(len(rows), 5, 2)
@@ -302,7 +302,7 @@ def test_to_contain_is_to_have_the_features_and_the_weight() -> None:
         assert not wide.contains(Regressor.parse(name))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(["x", "n(x)", "h", "f"]), st.integers(1, 4))
 def test_places_are_where_the_columns_are(order: list[str], count: int) -> None:
     wide, widths = Regressor.parse("f, h, x, n(x)"), (6, 4, 6, 6)

@@ -97,7 +97,7 @@ def test_a_token_to_leave_out_is_still_the_one_before_the_next() -> None:
     assert (moments.tokens, alone.tokens, heavy.weight) == (2, 4, 6.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 99))
 def test_moments_add_up_whatever_the_order(lengths: list[int], seed: int) -> None:
     parts = [pair(length, seed=seed + k) for k, length in enumerate(lengths)]
@@ -112,7 +112,7 @@ def test_moments_add_up_whatever_the_order(lengths: list[int], seed: int) -> Non
     assert_same(a + b, b + a, tolerance=0.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=8).filter(any), st.integers(0, 99))
 def test_integer_weights_repeat_tokens(counts: list[int], seed: int) -> None:
     X, Y = pair(len(counts), seed=seed)
@@ -145,7 +145,7 @@ def test_a_width_without_a_hadamard_matrix_keeps_no_rotated_ratio() -> None:
     assert moments.ratio.all() and not moments.ratio_rotated.any()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 12), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_error_is_that_of_the_activations(n: int, bias: bool, weighted: bool, seed: int) -> None:
     X, Y = pair(n, seed=seed)

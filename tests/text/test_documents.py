@@ -74,7 +74,7 @@ def test_order_and_split_do_not_depend_on_the_machine() -> None:
     assert splits.fraction("Academy Awards") == pytest.approx(0.34115708052346955, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text(alphabet="ab \n", max_size=12), max_size=12))
 def test_halves_never_share_a_paragraph(pieces: list[str]) -> None:
     text = "\n\n".join(pieces)
@@ -202,7 +202,7 @@ FILES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(FILES, st.sampled_from(["train", "test", "all"]))
 @example((".jsonl", b"[" * 100_000), "all")
 @example((".jsonl", b'{"text": "half a pair: \\ud800"}'), "all")

@@ -70,7 +70,7 @@ def fast(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     return TOKENIZERS[request.param]()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     texts=st.lists(st.lists(PROSE, min_size=1, max_size=80).map("".join), max_size=12),
     wanted=st.none() | st.integers(1, 400),
@@ -89,7 +89,7 @@ def test_pieces_give_the_tokens_of_one_call(
     assert len(ids) >= (len(whole) if wanted is None else min(wanted, len(whole)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=30),
     st.integers(1, 81),

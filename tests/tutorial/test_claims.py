@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from ghostlib.tutorial import claims
@@ -167,3 +169,11 @@ def test_interval_is_that_of_scipy():
     reference = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert mean == pytest.approx(0.425)
     assert ends == pytest.approx((reference.low, reference.high))
+
+
+def test_an_interval_is_that_of_any_array() -> None:
+    values = [1.0, 2.0, 4.0]
+    mean, (low, high) = claims.interval(values)
+    assert mean - low == pytest.approx(high - mean) and low < mean < high
+    for same in (np.array(values), torch.tensor(values)):
+        assert claims.interval(same) == (mean, (low, high))
