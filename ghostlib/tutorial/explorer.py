@@ -126,7 +126,8 @@ class Explorer:
         figure.savefig(png, format="png")
         plt.close(figure)
         source = base64.b64encode(png.getvalue()).decode()
-        return f'<img alt="{escape(alt_text(figure))}" src="data:image/png;base64,{source}">'
+        alt, narrow = escape(alt_text(figure)), "max-width: 100%"
+        return f'<img alt="{alt}" style="{narrow}" src="data:image/png;base64,{source}">'
 
     def sentence(
         self, start: int, n: int, family: str, tokens: int, ridge: float, prompt: str
