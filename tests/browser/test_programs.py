@@ -120,7 +120,8 @@ def test_a_theory_notebook_runs_and_its_exercise_is_solved_by_typing(opened, sho
     page.keyboard.insert_text(answer)
     page.keyboard.press("Shift+Enter")
     page.keyboard.press("Shift+Enter")
-    page.wait_for_selector("text=/Right: .+ both ways/")
+    right = re.compile("Right: .+ both ways")  # in an output: the check cell says it, too
+    page.locator(".jp-OutputArea-output").filter(has_text=right).wait_for()
     shoot(page, "lab-exercise")
     check_outputs(page, name)
 
