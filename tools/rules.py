@@ -14,7 +14,6 @@ from notebooks import ROOT, Notebook, clean, code_cells, dump, read, suite, text
 from prose import unsupported
 
 MAX_LINES, MAX_CELLS, MAX_KB = 25, 45, 700  # of a code cell; of a notebook
-PENDING = {"16"}  # not yet redone
 PROMISES = ("What you'll do", "What you'll learn", "What you'll need", "<!-- begin:badges")
 ENDING = ["What we saw", "Exercises", "Further reading"]
 ABSOLUTE = re.compile(r"(?<![\w.~:/\\-])/(?:home|tmp|work|root|Users|private)\b[\w./-]*")
@@ -145,8 +144,8 @@ def check(root: Path, paths: list[Path]) -> list[str]:
     for path in paths:
         nb = read(path)
         for rule in RULES:
-            taught = path.stem[:2].isdecimal() and path.name[:2] not in PENDING
-            if taught or rule in (opening, *BASIC):  # the explorer has no exercises
+            # the explorer has no exercises
+            if path.stem[:2].isdecimal() or rule in (opening, *BASIC):
                 found += [f"{path.name}: {problem}" for problem in rule(nb, path)]
     found += [
         f"{path.relative_to(root)}: not as generated: run `make fill`" for path in stale(root)

@@ -114,6 +114,9 @@ class _Run:
     tokenizer: PreTrainedTokenizerBase
     todo: dict[tuple[Layers, str], list[tuple[str, str]]] = field(default_factory=dict)
     probes: dict[str, ProbeSet] = field(default_factory=dict)
+    scored: list[tuple[str, Layers, Mapping[Boundary, Operator], Tensor]] = field(
+        default_factory=list
+    )
 
     def run(self, index: int, total: int) -> None:
         """Choose layers, plan, and compute cell by cell."""
@@ -217,7 +220,7 @@ class _Run:
         self, corpus: str, layers: Layers, operators: Mapping[Boundary, Operator]
     ) -> dict[str, Any]:
         text = self._texts[corpus]
-        losses = self._trials[corpus].losses(layers, operators)
+        losses = self._losses(corpus, layers, operators)
         value, *interval = mean_interval(losses.numpy())
         low, high = interval if len(losses) > 1 else (None, None)
         count, length = text.windows.shape
@@ -226,6 +229,18 @@ class _Run:
         if text.bos is not None:
             scored["bos"] = text.bos  # which every window begins with
         return {"value": value, "low": low, "high": high, **scored}
+
+    def _losses(
+        self, corpus: str, layers: Layers, operators: Mapping[Boundary, Operator]
+    ) -> Tensor:
+        """The recipe on a budget often chooses what has been scored under another name."""
+        self.scored = [known for known in self.scored if known[1] == layers]
+        for name, _, others, losses in self.scored:
+            if name == corpus and others is operators:
+                return losses
+        losses = self._trials[corpus].losses(layers, operators)
+        self.scored.append((corpus, layers, operators, losses))
+        return losses
 
     def _accuracy(
         self, task: str, layers: Layers, operators: Mapping[Boundary, Operator]

@@ -186,6 +186,7 @@ class Recipe:
         self._statistics: dict[Boundary, tuple[Calibration, Calibration]] = {}
         self._chosen: dict[tuple[Layers, str], dict[Boundary, Ridge]] = {}
         self._tried: dict[tuple[Layers, str], tuple[Tensor, float]] = {}
+        self._solved: dict[tuple[Layers, str], dict[Boundary, Operator]] = {}
 
     @cached_property
     def _trials(self) -> Trials:
@@ -290,9 +291,13 @@ class Recipe:
     def _final(
         self, layers: Layers, repair: str, ridges: Mapping[Boundary, Ridge]
     ) -> dict[Boundary, Operator]:
-        """Solved from all windows."""
-        whole = {gap: fit + judge for gap, (fit, judge) in self._moments(layers, repair).items()}
-        return self._solve(whole, repair, ridges)
+        """Solved from all windows; once, for as long as the same layers are asked for."""
+        self._solved = {key: known for key, known in self._solved.items() if key[0] == layers}
+        if (layers, repair) not in self._solved:
+            parts = self._moments(layers, repair)
+            whole = {gap: fit + judge for gap, (fit, judge) in parts.items()}
+            self._solved[layers, repair] = self._solve(whole, repair, ridges)
+        return self._solved[layers, repair]
 
     def _placed(self, layers: Layers, names: Iterable[str]) -> list[str]:
         """Those that there is a place for: some need a layer before the gap."""

@@ -99,3 +99,12 @@ def test_times_as_people_say_them():
         "59 min 59 s",
         "1 h 0 min",
     ]
+
+
+@pytest.mark.embedded
+def test_what_is_known_of_the_embedded_model_is_true(embedded):
+    model, _ = embedded
+    known, own = module._embedded_config().to_dict(), model.config.to_dict()
+    sizes = [k for k in own if k.endswith(("size", "layers", "heads", "embeddings"))]
+    assert len(sizes) >= 8 and {k: known[k] for k in sizes} == {k: own[k] for k in sizes}
+    assert plan("smollm2", n=7).parameters == model.num_parameters()

@@ -165,8 +165,8 @@ def test_no_repair_can_win(model, monkeypatch, capsys) -> None:
 
 def test_nan_never_wins(model, monkeypatch) -> None:
     losing(monkeypatch, {PRUNED: math.nan, "ghost": 3.0, "two-branch": math.nan})
-    recipe = gl.Recipe(model, windows(), candidates=("two-branch", "ghost"))
-    choice = recipe.choose([2])
+    candidates = ("two-branch", "ghost")
+    choice = gl.Recipe(model, windows(), candidates=candidates).choose([2])
     assert choice.repair == "ghost"
     assert choice.rivals == {PRUNED: math.inf, "two-branch": math.inf, "ghost": 3.0}
     assert choice.summary["losses"] == {PRUNED: None, "two-branch": None, "ghost": 3.0}
@@ -175,7 +175,20 @@ def test_nan_never_wins(model, monkeypatch) -> None:
     with pytest.raises(
         ValueError, match=r"every repair of the recipe give NaN .* try a wider dtype"
     ):
-        recipe.choose([2])
+        gl.Recipe(model, windows(), candidates=candidates).choose([2])
+
+
+def test_what_was_tried_is_not_tried_again(model, monkeypatch) -> None:
+    recipe = gl.Recipe(model, windows(), candidates=("refit", "ghost", "two-branch"))
+    every = recipe.choose([2])
+    alone = gl.Recipe(model, windows(), candidates=("refit", "ghost")).choose([2])
+    monkeypatch.setattr(recipe._trials, "losses", None)
+    some = recipe.choose([2], among=("refit", "ghost"))
+    assert (some.losses, some.repair) == (alone.losses, alone.repair)
+    assert set(some.losses) < set(every.losses)
+    assert recipe.fit([2], some.repair) is some.operators
+    with pytest.raises(ValueError, match="replaceme is none of the candidates: refit, ghost"):
+        recipe.choose([2], among=["replaceme"])
 
 
 # --- the choice of layers ---------------------------------------------------------------------
