@@ -111,7 +111,7 @@ class Explorer:
         better = float((after < before).double().mean())
         describe(right, f"{better:.0%} of {len(after):,} tokens have a smaller error.")
         for axis in (right.xaxis, right.yaxis):
-            axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
             plain_numbers(axis)
         removed = spell(range(start, start + n))
         figure.suptitle(

@@ -155,6 +155,7 @@ def test_the_explorer_alone(serve, browser, shoot, notebooks):
         page.locator(".widget-dropdown select").select_option(family)
         page.wait_for_function(REDRAWN, arg=before)
         seconds[family] = time.perf_counter() - begin
+    page.wait_for_function(IN_VIEW, arg=drawn.element_handle())
     shoot(page, "explore")
     begin = time.perf_counter()
     page.get_by_role("button", name="continue it").click()
