@@ -83,6 +83,7 @@ ROOMS = {
 }
 ANCHOR = re.compile(r'^<a id="([\w-]+)"></a>\s*', re.MULTILINE)  # as GitHub and Jupyter read it
 LINK = re.compile(r"\]\(([\w./-]+)\.(?:md|ipynb)(#[\w-]+)?\)")
+NEIGHBOUR = re.compile(r"\]\((?=\d\d_\w+\.ipynb)")  # a link to another notebook
 COURSE = """\
 The pages show the notebooks with the outputs they were stored with. To run and change them, open
 them in JupyterLab (`make lab`). **Learn** derives the method, **Use** takes it to your own models,
@@ -144,6 +145,7 @@ def goals(read: dict[Path, notebooks.Notebook]) -> str:
             text = read[path].cells[0].source.replace("\u2019", "'")
             learnt = text.partition("What you'll learn")[2].partition("\n\n")[0]
             learnt = " ".join(learnt.strip(" :*.").split()).replace("|", "\\|")
+            learnt = NEIGHBOUR.sub("](../notebooks/", learnt)
             lines.append(f"| [{title}](../notebooks/{path.name}) | {learnt} |")
     return "\n".join(lines)
 

@@ -84,7 +84,8 @@ def perplexity_bars(
         label = f"{shown[reference]} {short(floor)}"
         ax.annotate(label, (group - 0.46, floor), (0, -14), textcoords="offset points")
     values = [v for row in table.values() for v in row.values()]
-    ax.set(yscale="log", ylim=(min(values) * 0.8, max(values) * 1.25), ylabel=PERPLEXITY)
+    highest = max(values + [high for row in (intervals or {}).values() for _, high in row.values()])
+    ax.set(yscale="log", ylim=(min(values) * 0.8, highest * 1.25), ylabel=PERPLEXITY)
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5)))
     plain_numbers(ax.yaxis)
     ax.set_xticks(range(len(corpora)), [shown[corpus] for corpus in corpora])

@@ -111,7 +111,7 @@ class Explorer:
         better = float((after < before).double().mean())
         describe(right, f"{better:.0%} of {len(after):,} tokens have a smaller error.")
         for axis in (right.xaxis, right.yaxis):
-            axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
             plain_numbers(axis)
         removed = spell(range(start, start + n))
         figure.suptitle(
@@ -126,7 +126,8 @@ class Explorer:
         figure.savefig(png, format="png")
         plt.close(figure)
         source = base64.b64encode(png.getvalue()).decode()
-        return f'<img alt="{escape(alt_text(figure))}" src="data:image/png;base64,{source}">'
+        alt, narrow = escape(alt_text(figure)), "max-width: 100%"
+        return f'<img alt="{alt}" style="{narrow}" src="data:image/png;base64,{source}">'
 
     def sentence(
         self, start: int, n: int, family: str, tokens: int, ridge: float, prompt: str

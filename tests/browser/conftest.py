@@ -1,10 +1,12 @@
 """Servers and a browser for the tests of what people see; all are stopped when the tests end."""
 
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,30 +59,41 @@ def shoot() -> Callable[..., None]:
     return take
 
 
-@pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
-    """Start a Python module that serves notebooks on a free local port; returns its address."""
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Start a Python module that serves notebooks on a free local port; returns its address.
+
+    It ends with the test, and reads and writes none of the user's settings of Jupyter.
+    """
     started = []
 
-    def start(module: str, *arguments: str, cwd: Path, probe: str = "/") -> str:
+    def start(module: str, *arguments: str, cwd: Path, probe: str) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        log = (tmp_path_factory.mktemp("server") / "log").open("w+")
+        log = tmp_path / f"{module}.log"
         command = [sys.executable, "-m", module, *arguments, f"--port={port}"]
-        server = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT)
+        env = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_DATA_DIR": str(tmp_path)}
+        with log.open("w") as output:
+            server = subprocess.Popen(
+                command, cwd=cwd, env=env, stdout=output, stderr=subprocess.STDOUT
+            )
         started.append(server)
         address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(address + probe, timeout=5)
-                return address
+            except urllib.error.HTTPError:
+                return address  # it answers, if only that it knows no such page
             except OSError:
-                assert server.poll() is None, Path(log.name).read_text()
+                assert server.poll() is None, log.read_text()
                 time.sleep(0.5)
-        raise AssertionError(f"{module} did not answer: {Path(log.name).read_text()}")
+            else:
+                return address
+        raise AssertionError(f"{module} did not answer: {log.read_text()}")
 
     yield start
     for server in started:
         server.terminate()
-        server.wait(20)
+        server.wait(60)

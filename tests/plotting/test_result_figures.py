@@ -85,7 +85,7 @@ def test_perplexity_bars_rise_from_the_reference():
 
 
 def test_perplexity_bars_for_newcomers():
-    intervals = {"ghost": {"wiki": (16.0, 21.0)}}
+    intervals = {"ghost": {"wiki": (16.0, 21.0)}, "pruned": {"wiki": (28.0, 60.0)}}
     ax = plotting.perplexity_bars(
         TABLE,
         intervals=intervals,
@@ -94,6 +94,7 @@ def test_perplexity_bars_for_newcomers():
     )
     whiskers = [c.get_segments()[0][:, 1].tolist() for c in ax.collections]
     assert [16.0, 21.0] in whiskers
+    assert ax.get_ylim()[1] > 60 * 1.2, "room for the number above the highest whisker"
     assert next(t for t in ax.texts if t.get_text() == "18.0").xy[1] == 21.0, "above the whisker"
     assert labels(ax.get_xticklabels()) == ["Wikipedia", "pydoc"]
     assert labels(ax.get_legend().get_texts()) == ["pruned", "LinearPatch", "ghost"]

@@ -302,6 +302,47 @@ def test_make_says_what_it_needs_when_there_is_no_python(tmp_path):
     assert "Python >= 3.11" in result.stderr
 
 
+# ---------------------------------------------------------------- where there is no clone
+
+
+SETUP = """
+import sys
+from importlib.util import find_spec
+from IPython.core.interactiveshell import InteractiveShell
+
+torch = find_spec("torch").origin
+assert find_spec("ghostlib") is None
+InteractiveShell.instance().run_cell(sys.argv[1]).raise_error()
+
+import ghostlib as gl
+from ghostlib.tutorial.stored import stored
+
+assert find_spec("torch").origin == torch
+print(gl.__file__, len(stored("grid").records), sep="\\n")
+"""
+
+
+def test_the_setup_cell_installs_the_wheel_as_on_colab(tmp_path):
+    """PyTorch is there and stays, the folder has only the notebook's wheel, no index is asked."""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", f"--wheel-dir={tmp_path}"]
+    subprocess.run([*wheel, ROOT], check=True, cwd=tmp_path)
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (packages,) = environment.glob("lib/*/site-packages")
+    # of what this environment has, all but the editable project: that is a .pth of its own
+    (packages / "dependencies.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+    (cell,) = (c.source for c in fill.read(SUITE[0]).cells if "setup" in c.metadata.get("tags", []))
+    command = [environment / "bin" / "python", "-c", SETUP, cell]
+    ran = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    *_, file, records = ran.stdout.split()
+    assert Path(file).parent == packages / "ghostlib" and int(records) > 100
+    own = {path.name for path in packages.iterdir()}
+    version = PROJECT["version"]
+    assert own == {"dependencies.pth", "ghostlib", f"ghostlib-{version}.dist-info"}
+
+
 # ---------------------------------------------------------------- the site
 
 
