@@ -11,7 +11,10 @@ from conftest import LAYERS, stored_streams, tiny_model, tiny_windows
 import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers
-from ghostlib.selection.criteria import CRITERIA, needed, searched, select_several
+from ghostlib.models.streams import final_hidden
+from ghostlib.selection.criteria import CRITERIA, Selection, needed, searched, select_several
+from ghostlib.selection.evidence import to_keep
+from ghostlib.selection.trials import Trials
 
 CONTIGUOUS = [name for name, rule in CRITERIA.items() if rule.search == "block"]
 SCATTERED = [name for name in CRITERIA if name not in CONTIGUOUS]
@@ -136,6 +139,14 @@ def test_taylor_serves_frozen_models():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_taylor_counts_weights_that_no_token_meets_as_nothing():
+    """Such as those of an expert that is never chosen."""
+    model, ids = tiny_model("llama"), tiny_windows(2, 12)
+    expected = gl.select_layers(model, ids, 2, "taylor").scores
+    decoder_layers(model)[2].spare = torch.nn.Linear(3, 3)
+    assert gl.select_layers(model, ids, 2, "taylor").scores == expected
+
+
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gemma3_text"])
 @pytest.mark.parametrize("criterion", ["perplexity", "greedy-recovered"])
 def test_greedy_criteria_equal_brute_force(model_type, criterion):
@@ -166,6 +177,43 @@ def test_smaller_choices_lie_on_the_path_of_a_greedy_search():
         assert long.first(n) == gl.select_layers(model, ids, n, "perplexity")
     with pytest.raises(ValueError, match="no set of 4 layers was scored: choose n <= 3"):
         long.first(4)
+
+
+def test_a_smaller_choice_is_the_best_of_its_own_size():
+    scores = {(0,): 3.0, (1,): 2.0, (2,): 2.5, (0, 1): 1.0, (1, 2): 4.0}
+    assert Selection((0, 1), "perplexity", scores).first(1) == (1,)
+    assert [searched(c, (3, 1, 2)) for c in ("cosine", "perplexity")] == [[1, 2, 3], [3]]
+
+
+def test_abilities_weigh_a_probe_beside_the_text():
+    model, ids = tiny_model("llama", num_hidden_layers=3), tiny_windows(2, 20)
+    stats = gl.calibrate(model, ids, needed("abilities", 1, 3))
+    how = {"windows": ids, "criterion": "abilities"}
+    text = gl.select_layers(model, stats, 1, "greedy-recovered", windows=ids).scores
+    heavy = gl.select_layers(model, stats, 1, **how, weight=2.0).scores
+    default = gl.select_layers(model, stats, 1, **how).scores
+    probe = to_keep(model, "copying")
+    for layer in (0, 2):
+        variant = gl.recover(model, stats, [layer])
+        with torch.no_grad():
+            hidden = [final_hidden(variant, rows) for rows in probe.batches]
+        (asked,) = probe.values(variant, hidden).values()
+        copying = float(asked.mean())
+        assert heavy[layer,] == pytest.approx(text[layer,] + 2.0 * copying, rel=1e-4)
+        assert default[layer,] == pytest.approx(text[layer,] + 0.1 * copying, rel=1e-4)
+
+
+def test_a_greedy_search_keeps_the_streams_of_each_step_once(monkeypatch):
+    model, ids, based = tiny_model("llama"), tiny_windows(2, 12), []
+    rebase = Trials.rebase
+
+    def counted(trials, layers, *more):
+        based.append(layers)
+        rebase(trials, layers, *more)
+
+    monkeypatch.setattr(Trials, "rebase", counted)
+    selection = gl.select_layers(model, ids, 3, "perplexity")
+    assert based == [(), selection.first(1), selection.first(2)]
 
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
@@ -275,6 +323,13 @@ def test_a_score_that_is_not_a_number_is_refused(monkeypatch, search):
     monkeypatch.setitem(CRITERIA, "broken", broken)
     with pytest.raises(ValueError, match=r"criterion 'broken' scores NaN without layers \(0,"):
         gl.select_layers(tiny_model("llama"), tiny_windows(), 1, "broken")
+
+
+def test_a_score_that_is_infinite_is_never_chosen(monkeypatch):
+    endless = CRITERIA["cosine"]._replace(score=lambda e, layers: float("inf"))
+    monkeypatch.setitem(CRITERIA, "endless", endless)
+    with pytest.raises(ValueError, match="that can be removed: no candidate has a finite score"):
+        gl.select_layers(tiny_model("llama"), tiny_windows(), 1, "endless")
 
 
 def by_its_number(**changes):
