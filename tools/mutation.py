@@ -18,6 +18,7 @@ import random
 import resource
 import sys
 import time
+import warnings
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -136,6 +137,7 @@ def main() -> int:
     options = parser.parse_args()
     os.chdir(ROOT)
     torch.set_num_threads(1)
+    warnings.simplefilter("error", SyntaxWarning)  # `x is "block"` is no program either
     fork = get_context("fork")
     for folder in options.folders:
         begin, every = time.perf_counter(), mutants(folder)
