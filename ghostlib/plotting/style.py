@@ -52,8 +52,8 @@ LOOKS |= {
     "ghost sequential": Look("#50b4a3", "o", ":"),
     "ghost skip-leading": Look("#ced583", "X", ":"),
     "auto": Look("#e81b7f", "<", (0, (6, 1, 1, 1, 1, 1))),
-    "auto matrix": Look("#e81b7f", ">", "--"),
-    "auto none": Look("#e81b7f", "^", ":"),
+    "auto matrix": Look("#ff65e6", "H", (0, (6, 1, 1, 1))),
+    "auto none": Look("#720c31", "8", (0, (2, 1, 1, 1))),
 }
 NEUTRAL = Look("#808080", "o")  # what has no look of its own
 

@@ -225,7 +225,7 @@ class Recipe:
 
         Raises:
             ValueError: layers that cannot be removed, a name that is none of the candidates, or NaN
-                from every repair and from none.
+                whatever the repair, and without one.
         """
         names = [self._candidate(name) for name in (self.families if among is None else among)]
         asked = self.shortlist(layers) if isinstance(layers, int) else [tuple(sorted(layers))]

@@ -706,7 +706,9 @@ ROWS = [
     row(
         "Recipe.choose",
         gl.Recipe(MODEL, IDS).choose,
+        {"layers": [2]},
         layers=[*bad("n = ", 0, LAYERS, -1), *LAYER_SETS],
+        among=bad("none of the candidates|among", ["gost"], ["replaceme", "gost"], 3, [3]),
     ),
     row(
         "Recipe.fit",

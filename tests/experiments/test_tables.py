@@ -169,7 +169,9 @@ def test_wide_tables_name_what_differs(results: Results) -> None:
 
 def test_what_was_chosen_and_left_out_is_told(results: Results) -> None:
     losses = {"pruned": 2.0, "ghost": 1.5}
-    results.append("choice", layers="2–3", operator="ghost", losses=losses, tokens=48)
+    results.append(
+        "choice", recipe="auto", layers="2–3", operator="ghost", losses=losses, tokens=48
+    )
     names = {"layers": "0–1", "operator": "replaceme", "dataset": ""}
     results.append("skipped", **names, reason="layer 0 is removed")
     row = choices(results).iloc[0]

@@ -69,6 +69,12 @@ def test_seen_counts_singular_values_and_not_eigenvalues() -> None:
     assert counts == [1, 2, 4]
 
 
+def test_noise_grows_with_the_width_but_not_below_64() -> None:
+    narrow, wide = (Spectrum.of(torch.eye(p).double()).noise for p in (64, 256))
+    assert Spectrum.of(torch.eye(2).double()).noise == narrow
+    assert wide == pytest.approx(4 * narrow)
+
+
 # --- units and regularisation -------------------------------------------------------------------
 
 
@@ -152,6 +158,31 @@ def test_truncation_is_that_of_the_features_in_their_units() -> None:
     torch.testing.assert_close(inverse.solve(F.T @ D), expected)
 
 
+@pytest.mark.parametrize("options", OPTIONS[2:], ids=str)
+def test_what_a_ridge_explains_is_the_error_that_it_takes_away(options: dict[str, Any]) -> None:
+    F, D = features(30, (4, 2)), randn(30, 3, seed=5)
+    inverse = Gram(F.T @ F, (4, 2)).regularise(**options)
+    M = inverse.solve(F.T @ D)
+    expected = float(D.square().sum() - (F @ M - D).square().sum())
+    assert inverse.explained(M, F.T @ D) == pytest.approx(expected)
+
+
+def test_what_a_truncated_fit_explains_is_not_known() -> None:
+    F = features(30, (4, 2))
+    inverse = Gram(F.T @ F, (4, 2)).regularise()
+    assert inverse.explained(inverse.solve(F.T @ F), F.T @ F) is None
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_a_ridge_scales_with_the_features(size: float) -> None:
+    """``G + ridge`` of features of any size, in one unit for all of them."""
+    F = features(30, (4, 2))
+    plain = Gram(F.T @ F, (4, 2)).regularise(ridge=2.0)
+    scaled = Gram(size * F.T @ F, (4, 2)).regularise(ridge=size * 2.0)
+    assert scaled.kept.all()
+    torch.testing.assert_close(size * scaled.gain, plain.gain)
+
+
 def test_one_number_of_ridges_is_one_for_each_feature() -> None:
     F = features(30, (4, 2))
     made, C = Gram(F.T @ F, (4, 2)), F.T @ randn(30, 2, seed=3)
@@ -191,6 +222,14 @@ def test_the_smallest_of_the_ridges_must_count() -> None:
         inverse.solve(F.T @ randn(3, 2))
         assert "3 tokens determine 3 of 6 directions" in (inverse.trouble(3) or "")
     assert Gram(F.T @ F, (4, 2)).regularise(relative_ridge=[1e-3, 1.0]).trouble(3) is None
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 1e-3])
+def test_one_ridge_for_features_of_all_sizes_hides_no_missing_direction(ridge: float) -> None:
+    F = features(3, (4, 2))
+    inverse = Gram(F.T @ F, (4, 2)).regularise(ridge=ridge)
+    inverse.solve(F.T @ randn(3, 2))
+    assert "3 tokens determine 3 of 6 directions" in (inverse.trouble(3) or "")
 
 
 def wilkinson(p: int) -> Tensor:

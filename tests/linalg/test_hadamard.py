@@ -50,7 +50,7 @@ def test_asking_is_cheap() -> None:
     assert time.perf_counter() - begin < 0.5
 
 
-@pytest.mark.parametrize("n", [3, 6, 9, 92, 116, 577, 4095])
+@pytest.mark.parametrize("n", [3, 6, 9, 52, 92, 100, 116, 577, 4095])
 def test_widths_without_one_are_refused_with_the_nearest(n: int) -> None:
     assert not has_hadamard(n)
     with pytest.raises(ValueError, match=f"width {n}: .* nearest widths that work are") as caught:

@@ -229,6 +229,22 @@ def test_a_record_names_itself_and_where_it_goes() -> None:
     assert len({family.color for family in FAMILIES.values()}) == len(FAMILIES)
 
 
+def test_numbers_of_parameters_are_whole() -> None:
+    for family in FAMILIES.values():
+        assert type(family.dof(Shape(8, 8, 2))) is int, family.name
+
+
+def test_hard_cases_are_what_they_are_called() -> None:
+    cases = Trial(FAMILIES["ghost"]).hard_cases()
+    assert {
+        name: len(cases[name][0].x) for name in ("one token", "fewer tokens than channels")
+    } == {
+        "one token": 1,
+        "fewer tokens than channels": 7,
+    }
+    assert not any(tokens.x[:, 1].any() for tokens in cases["a dead channel"])
+
+
 @pytest.mark.parametrize("spelling", ["x", "n(x)", "x; 1/|y|", "x, n(x)", "n(prev), x; 1/|y|^2"])
 def test_a_regressor_is_a_family_too(spelling: str) -> None:
     family = Family.of(spelling)

@@ -1,5 +1,7 @@
 """The ridge path against one solve per value, and the ways to choose a value."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ghostlib.linalg.gram import SingularGramWarning
-from ghostlib.operators.paths import RIDGES, choose_ridge, cross_validate, ridge_path
+from ghostlib.operators.families import least_squares
+from ghostlib.operators.paths import (
+    COARSE_RIDGES,
+    RIDGES,
+    choose_ridge,
+    choose_ridges,
+    cross_validate,
+    ridge_path,
+)
 from ghostlib.operators.solve import solve
 from ghostlib.operators.testing import solve_quietly
 from ghostlib.statistics.moments import Moments
@@ -131,6 +141,38 @@ def test_ties_go_to_the_larger_ridge() -> None:
     X, _ = activations(0, 30)
     same = Moments(WIDTH).update(X, X)  # M = 0 whatever the ridge
     assert choose_ridge(same, [0.1, 10.0, 1.0], held_out=same) == 10.0
+
+
+def test_the_grids_are_evenly_spaced_on_a_logarithmic_scale() -> None:
+    np.testing.assert_allclose(RIDGES, np.logspace(-8, 2, 51))
+    np.testing.assert_allclose(COARSE_RIDGES, np.logspace(-6, 1, 15))
+
+
+def test_errors_of_an_exact_fit_are_zero_up_to_rounding_and_never_negative() -> None:
+    for seed in range(10):  # rounding has either sign
+        train, held_out = moments(seed, 30, noise=0.0), moments(seed + 99, 30, noise=0.0)
+        path = ridge_path(train, [1e-13, 1e-12], held_out)
+        for values in (path.train_error, path.held_out_error, path.gcv):
+            assert values is not None and (values >= 0).all()
+            assert (values < 1e-9 * train.t).all() and (values < 0.1).all()
+
+
+def test_the_walk_to_the_best_ridges_goes_no_further_than_it_must(monkeypatch: Any) -> None:
+    """Where the smallest is the best, the next is tried and refused; nothing is beyond the grid."""
+    train, held_out = moments(0, 500, noise=0.0), moments(1, 500, noise=0.0)
+    tried = []
+
+    def recorded(train: Moments, *, relative_ridge: list[float]) -> Any:
+        tried.append(relative_ridge[0])
+        return least_squares(train, relative_ridge=relative_ridge)
+
+    monkeypatch.setattr("ghostlib.operators.paths.least_squares", recorded)
+    grid = [1e-4, 1e-2, 1.0, 100.0]
+    assert choose_ridges(train, held_out, grid, start=1e-4) == (1e-4,)
+    assert tried == [1e-2, 1e-4]
+    tried.clear()
+    assert choose_ridges(train, held_out, grid, start=1.0) == (1e-4,)
+    assert tried == [100.0, 1.0, 1e-2, 1e-4]
 
 
 def test_a_generator_of_ridges_is_read_once() -> None:

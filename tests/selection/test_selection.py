@@ -1,6 +1,8 @@
 """Criteria against brute force, first and last layers included."""
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ from conftest import LAYERS, stored_streams, tiny_model, tiny_windows
 import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers
-from ghostlib.selection.criteria import CRITERIA, needed, searched, select_several
+from ghostlib.models.streams import final_hidden
+from ghostlib.selection.criteria import CRITERIA, Selection, needed, searched, select_several
+from ghostlib.selection.evidence import to_keep
+from ghostlib.selection.trials import Trials
 
 CONTIGUOUS = [name for name, rule in CRITERIA.items() if rule.search == "block"]
 SCATTERED = [name for name in CRITERIA if name not in CONTIGUOUS]
@@ -30,18 +35,25 @@ def relative_residual(streams, start, stop):
     return float((x @ W - y).square().sum() / y.square().sum())
 
 
-def by_hand(model, ids, layers, repaired: bool) -> float:
-    """Mean loss without ``layers``, by the public functions and the model's own loss."""
-    variant = gl.recover(model, ids, layers) if repaired else gl.prune(model, layers)
-    with torch.no_grad():
-        return float(sum(variant(w[None], labels=w[None]).loss for w in ids) / len(ids))
+def by_hand(model, ids, repaired: bool) -> Callable[[tuple[int, ...]], float]:
+    """Mean loss without some layers, by the public functions and the model's own loss."""
+    gaps = [gap for n in range(1, LAYERS) for gap in gl.contiguous(n, LAYERS)]
+    stats = gl.calibrate(model, ids, gaps) if repaired else None
+
+    @cache
+    def loss(layers: tuple[int, ...]) -> float:
+        variant = gl.recover(model, stats, layers) if repaired else gl.prune(model, layers)
+        with torch.no_grad():
+            return float(sum(variant(w[None], labels=w[None]).loss for w in ids) / len(ids))
+
+    return loss
 
 
-def greedy_by_hand(model, ids, n: int, repaired: bool) -> tuple[int, ...]:
+def greedy_by_hand(loss: Callable[[tuple[int, ...]], float], n: int) -> tuple[int, ...]:
     chosen: tuple[int, ...] = ()
     for _ in range(n):
         children = [tuple(sorted({*chosen, i})) for i in range(LAYERS) if i not in chosen]
-        chosen = min(children, key=lambda layers: by_hand(model, ids, layers, repaired))
+        chosen = min(children, key=loss)
     return chosen
 
 
@@ -127,41 +139,86 @@ def test_taylor_serves_frozen_models():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_taylor_counts_weights_that_no_token_meets_as_nothing():
+    """Such as those of an expert that is never chosen."""
+    model, ids = tiny_model("llama"), tiny_windows(2, 12)
+    expected = gl.select_layers(model, ids, 2, "taylor").scores
+    decoder_layers(model)[2].spare = torch.nn.Linear(3, 3)
+    assert gl.select_layers(model, ids, 2, "taylor").scores == expected
+
+
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gemma3_text"])
 @pytest.mark.parametrize("criterion", ["perplexity", "greedy-recovered"])
 def test_greedy_criteria_equal_brute_force(model_type, criterion):
     model, ids = tiny_model(model_type), tiny_windows(4, 24)
     selection = gl.select_layers(model, ids, 3, criterion)
-    repaired = criterion == "greedy-recovered"
-    assert selection == greedy_by_hand(model, ids, 3, repaired)
+    loss = by_hand(model, ids, repaired=criterion == "greedy-recovered")
+    assert selection == greedy_by_hand(loss, 3)
     # every layer at the first step, every other layer at the second and third
     assert [sum(len(k) == n for k in selection.scores) for n in (1, 2, 3)] == [6, 5, 4]
     for layers, score in selection.scores.items():
-        assert score == pytest.approx(by_hand(model, ids, layers, repaired), rel=1e-4)
+        assert score == pytest.approx(loss(layers), rel=1e-4)
 
 
 def test_a_wide_beam_is_exhaustive_search():
-    model, ids = tiny_model("llama"), tiny_windows(2, 16)
-    selection = gl.select_layers(model, ids, 3, "perplexity", beam=20)
+    model, ids = tiny_model("llama", num_hidden_layers=5), tiny_windows(2, 16)
+    selection = gl.select_layers(model, ids, 3, "perplexity", beam=10)
     triples = {layers: s for layers, s in selection.scores.items() if len(layers) == 3}
-    assert len(triples) == math.comb(LAYERS, 3)
-    assert selection == min(triples, key=lambda layers: by_hand(model, ids, layers, False))
+    assert len(triples) == math.comb(5, 3)
+    assert selection == min(triples, key=by_hand(model, ids, repaired=False))
     narrow = gl.select_layers(model, ids, 3, "perplexity")
     assert selection.scores[tuple(selection)] <= narrow.scores[tuple(narrow)]
 
 
 def test_smaller_choices_lie_on_the_path_of_a_greedy_search():
     model, ids = tiny_model("llama"), tiny_windows(2, 16)
-    long = gl.select_layers(model, ids, 4, "perplexity")
-    for n in (1, 2, 3):
+    long = gl.select_layers(model, ids, 3, "perplexity")
+    for n in (1, 2):
         assert long.first(n) == gl.select_layers(model, ids, n, "perplexity")
-    with pytest.raises(ValueError, match="no set of 5 layers was scored"):
-        long.first(5)
+    with pytest.raises(ValueError, match="no set of 4 layers was scored: choose n <= 3"):
+        long.first(4)
+
+
+def test_a_smaller_choice_is_the_best_of_its_own_size():
+    scores = {(0,): 3.0, (1,): 2.0, (2,): 2.5, (0, 1): 1.0, (1, 2): 4.0}
+    assert Selection((0, 1), "perplexity", scores).first(1) == (1,)
+    assert [searched(c, (3, 1, 2)) for c in ("cosine", "perplexity")] == [[1, 2, 3], [3]]
+
+
+def test_abilities_weigh_a_probe_beside_the_text():
+    model, ids = tiny_model("llama", num_hidden_layers=3), tiny_windows(2, 20)
+    stats = gl.calibrate(model, ids, needed("abilities", 1, 3))
+    how = {"windows": ids, "criterion": "abilities"}
+    text = gl.select_layers(model, stats, 1, "greedy-recovered", windows=ids).scores
+    heavy = gl.select_layers(model, stats, 1, **how, weight=2.0).scores
+    default = gl.select_layers(model, stats, 1, **how).scores
+    probe = to_keep(model, "copying")
+    for layer in (0, 2):
+        variant = gl.recover(model, stats, [layer])
+        with torch.no_grad():
+            hidden = [final_hidden(variant, rows) for rows in probe.batches]
+        (asked,) = probe.values(variant, hidden).values()
+        copying = float(asked.mean())
+        assert heavy[layer,] == pytest.approx(text[layer,] + 2.0 * copying, rel=1e-4)
+        assert default[layer,] == pytest.approx(text[layer,] + 0.1 * copying, rel=1e-4)
+
+
+def test_a_greedy_search_keeps_the_streams_of_each_step_once(monkeypatch):
+    model, ids, based = tiny_model("llama"), tiny_windows(2, 12), []
+    rebase = Trials.rebase
+
+    def counted(trials, layers, *more):
+        based.append(layers)
+        rebase(trials, layers, *more)
+
+    monkeypatch.setattr(Trials, "rebase", counted)
+    selection = gl.select_layers(model, ids, 3, "perplexity")
+    assert based == [(), selection.first(1), selection.first(2)]
 
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
-    model, ids, ns = tiny_model("llama"), tiny_windows(3, 20), (3, 1)
+    model, ids, ns = tiny_model("llama"), tiny_windows(3, 20), (2, 1)
     alone = {n: gl.select_layers(model, ids, n, criterion) for n in ns}
     wanted = needed(criterion, ns, LAYERS)
     assert len(set(wanted)) == len(wanted)
@@ -176,7 +233,7 @@ def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
     monkeypatch.setattr("ghostlib.selection.criteria.select_layers", counted)
     found = select_several(model, stats, ns, criterion, windows=ids)
     assert found == alone and list(found) == list(ns)
-    expected = [3] if CRITERIA[criterion].search == "greedy" else [1, 3]
+    expected = [2] if CRITERIA[criterion].search == "greedy" else [1, 2]
     assert searches == searched(criterion, ns) == expected
     for n, chosen in found.items():
         assert (chosen.criterion, chosen.n) == (criterion, n)
@@ -217,10 +274,10 @@ def test_one_pass_serves_every_start_and_length():
     model, ids = tiny_model("llama"), tiny_windows()
     everything = [b for n in range(1, LAYERS) for b in gl.contiguous(n, LAYERS)]
     stats = gl.calibrate(model, ids, everything)
-    for criterion in ("cosine", "residual", "block-influence", "greedy-recovered"):
+    for criterion in ("cosine", "residual", "block-influence"):
         for n in (1, 3):
             apart = gl.select_layers(model, ids, n, criterion)
-            together = gl.select_layers(model, stats, n, criterion, windows=ids)
+            together = gl.select_layers(model, stats, n, criterion)
             assert together == apart
             assert together.scores == pytest.approx(apart.scores)
 
@@ -268,6 +325,13 @@ def test_a_score_that_is_not_a_number_is_refused(monkeypatch, search):
         gl.select_layers(tiny_model("llama"), tiny_windows(), 1, "broken")
 
 
+def test_a_score_that_is_infinite_is_never_chosen(monkeypatch):
+    endless = CRITERIA["cosine"]._replace(score=lambda e, layers: float("inf"))
+    monkeypatch.setitem(CRITERIA, "endless", endless)
+    with pytest.raises(ValueError, match="that can be removed: no candidate has a finite score"):
+        gl.select_layers(tiny_model("llama"), tiny_windows(), 1, "endless")
+
+
 def by_its_number(**changes):
     """A model whose attention scales by the number of its layer, so that none can move up."""
     return tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True, **changes)
@@ -281,15 +345,15 @@ def test_a_beam_passes_by_what_cannot_be_removed(criterion, beam):
     assert selection.scores[(0,)] == math.inf > selection.scores[(5,)]
 
 
-@pytest.mark.parametrize("beam", [1, LAYERS])
+@pytest.mark.parametrize("beam", [1, 4])
 def test_a_repair_before_the_gap_never_chooses_the_first_layer(beam):
-    model, ids = tiny_model("llama"), tiny_windows()
+    model, ids = tiny_model("llama", num_hidden_layers=4), tiny_windows()
     how = {"operator": "replaceme", "beam": beam}
-    selection = gl.select_layers(model, ids, LAYERS - 1, "greedy-recovered", **how)
-    assert selection == (1, 2, 3, 4, 5)
+    selection = gl.select_layers(model, ids, 3, "greedy-recovered", **how)
+    assert selection == (1, 2, 3)
     assert selection.scores[(0,)] == math.inf
-    block = gl.select_layers(model, ids, LAYERS - 1, "residual", operator="replaceme")
-    assert block == (1, 2, 3, 4, 5) and block.scores[(0, 1, 2, 3, 4)] == math.inf
+    block = gl.select_layers(model, ids, 3, "residual", operator="replaceme")
+    assert block == (1, 2, 3) and block.scores[(0, 1, 2)] == math.inf
 
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))

@@ -1,5 +1,7 @@
 """A trial resumed from the base's streams scores what the whole variant scores."""
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import LAYERS, tiny_model, tiny_windows
@@ -22,12 +24,18 @@ def whole(model, ids, layers, operators=None) -> torch.Tensor:
     return gl.window_losses(variant, ids)
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@cache
+def calibrated():
+    """A model, and its statistics for every gap."""
+    model = tiny_model("llama")
+    everything = [b for n in range(1, LAYERS) for b in gl.contiguous(n, LAYERS)]
+    return model, gl.calibrate(model, tiny_windows(), everything)
+
+
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(base=SETS, layers=SETS, repaired=st.booleans())
 def test_any_base_serves_any_trial(base, layers, repaired):
-    model, ids = tiny_model("llama"), tiny_windows(3, 12)
-    everything = [b for n in range(1, LAYERS) for b in gl.contiguous(n, LAYERS)]
-    stats = gl.calibrate(model, tiny_windows(), everything)
+    (model, stats), ids = calibrated(), tiny_windows(3, 12)
 
     def repairs(chosen):
         gaps = gl.runs(chosen, LAYERS) if chosen and repaired else []

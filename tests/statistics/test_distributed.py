@@ -41,12 +41,14 @@ def assert_equal_sums(found: gl.Calibration, expected: gl.Calibration) -> None:
         assert found.similarities[boundary] == pytest.approx(similarity, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_windows_are_dealt_out(outcomes: list[dict[str, Any]]) -> None:
     ids = tiny_windows(5)
     for rank, outcome in enumerate(outcomes):
         assert torch.equal(outcome["windows"], ids[rank::PROCESSES])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["all", "padded"])
 def test_sums_of_two_processes_are_those_of_one(outcomes: list[dict[str, Any]], case: str) -> None:
     for outcome in outcomes:
@@ -55,12 +57,14 @@ def test_sums_of_two_processes_are_those_of_one(outcomes: list[dict[str, Any]], 
     assert tokens == (5 * 24 if case == "all" else 5 * 23 - 7 - 4)
 
 
+@pytest.mark.slow
 def test_every_process_has_the_same_operator(outcomes: list[dict[str, Any]]) -> None:
     (one, alone), (other, _) = (outcome["operators"] for outcome in outcomes)
     assert torch.equal(one, other)
     torch.testing.assert_close(one, alone)
 
 
+@pytest.mark.slow
 def test_a_shared_gram_matrix_stays_shared(outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         calibration = outcome["all"]
@@ -68,12 +72,14 @@ def test_a_shared_gram_matrix_stays_shared(outcomes: list[dict[str, Any]]) -> No
         assert calibration[(2, 4)].G is not calibration[(1, 3)].G
 
 
+@pytest.mark.slow
 def test_similarities_need_no_moments(outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         bare = outcome["similarities"]
         assert not bare and bare.similarities == outcome["all"].similarities
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -100,6 +106,7 @@ def test_what_is_wrong_in_one_process_ends_all(
     assert len(told) == 1 and told.pop().startswith(message)
 
 
+@pytest.mark.slow
 def test_refusals_leave_the_processes_in_step(outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         assert_equal_sums(outcome["afterwards"], outcome["all"])

@@ -83,6 +83,17 @@ def test_streams_are_what_waits_at_once(boundaries, kind, monkeypatch):
     assert (counted.moments > 0) == moments
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_working_memory_is_estimated_from_above(batch):
+    """A Gram matrix and its new sum for each sequence, and a window on both sides of the gap."""
+    how = {"length": 100, "batch_size": batch}
+    working = gl.calibration_bytes(64, [(1, 2)], regressors=["x, n(x)"], **how).working
+    held = (2 * batch * 128**2 + 2 * 100 * 64) * 8
+    assert held <= working <= 3 * held
+    both_ends = 2 * batch * 100 * 64 * 4
+    assert gl.calibration_bytes(64, [(1, 2)], moments=False, **how).working >= both_ends
+
+
 def test_one_boundary_of_an_8b_model():
     needed = gl.calibration_bytes(4096, [(20, 27)])
     assert needed.moments == 2 * 4096**2 * 8 + 7 * 4096 * 8  # 268 MB and the column sums

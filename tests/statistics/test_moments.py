@@ -362,6 +362,8 @@ def test_moments_of_different_things_cannot_be_added(other: Moments, what: str) 
 def test_held_out_moments_must_be_of_the_same_kind(other: Moments, what: str) -> None:
     with pytest.raises(ValueError, match=f"training and held-out moments must have one {what}, g"):
         check_alike(Moments(8), other)
+    with pytest.raises(ValueError, match=f"must have one {what}, got"):
+        check_alike(other, Moments(8))
     check_alike(Moments(8, boundary=(1, 2)), Moments(8, model="another"))
 
 
@@ -414,6 +416,30 @@ def test_sums_that_are_not_finite_are_refused(name: str, bad: float) -> None:
     setattr(moments, name, spoiled)
     with pytest.raises(ValueError, match=f"moments must be finite, and {name} is not"):
         check_moments(moments)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_a_gram_matrix_is_symmetric_up_to_rounding(size: float) -> None:
+    X, Y = pair(10)
+    moments = Moments(8).update(size * X, size * Y)
+    largest = float(moments.G.diagonal().max())
+    moments.G[0, 1] += 1e-12 * largest
+    check_moments(moments)
+    moments.G[0, 1] += 1e-6 * largest
+    with pytest.raises(ValueError, match="must have a symmetric Gram matrix, got max"):
+        check_moments(moments)
+
+
+def test_a_stream_of_one_channel() -> None:
+    X, Y = pair(10, 1)
+    assert float(Moments(1).update(X, Y).B) == pytest.approx(float((X * Y).sum()))
+
+
+def test_a_silent_channel_has_the_ratio_of_one_that_stays() -> None:
+    X, Y = pair(10)
+    X[:, 2] = 0.0
+    ratio = Moments(8).update(X, Y).ratio
+    assert ratio[2] == 1.0 and (ratio[[0, 1, 3]] != 1.0).all()
 
 
 def test_copy_on_a_device_and_repr() -> None:

@@ -11,6 +11,7 @@ import ghostlib as gl
 from ghostlib.models.layers import listen
 from ghostlib.models.streams import record
 from ghostlib.recovery.recipe import BUDGETS, Recipe
+from ghostlib.selection.trials import Trials
 
 GAP = gl.Boundary(2, 4)
 FOLDED = ["replaceme", "refit", "ghost-refit", "ghost-refit-relative"]
@@ -161,8 +162,8 @@ def test_an_unknown_budget_is_refused() -> None:
 
 def test_no_repair_that_harms_one_kind_of_text_is_admitted(monkeypatch: Any) -> None:
     """A candidate with the lowest mean that is worse on one window gives way to a safe one."""
-    recipe = Recipe(tiny_model("llama"), tiny_windows(8, 32), candidates=["ghost", "two-branch"])
-    windows = len(recipe.judges)
+    model, calibration, named = tiny_model("llama"), tiny_windows(8, 32), ["ghost", "two-branch"]
+    windows = len(Recipe(model, calibration, candidates=named).judges)
     assert windows > 1
     safe = torch.full((windows,), 4.0)
     better_on_average = torch.tensor([4.1] + [3.0] * (windows - 1))
@@ -172,7 +173,7 @@ def test_no_repair_that_harms_one_kind_of_text_is_admitted(monkeypatch: Any) -> 
         reads = [tuple(f.name for f in op.regressor.features) for op in operators.values()]
         return by_reads[reads[0] if reads else ()].double()
 
-    monkeypatch.setattr(recipe._trials, "losses", losses)
-    assert recipe.choose([2, 3]).repair == "ghost"
+    monkeypatch.setattr(Trials, "losses", lambda _, *asked: losses(*asked))
+    assert Recipe(model, calibration, candidates=named).choose([2, 3]).repair == "ghost"
     by_reads["x", "n(x)"] = torch.full((windows,), 3.9)
-    assert recipe.choose([2, 3]).repair == "two-branch"
+    assert Recipe(model, calibration, candidates=named).choose([2, 3]).repair == "two-branch"
