@@ -196,6 +196,17 @@ def test_an_error_that_is_not_that_of_the_repair_is_noticed(monkeypatch: Any) ->
     assert {*BROKEN, "error_formula"} == set(RULES)
 
 
+def test_a_repair_that_is_coarse_in_float32_is_noticed(monkeypatch: Any) -> None:
+    apply = Operator.apply
+
+    def coarse(op: Operator, X: Tensor, *more: Any, **named: Any) -> Tensor:
+        return apply(op, X, *more, **named) * (1.01 if X.dtype == torch.float32 else 1.0)
+
+    monkeypatch.setattr(Operator, "apply", coarse)
+    with pytest.raises(AssertionError, match=r"not exact in torch\.float32"):
+        RULES["precision"](Trial(FAMILIES["ghost"]))
+
+
 def test_the_message_names_family_rule_and_reason() -> None:
     short = replace(FAMILIES["diagonal"], dof=lambda s: 1)
     message = (
