@@ -46,6 +46,9 @@ BUDGETS["any"] = (*BUDGETS["matrix"], "two-branch", "two-branch-relative")
 _SAFE = (PRUNED, "ghost")
 _MARGIN = 0.01
 """Nats by which a repair may be worse than the better of the safe ones on a held-out window."""
+_WORTH = 0.05
+"""Nats that a repair of several matrices must gain over all others: what a few windows show of
+less does not carry over to other text."""
 
 SHORTLIST = ("residual", "cosine", "block-influence")
 """Criteria that choose layers from one pass; the loss then decides between their choices."""
@@ -238,6 +241,10 @@ class Recipe:
         totals = {key: loss + self.weight * kept.get(key, 0.0) for key, loss in losses.items()}
         admitted = [key for key in losses if _admissible(key, by_window)]
         best = min(admitted, key=lambda key: totals[key])  # ties: the fewest numbers, named first
+        plain = [key for key in admitted if not self._has_several_matrices(key[1])]
+        other = min(plain, key=lambda key: totals[key])
+        if totals[best] > totals[other] - _WORTH:
+            best = other
         if math.isinf(losses[best]):
             raise ValueError(
                 "the pruned model and every repair of the recipe give NaN or an infinite loss: "
@@ -298,6 +305,11 @@ class Recipe:
             whole = {gap: fit + judge for gap, (fit, judge) in parts.items()}
             self._solved[layers, repair] = self._solve(whole, repair, ridges)
         return self._solved[layers, repair]
+
+    def _has_several_matrices(self, repair: str) -> bool:
+        """Whether it multiplies more than the stream itself at the boundary."""
+        features = () if repair == PRUNED else self.families[repair].regressor.features
+        return sum(feature.source == "stream" for feature in features) > 1
 
     def _placed(self, layers: Layers, names: Iterable[str]) -> list[str]:
         """Those that there is a place for: some need a layer before the gap."""

@@ -147,7 +147,15 @@ def test_ties_go_to_no_repair_and_then_to_the_first_named(model, monkeypatch) ->
     losing(monkeypatch, {PRUNED: 3.0})
     assert gl.Recipe(model, windows()).choose([3]).repair == CANDIDATES[0]
     backwards = gl.Recipe(model, windows(), candidates=CANDIDATES[::-1])
-    assert backwards.choose([3]).repair == CANDIDATES[-1]
+    one_matrix = [name for name in CANDIDATES if not name.startswith("two-branch")]
+    assert backwards.choose([3]).repair == one_matrix[-1]
+
+
+@pytest.mark.parametrize(("loss", "repair"), [(2.96, "ghost"), (2.94, "two-branch")])
+def test_two_matrices_must_be_worth_it(model, monkeypatch, loss: float, repair: str) -> None:
+    losing(monkeypatch, {PRUNED: 4.0, "ghost": 3.0, "two-branch": loss})
+    recipe = gl.Recipe(model, windows(), candidates=["ghost", "two-branch"])
+    assert recipe.choose([3]).repair == repair
 
 
 def test_no_repair_can_win(model, monkeypatch, capsys) -> None:
