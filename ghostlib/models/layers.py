@@ -168,8 +168,9 @@ def _find_out(model: PreTrainedModel, index: int) -> Facts:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether it is a projection, quantised and adapted ones included (see `present`)."""
-    named = "linear" in type(module).__name__.lower() or hasattr(module, "base_layer")
-    return type(module).forward in _LINEAR or named
+    leaf = next(module.children(), None) is None  # a KimiLinearMoE is none
+    named = leaf and "linear" in type(module).__name__.lower()
+    return type(module).forward in _LINEAR or named or hasattr(module, "base_layer")
 
 
 def _added(

@@ -312,4 +312,10 @@ def known_positions(model: PreTrainedModel) -> int | None:
     if any(kind.get("rope_type") == "dynamic" for kind in kinds) or getattr(config, "alibi", False):
         return None
     positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    # RoBERTa's kind look positions up in a table, counted from behind the one for padding.
+    tables = {m for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables -= {model.get_input_embeddings()}
+    padded = [t.padding_idx for t in tables if t.num_embeddings == positions]
+    return positions - max((index + 1 for index in padded if index is not None), default=0)

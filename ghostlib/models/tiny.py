@@ -68,7 +68,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"local_attention(_window_len)?|max_window_layers", 8),
     (
         r"(max|n)_positions?(_embeddings)?|max_position_embeddings|model_max_length|context_length",
-        128,
+        256,
     ),
     (
         r"max_seq_len|n_ctx|original_max_position_embeddings|rel_extent|max_(source|target)_positions",

@@ -81,6 +81,12 @@ def test_a_configuration_may_say_that_positions_have_no_end() -> None:
     assert known_positions(tiny_model("llama", rope_parameters=rope)) is None
     assert known_positions(build("bloom")) is None
     assert known_positions(tiny_model("llama")) == 128
+    roberta = build("roberta")
+    longest = known_positions(roberta)
+    assert longest == roberta.config.max_position_embeddings - 2
+    record(roberta, torch.ones(1, longest, dtype=torch.long) * 5, [1])
+    with pytest.raises(ValueError, match=f"exceed the {longest} positions"):
+        record(roberta, torch.ones(1, longest + 1, dtype=torch.long) * 5, [1])
 
 
 @pytest.mark.parametrize(
