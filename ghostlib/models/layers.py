@@ -5,6 +5,7 @@ anything follows them, and whether what reads the stream takes its scale away. O
 excerpt of its model, answers that by what it returns when one of them returns something else.
 """
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from ghostlib.models.streams import excerpt, feed, tap
 
 _TOKENS, _FACTOR = 5, 2.0
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
+_NAMED = re.compile(r"Linear(\d+bit\w*|_\w+)?$")  # Linear4bit, WQLinear_GEMM; no KimiLinearExperts
 
 
 class Facts(NamedTuple):
@@ -168,9 +170,10 @@ def _find_out(model: PreTrainedModel, index: int) -> Facts:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether it is a projection, quantised and adapted ones included (see `present`)."""
-    leaf = next(module.children(), None) is None  # a KimiLinearMoE is none
-    named = leaf and "linear" in type(module).__name__.lower()
-    return type(module).forward in _LINEAR or named or hasattr(module, "base_layer")
+    if type(module).forward in _LINEAR or hasattr(module, "base_layer"):
+        return True
+    made_of_others = any(type(part).forward in _LINEAR for part in module.modules())
+    return bool(_NAMED.search(type(module).__name__)) and not made_of_others
 
 
 def _added(
