@@ -304,8 +304,10 @@ class _Run:
 
     def _judged(self, operator: str) -> bool:
         """Whether windows kept out of the fit choose it or its ridge, as in `recover`."""
-        if operator in (DENSE, PRUNED) or budget_of(operator):
-            return operator not in (DENSE, PRUNED)
+        if operator in (DENSE, PRUNED):
+            return False
+        if budget_of(operator):
+            return True
         return bool(family_of(operator).default) and len(self._windows) > 1
 
     @cached_property

@@ -252,7 +252,7 @@ class Recipe:
             )
         layers, repair = best
         ridges, tokens = self._ridges(layers, repair), self.judges.numel()
-        final = self._final(layers, repair, ridges)
+        final = self._final(layers, repair)
         return Choice(layers, repair, final, ridges, losses, tokens, self.keep, kept)
 
     @checked
@@ -268,7 +268,7 @@ class Recipe:
         self.collect([removed])
         fitted = {gap: fit for gap, (fit, _) in self._moments(removed, repair).items()}
         warn_of_massive_activations(fitted, family)
-        return self._final(removed, repair, self._ridges(removed, repair))
+        return self._final(removed, repair)
 
     def _candidate(self, name: str) -> str:
         if name not in self.families:
@@ -295,15 +295,13 @@ class Recipe:
             self._tried[layers, repair] = losses, score
         return self._tried[layers, repair]
 
-    def _final(
-        self, layers: Layers, repair: str, ridges: Mapping[Boundary, Ridge]
-    ) -> dict[Boundary, Operator]:
+    def _final(self, layers: Layers, repair: str) -> dict[Boundary, Operator]:
         """Solved from all windows; once, for as long as the same layers are asked for."""
         self._solved = {key: known for key, known in self._solved.items() if key[0] == layers}
         if (layers, repair) not in self._solved:
             parts = self._moments(layers, repair)
             whole = {gap: fit + judge for gap, (fit, judge) in parts.items()}
-            self._solved[layers, repair] = self._solve(whole, repair, ridges)
+            self._solved[layers, repair] = self._solve(whole, repair, self._ridges(layers, repair))
         return self._solved[layers, repair]
 
     def _has_several_matrices(self, repair: str) -> bool:
