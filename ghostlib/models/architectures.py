@@ -321,14 +321,15 @@ def receiver(model: PreTrainedModel, index: int) -> nn.Module:
     return last
 
 
-def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Reduce ``model``, in place, to the decoder layers ``kept`` and make everything agree.
+def keep_layers(model: PreTrainedModel, kept: Sequence[int], original: PreTrainedModel) -> None:
+    """Reduce ``model``, a copy of ``original``, to the layers ``kept`` and make everything agree.
 
     The configuration and every module's number of its layer (its place in the key-value cache)
     follow, see `ghostlib.models.configuration`. Whether a model made from that configuration would
     be the same one is for `check_layers` to find out.
     """
-    follow(model, structure(model).layers, kept)
+    _STRUCTURES[model] = structure(original)
+    follow(model, structure(original).layers, kept)
 
 
 def check_layers(model: PreTrainedModel, original: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ every weight with the model it is taken from.
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ from ghostlib.common import checked, told, whole
 from ghostlib.models.architectures import (
     check_index,
     check_layers,
+    decoder_layers,
     keep_layers,
     model_type,
     num_layers,
@@ -113,23 +114,27 @@ def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
     return caught[0]
 
 
-def share(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model``'s modules around the very same weights."""
+def share(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A copy of ``model``, reduced to the layers ``kept``, around the very same weights."""
     # Copying the modules but not what is in the memo shares every weight with the model.
-    # Some modules keep a tensor of their last pass, which may have a graph and cannot be copied.
-    kept = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor))
-    shared = (*model.parameters(), *model.buffers(), *offload_stores(model), *kept)
-    memo: dict[int, Any] = {id(value): value for value in shared}
+    memo: dict[int, Any] = {id(store): store for store in offload_stores(model)}
+    for module in model.modules():
+        # Some keep a tensor of their last pass, which may have a graph and cannot be copied.
+        own = (module._parameters, module._buffers, vars(module))
+        memo |= {id(v): v for held in own for v in held.values() if isinstance(v, Tensor)}
+    # Copying modules is what takes time. How layers are numbered shows in the first and the last.
+    layers = decoder_layers(model)
+    for index in set(range(1, len(layers) - 1)).difference(kept):
+        memo[id(layers[index])] = nn.Identity()
     copied: PreTrainedModel = copy.deepcopy(model, memo)
     release_movers(copied, model)
+    keep_layers(copied, kept, model)
     return copied
 
 
 def excerpt(model: PreTrainedModel, start: int, stop: int | None = None) -> PreTrainedModel:
     """Layers ``start … stop - 1`` of ``model`` as a model that shares its weights; see `feed`."""
-    part = share(model)
-    keep_layers(part, range(num_layers(model))[start:stop])
-    return part
+    return share(model, range(num_layers(model))[start:stop])
 
 
 def refusal(model: PreTrainedModel, layers: Iterable[int]) -> str:
@@ -140,9 +145,7 @@ def refusal(model: PreTrainedModel, layers: Iterable[int]) -> str:
             receiver(model, total)
         if same_layers(model):
             return ""
-        part = share(model)
-        keep_layers(part, [index for index in range(total) if index not in removed])
-        check_layers(part, model)
+        check_layers(share(model, [i for i in range(total) if i not in removed]), model)
     except ValueError as error:
         return str(error)
     return ""

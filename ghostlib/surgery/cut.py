@@ -15,7 +15,6 @@ from ghostlib.models.architectures import (
     check_layers,
     check_model,
     hidden_size,
-    keep_layers,
     num_layers,
     receiver,
     structure,
@@ -92,9 +91,8 @@ def install(
         receiver(model, gap.stop)  # refuses a gap that nothing receives
         if (operator := given[gap]) is not None:
             _check_operator(model, gap, operator)
-    recovered = streams.share(model)
     kept = [layer for layer in range(total) if layer not in set(removed)]
-    keep_layers(recovered, kept)
+    recovered = streams.share(model, kept)
     check_layers(recovered, model)
 
     places = {sum(layer < gap.stop for layer in kept): gap for gap in gaps}

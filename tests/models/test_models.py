@@ -49,7 +49,7 @@ def test_keep_layers_makes_everything_agree(any_tiny):
     kept = [0, 2, 5]
     layer_types = getattr(any_tiny.config, "layer_types", None)
     originals = [models.decoder_layers(any_tiny)[index] for index in kept]
-    models.keep_layers(any_tiny, kept)
+    models.keep_layers(any_tiny, kept, any_tiny)
     assert list(models.decoder_layers(any_tiny)) == originals
     assert any_tiny.config.num_hidden_layers == 3
     if layer_types is not None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
 import ghostlib as gl
 from ghostlib import Boundary
-from ghostlib.models.architectures import decoder_layers, receiver
+from ghostlib.models.architectures import decoder_layers, num_layers, receiver
 from ghostlib.models.streams import share, tap
 from ghostlib.surgery.testing import check_repaired_model
 
@@ -344,7 +344,7 @@ def loaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 COPIES: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {
     "itself": lambda model, folder: model,
     "a copy": lambda model, folder: copy.deepcopy(model),
-    "a copy that shares": lambda model, folder: share(model),
+    "a copy that shares": lambda model, folder: share(model, range(num_layers(model))),
     "pickled": lambda model, folder: pickle.loads(pickle.dumps(model)),
     "loaded": loaded,
     "loaded twice": lambda model, folder: loaded(loaded(model, folder), folder / "again"),
