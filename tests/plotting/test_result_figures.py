@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from itertools import combinations
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,22 +16,12 @@ from ghostlib import plotting
 from ghostlib.models.boundaries import contiguous
 from ghostlib.plotting import alt_text, color, look
 
-matplotlib.use("agg")
-
 TABLE = {
     "dense": {"wiki": 12.0, "pydoc": 11.0},
     "pruned": {"wiki": 33.0, "pydoc": 35.0},
     "linearpatch-d": {"wiki": 30.0, "pydoc": 34.0},
     "ghost": {"wiki": 18.0, "pydoc": 20.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_figure():
-    plotting.use_style()
-    plt.figure()
-    yield
-    plt.close("all")
 
 
 def title(ax: Axes) -> str:

@@ -2,23 +2,11 @@
 
 from itertools import combinations
 
-import matplotlib
-import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from ghostlib import plotting
-
-matplotlib.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def fresh_figure():
-    plotting.use_style()
-    plt.figure()
-    yield
-    plt.close("all")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -17,16 +16,6 @@ from ghostlib.operators.families import FAMILIES
 from ghostlib.plotting import LOOKS, look
 
 EVERY = {name: look(name) for name in (*LOOKS, *FAMILIES)}
-
-matplotlib.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def fresh_figure():
-    plotting.use_style()
-    plt.figure()
-    yield
-    plt.close("all")
 
 
 # What a colour looks like, as matrices on linear RGB: Machado et al. (2009), severity 1; and grey.
