@@ -1,6 +1,7 @@
 """Tiny random models of several kinds, and the embedded model loaded once."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,15 @@ def stored_streams(model, ids, **inputs) -> list[torch.Tensor]:
     for handle in handles:
         handle.remove()
     return [streams[i] for i in sorted(streams)]
+
+
+@pytest.fixture
+def fresh_figure() -> Iterator[None]:
+    """A figure of its own in the suite's style, and none left behind."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    gl.plotting.use_style()
+    plt.figure()
+    yield
+    plt.close("all")

@@ -16,6 +16,8 @@ from ghostlib import plotting
 from ghostlib.models.boundaries import contiguous
 from ghostlib.plotting import alt_text, color, look
 
+pytestmark = pytest.mark.usefixtures("fresh_figure")
+
 TABLE = {
     "dense": {"wiki": 12.0, "pydoc": 11.0},
     "pruned": {"wiki": 33.0, "pydoc": 35.0},

@@ -8,6 +8,8 @@ from matplotlib.patches import Rectangle
 
 from ghostlib import plotting
 
+pytestmark = pytest.mark.usefixtures("fresh_figure")
+
 
 @pytest.mark.parametrize(
     ("layers", "removed", "above", "below"),

@@ -15,6 +15,8 @@ from ghostlib import plotting
 from ghostlib.operators.families import FAMILIES
 from ghostlib.plotting import LOOKS, look
 
+pytestmark = pytest.mark.usefixtures("fresh_figure")
+
 EVERY = {name: look(name) for name in (*LOOKS, *FAMILIES)}
 
 
