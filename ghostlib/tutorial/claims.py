@@ -288,7 +288,8 @@ def record(
         if interval is None or not interval[0] <= estimate <= interval[1]:
             raise ValueError(f"estimate {estimate} needs an interval that holds it, got {interval}")
         counts = {"items": items, "seeds": seeds, "windows": windows}
-        sizes = [f"{count:,} {name}" for name, count in counts.items() if count is not None]
+        known = {name: count for name, count in counts.items() if count is not None}
+        sizes = [f"{n:,} {name if n != 1 else name[:-1]}" for name, n in known.items()]
         if not sizes:
             raise ValueError("say what the estimate rests on: items=, seeds= or windows=")
         sides = {"above": above, "below": below}
@@ -348,7 +349,8 @@ def ledger(measurements: Iterable[Measurement], *, notebooks: str = "../notebook
         opening = f'<a id="claim-{number}"></a>\n<details><summary>{heading}</summary>'
         listed = "\n".join([f"From: {claim.source}.\n", *details])
         evidence.append(f"{opening}\n\n{listed}\n\n</details>")
-    tally = ", ".join(f"{verdicts.count(word)} {word}" for word in _ORDER)
+    words = (HOLDS, UNDECIDED, FAILS, UNMEASURED)
+    tally = ", ".join(f"{word}: {verdicts.count(word)}" for word in words)
     return _PAGE.format(
         count=len(CLAIMS), tally=tally, rows="\n".join(rows), evidence="\n\n".join(evidence)
     )
@@ -368,7 +370,7 @@ not, by an assertion that fails when it is false. A measurement holds if all of 
 lies on the claim's side, does not hold if none of it does, and is undecided otherwise. A claim that
 was measured more than once has the least favourable of its verdicts.
 
-{count} claims: {tally}.
+The verdicts of {count} claims: {tally}.
 
 | # | claim | verdict | measured | where |
 |---|---|---|---|---|
