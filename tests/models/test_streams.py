@@ -17,6 +17,7 @@ from ghostlib.models.streams import (
     known_positions,
     record,
     refusal,
+    share,
     tap,
 )
 
@@ -147,3 +148,14 @@ def test_refusals_name_what_would_differ() -> None:
     assert gl.select_layers(differential, tiny_windows(1, 12), 1, "cosine") == (LAYERS - 1,)
     with pytest.raises(ValueError, match="lambda_init"):
         gl.prune(differential, [2])
+
+
+def test_a_copy_of_some_layers_shares_weights_and_no_module(any_tiny):
+    before, layers = any_tiny.config.to_json_string(), decoder_layers(any_tiny)
+    part = share(any_tiny, [1, 3])
+    assert not {*part.modules()} & {*any_tiny.modules()}
+    for copied, layer in zip(decoder_layers(part), (layers[1], layers[3]), strict=True):
+        pairs = zip(copied.parameters(), layer.parameters(), strict=True)
+        assert all(one is other for one, other in pairs)
+    assert len(layers) == LAYERS
+    assert any_tiny.config.to_json_string() == before
