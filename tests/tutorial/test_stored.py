@@ -44,10 +44,10 @@ def test_the_grid_is_whole():
     criteria = [name for name in gl.CRITERIA if name != "abilities"]
     for criterion in criteria:
         for n in (3, 5, 7, 9, 11):
-            for operator in (*OPERATORS, "ghost sequential"):
+            for operator in (*OPERATORS, "ghost sequential", *REFITS):
                 for corpus in ("wiki", "pydoc"):
                     assert math.isfinite(whole[criterion, n, operator, corpus])
-    assert len(whole) == len(criteria) * 5 * 7 * 2
+    assert len(whole) == len(criteria) * 5 * 10 * 2
     assert rows.groupby("dataset").dense.nunique().tolist() == [1, 1]
 
 
@@ -66,6 +66,8 @@ def test_every_block_and_the_recipe():
     for rows, operators in ((starts, ("pruned", "ghost")), (beyond, ("pruned", "ghost", "auto"))):
         for operator in operators:
             assert set(rows[rows.operator == operator].layers) >= BLOCKS
+        for operator in REFITS:
+            assert set(rows[rows.operator == operator].layers) >= BLOCKS - {"0–6"}
     assert set(choices(stored("beyond")).layers) >= BLOCKS
     found = selections(stored("beyond")).merge(beyond).set_index(["criterion", "n", "operator"])
     for criterion in SHORTLIST:
