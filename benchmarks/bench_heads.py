@@ -1,14 +1,14 @@
 """Whether heads of the removed layers bring copying back, beside one layer more kept whole.
 
-    python benchmarks/bench_heads.py [--counts 4 12] [--layers 16 17] [--windows 12] [--seed 0]
+    python benchmarks/bench_heads.py [--heads 12] [--layers 16 17] [--windows 12] [--seed 0]
 
-Layers 12 … 18 of the embedded model are removed. Each kept head reads a map of one token's stream
-(and of the outputs of the heads kept before it) that estimates what its layer would receive; the
-stream and all outputs are regressed on together behind the gap, in closed form. Fitted on the dense
-model's streams (teacher), and with what the kept heads really read (sequence). Heads are ranked by
-the copying that the dense model loses when one is silenced; the rows that rank are of another seed
-than those that score. Beside them one of the seven layers is kept whole, with a matrix in every
-gap, fitted in sequence. All fits weigh tokens by 1/|y|.
+Layers 12 … 18 of the embedded model are removed. Kept are the heads of these layers that attend
+most to the token before, or behind the last occurrence of the present one, on rows written twice.
+Each reads a map of one token's stream (and of the outputs of the heads kept before it) that
+estimates what its layer would receive; the stream and all outputs are regressed on together behind
+the gap, in closed form. Fitted on the dense model's streams (teacher), and with what the kept heads
+really read (sequence). Beside them one of the seven layers is kept whole, with a matrix in every
+gap, fitted in sequence.
 
 Multiplications of a token, in millions: those of weights, and of attention to half a window, beyond
 the one matrix that closes the gap. What is scored: `copying.py`.
@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from copying import GAP, RIDGE, Map, Scorer, calibration
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import ghostlib as gl
-from ghostlib.evaluation.abilities import ProbeSet
-from ghostlib.models.streams import excerpt, feed, final_hidden, record
+from ghostlib.models.streams import excerpt, feed, record
 from ghostlib.recovery.sequential import dense_streams
 
 Head = tuple[int, int]  # layer, and its number there
@@ -59,7 +58,7 @@ class Circuit:
         x, kept = streams[GAP.start], None
         for layer in [*self.heads, GAP.stop]:
             if layer > GAP.start:
-                regressor = gl.Regressor.parse("x; 1/|y|" if kept is None else "x, h; 1/|y|")
+                regressor = gl.Regressor.parse("x" if kept is None else "x, h")
                 hidden = None if kept is None else kept.shape[-1]
                 moments = gl.Moments(x.shape[-1], regressor=regressor, hidden=hidden)
                 for row, y in enumerate(streams[layer]):
@@ -97,26 +96,20 @@ class Circuit:
         return total
 
 
-def ranking(model: PreTrainedModel, seed: int) -> list[Head]:
-    """Heads of the removed layers, first those without which the dense model copies worst."""
-    asked = ProbeSet(model, None, ["copying"], seed=seed, count=1)
-    (ids,) = asked.batches
-    found = {}
-    for layer, stream in record(model, ids, GAP.removed).items():
-        part = excerpt(model, layer)
-        attention: Any = gl.decoder_layers(part)[0].self_attn
-        for head in range(model.config.num_attention_heads):
-            silenced = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-
-            def silence(_: nn.Module, args: tuple[Tensor], silenced: slice = silenced) -> None:
-                args[0][..., silenced] = 0
-
-            hook = attention.o_proj.register_forward_pre_hook(silence)
-            with feed(part, stream):
-                values = asked.values(model, [final_hidden(part, ids)])
-            hook.remove()
-            found[layer, head] = float(values["copying"].mean())
-    return sorted(found, key=lambda head: -found[head])
+def ranking(model: PreTrainedModel, vocabulary: int) -> list[Head]:
+    """Heads of the removed layers, first those that attend most to one of the two places."""
+    once = torch.randint(vocabulary, (6, 64), generator=torch.Generator().manual_seed(0))[:2]
+    model.set_attn_implementation("eager")  # which returns its weights
+    with torch.no_grad():
+        found = model(torch.cat([once, once], 1), output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    i = torch.arange(64, 127)
+    shares = {}
+    for layer in GAP.removed:
+        A = found[layer].mean(0)  # (heads, 128, 128)
+        both = torch.maximum(A[:, i, i - 63].mean(-1), A[:, i, i - 1].mean(-1))
+        shares |= {(layer, head): float(share) for head, share in enumerate(both)}
+    return sorted(shares, key=lambda head: -shares[head])
 
 
 def run(part: PreTrainedModel, x: Tensor) -> Tensor:
@@ -134,7 +127,7 @@ def whole_layer(
         [other for other in GAP.removed if other != layer], model.config.num_hidden_layers
     )
     options: dict[str, Any] = {"streams": streams, **RIDGE}
-    operators = gl.fit_sequential(model, windows, gaps, "ghost-relative", **options)
+    operators = gl.fit_sequential(model, windows, gaps, "ghost", **options)
     part = excerpt(model, layer, layer + 1)
 
     def f(x: Tensor) -> Tensor:
@@ -152,14 +145,16 @@ def whole_layer(
 def main() -> None:
     """Print a line for each way to keep something of the removed layers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--counts", nargs="*", type=int, default=[4, 12], help="of kept heads")
+    parser.add_argument("--heads", nargs="*", type=int, default=[12], help="how many are kept")
     parser.add_argument("--layers", nargs="*", type=int, default=[16, 17], help="to keep whole")
     parser.add_argument("--windows", type=int, default=12, help="to fit, of both corpora together")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--rows", type=int, default=8, help="to copy")
+    parser.add_argument("--test-windows", type=int, default=6, help="of Wikipedia")
     parser.add_argument("--seed", type=int, default=0, help="of the windows")
     options = parser.parse_args()
     model, tokenizer = gl.load_model()
-    score = Scorer(model, tokenizer)
+    score = Scorer(model, tokenizer, options.rows, options.test_windows)
     windows = calibration(tokenizer, options.windows, options.length, options.seed)
     streams = dense_streams(model, windows, range(GAP.start, GAP.stop + 1))
 
@@ -168,9 +163,9 @@ def main() -> None:
 
     line("no repair", lambda x: x, 0)
     line("one matrix", Circuit(model, []).fit(streams, teacher=True), 0)
-    order = ranking(model, seed=100)
-    print("first heads:", " ".join(f"{layer}.{head}" for layer, head in order[:12]))
-    for count in options.counts:
+    order = ranking(model, len(tokenizer))
+    for count in options.heads:
+        print("kept:", " ".join(f"{layer}.{head}" for layer, head in sorted(order[:count])))
         for way in ("teacher", "sequence"):
             circuit = Circuit(model, order[:count]).fit(streams, teacher=way == "teacher")
             line(f"{count} heads, {way}", circuit, circuit.cost(options.length // 2))

@@ -1,7 +1,7 @@
 """Copying and text of any map in the gap of layers 12 … 18, for the benchmarks of this folder.
 
-Copying: nats on the second half of 64 random tokens repeated, 8 rows of one seed. Text: nats on 6
-windows of 512 tokens of Wikipedia's test split.
+Copying: nats on the second half of 64 random tokens repeated, up to 8 rows of one seed. Text: nats
+on windows of 512 tokens of Wikipedia's test split.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,10 +33,16 @@ def calibration(tokenizer: PreTrainedTokenizerBase, count: int, length: int, see
 class Scorer:
     """Scores a map of the stream that enters the gap; what comes before it is run once."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        test = gl.token_windows("wiki", tokenizer, split="test", length=512, count=6, seed=0)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int = 8,
+        windows: int = 6,
+    ) -> None:
+        test = gl.token_windows("wiki", tokenizer, split="test", length=512, count=windows, seed=0)
         self.model, self.tail = model, excerpt(model, GAP.stop)
-        self.asked = ProbeSet(model, None, ["copying"], seed=1)
+        self.asked = ProbeSet(model, None, ["copying"], seed=4, count=rows)
         self.batches, self.rows = [*self.asked.batches, *test.split(2)], len(self.asked.batches)
         self.streams = [record(model, ids, [GAP.start])[GAP.start] for ids in self.batches]
 
