@@ -104,7 +104,7 @@ def ranking(model: PreTrainedModel, vocabulary: int) -> list[Head]:
         found = model(torch.cat([once, once], 1), output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
     i = torch.arange(64, 127)
-    shares = {}
+    shares: dict[Head, float] = {}
     for layer in GAP.removed:
         A = found[layer].mean(0)  # (heads, 128, 128)
         both = torch.maximum(A[:, i, i - 63].mean(-1), A[:, i, i - 1].mean(-1))
