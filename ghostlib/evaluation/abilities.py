@@ -390,22 +390,29 @@ def _after(tokenizer: Any, item: Item) -> Item:
 
 
 def _laid_out(items: Sequence[Item]) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows of about one length together; and for each batch (places, 5) of what is scored there."""
-    groups: list[list[int]] = []
+    """Rows of about one length together; and for each batch (places, 5) of what is scored there.
+
+    Items of one text share a row.
+    """
+    sharing: dict[tuple[int, ...], list[int]] = {}
     for index in sorted(range(len(items)), key=lambda index: len(items[index].ids)):
-        if not groups or len(items[index].ids) * (len(groups[-1]) + 1) > _BATCH:
+        sharing.setdefault(tuple(items[index].ids), []).append(index)
+    groups: list[list[tuple[int, ...]]] = []
+    for ids in sharing:
+        if not groups or len(ids) * (len(groups[-1]) + 1) > _BATCH:
             groups.append([])
-        groups[-1].append(index)
+        groups[-1].append(ids)
     batches, marks = [], []
     for group in groups:
-        rows = torch.zeros(len(group), len(items[group[-1]].ids), dtype=torch.long)
+        rows = torch.zeros(len(group), len(group[-1]), dtype=torch.long)
         scored = []
-        for row, index in enumerate(group):
-            item = items[index]
-            rows[row, : len(item.ids)] = torch.tensor(item.ids)
-            wrong = item.wrong or [_ALONE] * len(item.places)
-            answers = zip(item.places, item.right, wrong, strict=True)
-            scored += [(index, row, *answer) for answer in answers]
+        for row, ids in enumerate(group):
+            rows[row, : len(ids)] = torch.tensor(ids)
+            for index in sharing[ids]:
+                item = items[index]
+                wrong = item.wrong or [_ALONE] * len(item.places)
+                answers = zip(item.places, item.right, wrong, strict=True)
+                scored += [(index, row, *answer) for answer in answers]
         batches.append(rows)
         marks.append(torch.tensor(scored))
     return batches, marks

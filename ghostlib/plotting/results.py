@@ -163,6 +163,7 @@ def published_and_measured(
 def by_start(
     curves: Mapping[str, Mapping[int, float]],
     *,
+    ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
     most: float | None = None,
     ylabel: str = PERPLEXITY,
     title: str = "",
@@ -173,6 +174,8 @@ def by_start(
     Args:
         curves: ``{repair: {first removed layer: perplexity}}``; the dense model's is one value at
             every start.
+        ranges: ``{repair: {first removed layer: (lowest, highest)}}`` over seeds, a shade behind
+            some or all lines.
         most: upper end of the axis; triangles mark what lies above, and the legend says how far.
         ylabel: another score, on a linear axis.
     """
@@ -180,6 +183,10 @@ def by_start(
     for name, curve in curves.items():
         starts = sorted(curve)
         ax.plot(starts, [curve[start] for start in starts], **style(name), label=name)
+        if over_seeds := (ranges or {}).get(name):
+            lows, highs = zip(*(over_seeds[start] for start in sorted(over_seeds)), strict=True)
+            shade: dict[str, Any] = {"color": color(name), "alpha": 0.2, "linewidth": 0}
+            ax.fill_between(sorted(over_seeds), lows, highs, **shade)
     if ylabel == PERPLEXITY:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -193,7 +200,8 @@ def by_start(
     for name, curve in curves.items():
         low, high = min(curve, key=curve.__getitem__), max(curve, key=curve.__getitem__)
         ends = f"{short(curve[low])} at start {low} to {short(curve[high])} at start {high}"
-        texts.append(f"{name} from {ends}")
+        widest = max((top - base for base, top in (ranges or {}).get(name, {}).values()), default=0)
+        texts.append(f"{name} from {ends}" + f", seeds up to {short(widest)} apart" * (widest > 0))
     measured = "Perplexity" if ylabel == PERPLEXITY else ylabel.replace("\n", " ")
     better = ", lower is better" if ylabel == PERPLEXITY else ""
     return describe(ax, f"{measured} by first removed layer{better}. {'; '.join(texts)}.")

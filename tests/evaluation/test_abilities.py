@@ -90,6 +90,17 @@ def test_scores_are_those_of_the_whole_models_logits(kind, bos):
         np.testing.assert_allclose(values, expected[name], rtol=1e-5)
 
 
+def test_items_of_one_text_share_a_row(model):
+    asked = ProbeSet(model, TOKENIZER, ["sequences"])
+    distinct = {tuple(item.ids) for _, item in asked._items}
+    assert sum(map(len, asked.batches)) == len(distinct) < len(asked._items)
+    (scores,) = asked.ask(model).values()
+    by_item = {(tuple(item.ids), *item.wrong): [] for _, item in asked._items}
+    for (_, item), score in zip(asked._items, scores, strict=True):
+        by_item[tuple(item.ids), *item.wrong].append(score)
+    assert all(len(set(values)) == 1 for values in by_item.values())
+
+
 def test_trials_ask_what_the_whole_variant_answers(model):
     calib = torch.randint(3, len(TOKENIZER), (4, 24), generator=torch.Generator().manual_seed(0))
     asked, layers, gap = few(model, SHORT), (1, 2), gl.Boundary(1, 3)

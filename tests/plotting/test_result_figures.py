@@ -389,6 +389,16 @@ def test_a_front_holds_what_none_beats_in_both():
     assert "Front: 3, 12; 3.1, 5; 3.4, 4." in alt_text(ax)
 
 
+def test_seeds_by_start_are_a_shade_behind_the_line():
+    curves = {"pruned": {0: 9.0, 1: 8.0}, "ghost": {0: 5.0, 1: 4.0}}
+    ax = plotting.by_start(curves, ranges={"ghost": {1: (3.0, 4.5), 0: (4.5, 5.25)}}, ylabel="nats")
+    (shade,) = ax.collections
+    points = {tuple(point) for point in shade.get_paths()[0].vertices.tolist()}
+    assert points == {(0, 4.5), (0, 5.25), (1, 3.0), (1, 4.5)}
+    assert to_hex(shade.get_facecolor()[0]) == color("ghost")
+    assert "start 0, seeds up to 1.5" in alt_text(ax).partition("ghost")[2]
+
+
 def test_other_scores_by_start_are_linear():
     curves = {"dense": {0: 2.6, 1: 2.6}, "ghost": {0: 11.9, 1: 5.1}}
     ax = plotting.by_start(curves, ylabel="copying, nats (lower is better)")

@@ -1,0 +1,87 @@
+"""Whether repetitions in the calibration text bring copying back at layers 12 … 18.
+
+    python benchmarks/bench_repetition.py [--seeds 3] [--windows 12] [--length 1024]
+
+Two-branch-relative is fitted four times. Text: as drawn; or in the second half of each corpus'
+windows a passage of 64, 128, 256 or 512 tokens, again and again. Weights: alike; or tokens whose
+next one completes a pair seen before in the window weigh ten times as much. The last two columns
+are the squared error of the fit, relative to no repair, on windows as drawn and on windows of
+repetitions (each among those of some fits). What is scored: `copying.py`.
+"""
+
+import argparse
+from itertools import cycle, pairwise
+
+import torch
+from copying import GAP, Scorer, calibration
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import ghostlib as gl
+from ghostlib.recovery.sequential import dense_streams
+
+REPEATS, PASSAGES = 10.0, (64, 128, 256, 512)
+
+
+def repeated(windows: Tensor) -> Tensor:
+    """In each window a passage of its own, from its beginning, again and again."""
+    length = windows.shape[1]
+    passages = [row[:size] for row, size in zip(windows, cycle(PASSAGES), strict=False)]
+    return torch.stack([p.repeat(length // len(p) + 1)[:length] for p in passages])
+
+
+def weights(ids: Tensor) -> Tensor:
+    """(length,) `REPEATS` where the next token completes a pair seen before, 1 elsewhere."""
+    seen, found = set(), torch.ones(len(ids))
+    for place, pair in enumerate(pairwise(ids.tolist())):
+        found[place] = REPEATS if pair in seen else 1.0
+        seen.add(pair)
+    return found
+
+
+def compare(model: PreTrainedModel, windows: Tensor, score: Scorer, seed: int) -> None:
+    """A line for each calibration of two-branch-relative."""
+    family = gl.OPERATORS["two-branch-relative"]
+    by_corpus = windows.unflatten(0, (2, -1))
+    one, other = (half.flatten(0, 1) for half in by_corpus.tensor_split(2, 1))
+    parts = {"one": one, "other": other, "repeated": repeated(other)}
+    found = {}
+    for name, rows in parts.items():
+        streams = dense_streams(model, rows, GAP)
+        x, y = (streams[index] for index in GAP)
+        for way in ("alike", "weighted"):
+            moments = gl.Moments(x.shape[-1], regressor=family.regressor)
+            for row, ids in enumerate(rows):
+                moments.update(x[row], y[row], weights(ids) if way == "weighted" else None)
+            found[name, way] = moments
+    for way in ("alike", "weighted"):
+        for second in ("other", "repeated"):
+            operator = gl.solve(found["one", way] + found[second, way], family)
+            errors = [found[part, "alike"] for part in ("other", "repeated")]
+            told = "  ".join(f"{m.error(operator) / m.pruned_error:.3f}" for m in errors)
+            print(
+                f"seed {seed} {second:8} {way:8}",
+                score(operator.apply),
+                f" error {told}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Print four lines for each draw of the windows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--windows", type=int, default=12, help="to fit, of both corpora together")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--rows", type=int, default=8, help="to copy")
+    parser.add_argument("--test-windows", type=int, default=6, help="of Wikipedia")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of the windows, from 0")
+    options = parser.parse_args()
+    model, tokenizer = gl.load_model()
+    score = Scorer(model, tokenizer, options.rows, options.test_windows)
+    for seed in range(options.seeds):
+        windows = calibration(tokenizer, options.windows, options.length, seed)
+        compare(model, windows, score, seed)
+
+
+if __name__ == "__main__":
+    main()

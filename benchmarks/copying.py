@@ -1,0 +1,67 @@
+"""Copying and text of any map in the gap of layers 12 … 18, for the benchmarks of this folder.
+
+Copying: nats on the second half of 64 random tokens repeated, up to 8 rows of one seed. Text: nats
+on windows of 512 tokens of Wikipedia's test split.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import ghostlib as gl
+from ghostlib.evaluation.abilities import ProbeSet
+from ghostlib.evaluation.perplexity import token_losses
+from ghostlib.models.streams import excerpt, feed, final_hidden, record
+
+GAP = gl.Boundary(12, 19)
+RIDGE = {"relative_ridge": 1e-4}
+Map = Callable[[Tensor], Tensor]
+
+
+def calibration(tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Tensor:
+    """(count, length) token ids, half of them of each embedded corpus."""
+    return torch.cat(
+        [
+            gl.token_windows(corpus, tokenizer, length=length, count=count // 2, seed=seed)
+            for corpus in ("wiki", "pydoc")
+        ]
+    )
+
+
+class Scorer:
+    """Scores a map of the stream that enters the gap; what comes before it is run once."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int = 8,
+        windows: int = 6,
+    ) -> None:
+        test = gl.token_windows("wiki", tokenizer, split="test", length=512, count=windows, seed=0)
+        self.model, self.tail = model, excerpt(model, GAP.stop)
+        self.asked = ProbeSet(model, None, ["copying"], seed=4, count=rows)
+        self.batches, self.rows = [*self.asked.batches, *test.split(2)], len(self.asked.batches)
+        self.streams = [record(model, ids, [GAP.start])[GAP.start] for ids in self.batches]
+
+    def _behind(self, f: Map, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """The ids of some batches, and what the head receives of them."""
+        for ids, x in list(zip(self.batches, self.streams, strict=True))[part]:
+            with torch.no_grad(), feed(self.tail, f(x)):
+                yield ids, final_hidden(self.tail, ids)
+
+    def copying(self, f: Map) -> float:
+        """Mean over rows."""
+        hidden = [h for _, h in self._behind(f, slice(self.rows))]
+        return float(self.asked.values(self.model, hidden)["copying"].mean())
+
+    def text(self, f: Map) -> float:
+        """Mean over windows."""
+        behind = self._behind(f, slice(self.rows, None))
+        return float(torch.cat([token_losses(self.model, h, ids) for ids, h in behind]).mean())
+
+    def __call__(self, f: Map) -> str:
+        """Both, for a line of a table."""
+        return f"copying {self.copying(f):5.2f}  text {self.text(f):.3f}"
