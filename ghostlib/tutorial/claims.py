@@ -288,7 +288,11 @@ def record(
         if interval is None or not interval[0] <= estimate <= interval[1]:
             raise ValueError(f"estimate {estimate} needs an interval that holds it, got {interval}")
         counts = {"items": items, "seeds": seeds, "windows": windows}
-        sizes = [f"{count:,} {name}" for name, count in counts.items() if count is not None]
+        sizes = [
+            f"{count:,} {name}" if count != 1 else f"one {name[:-1]}"
+            for name, count in counts.items()
+            if count is not None
+        ]
         if not sizes:
             raise ValueError("say what the estimate rests on: items=, seeds= or windows=")
         sides = {"above": above, "below": below}
@@ -300,6 +304,8 @@ def record(
             "value": value,
             "rule": f"holds if the 95 % interval lies {wanted}; {', '.join(sizes)}",
         }
+        if seeds == 1:
+            facts["limit"] = "one seed"
     display(_Entry(facts))  # type: ignore[no-untyped-call]
 
 
@@ -338,7 +344,8 @@ def ledger(measurements: Iterable[Measurement], *, notebooks: str = "../notebook
             place = f"[{notebook[:2]}, cell {cell}]({notebooks}/{notebook}.ipynb)"
             places.append(place)
             value = str(facts.get("value", facts["figure"]))
-            values.append(textwrap.shorten(value, 60, placeholder=" …"))
+            limit = f" ({facts['limit']})" if "limit" in facts else ""
+            values.append(textwrap.shorten(value, 60, placeholder=" …") + limit)
             text = "; ".join(filter(None, (facts["figure"], facts["rule"], facts["condition"])))
             details.append(f"- **{facts['verdict']}** ({place}): {text}")
         row = (f"[{number}](#claim-{number})", claim.text, word, "; ".join(values))
@@ -366,7 +373,8 @@ _PAGE = """\
 What the paper and this project assert, and what the notebooks measured. An identity holds or does
 not, by an assertion that fails when it is false. A measurement holds if all of its 95 % interval
 lies on the claim's side, does not hold if none of it does, and is undecided otherwise. A claim that
-was measured more than once has the least favourable of its verdicts.
+was measured more than once has the least favourable of its verdicts. Beside a value that rests on a
+single calibration stands *one seed*: its interval is that of the text, not of the calibration.
 
 {count} claims: {tally}.
 
