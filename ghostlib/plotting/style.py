@@ -184,12 +184,15 @@ def _by_hand(ax: Axes) -> str:
         y = np.asarray(line.get_ydata(), dtype=float)
         y = y[np.isfinite(y)]
         if len(y) and not str(line.get_label()).startswith("_"):
-            lines.append(f"{line.get_label()} from {y[0]:.3g} to {y[-1]:.3g}")
+            reach = f"{y[0]:.3g}" if len(y) == 1 else f"from {y[0]:.3g} to {y[-1]:.3g}"
+            lines.append(f"{line.get_label()} {reach}")
     for bars in ax.containers:
         if isinstance(bars, BarContainer):
             heights = [bar.get_height() for bar in bars]
-            label = str(bars.get_label())
-            name = "bars" if label.startswith("_") else label
+            labels = (
+                str(part.get_label()) for part in (bars, *bars[:1])
+            )  # of a histogram, its first
+            name = next((label for label in labels if not label.startswith("_")), "bars")
             lines.append(f"{name} from {min(heights):.3g} to {max(heights):.3g}")
     axes = f"{ax.get_ylabel() or 'values'} against {ax.get_xlabel() or 'position'}"
     return f"{axes[0].upper()}{axes[1:]}{': ' if lines else ''}{'; '.join(lines)}."

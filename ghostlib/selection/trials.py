@@ -4,7 +4,7 @@ Whatever two ways have in common up to a layer, they compute alike up to there. 
 of them, the base, are kept, and a trial runs only from where it begins to differ.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 from ghostlib.common import at_least, checked
 from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.evaluation.perplexity import token_losses
-from ghostlib.models.architectures import check_model, hidden_size, looks_back, num_layers
+from ghostlib.models.architectures import (
+    check_index,
+    check_model,
+    hidden_size,
+    looks_back,
+    num_layers,
+)
 from ghostlib.models.boundaries import Boundary, gaps_without
 from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
 from ghostlib.operators.solve import Operator
@@ -27,17 +33,21 @@ KEPT = 2**31
 class Trials:
     """Losses of pruned and repaired variants of ``model`` on ``windows``, and their abilities.
 
-    The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype. They
-    are kept of as many windows as fit in `KEPT` bytes; of the others every trial is a whole pass.
+    The streams of the base take (layers + 1) times tokens times hidden numbers of its dtype, and
+    little where ``starts`` says which are needed. They are kept of as many windows as fit in `KEPT`
+    bytes; of the others every trial is a whole pass.
 
     Args:
         model: the dense model; it is not changed, and it is the first base.
         windows: (windows, length) token ids, at least two tokens long; None for no text.
         batch_size: windows per forward pass.
         probes: what `abilities` asks.
+        starts: dense layers before which the streams are kept, such as the first removed one; a
+            trial runs from the last of them before it differs. None: before every layer.
 
     Raises:
-        ValueError: windows that do not fit the model, or of one token; a batch size below 1.
+        ValueError: windows that do not fit the model, or of one token; a batch size below 1; a
+            start that is neither a layer nor the number of layers.
     """
 
     @checked
@@ -48,9 +58,13 @@ class Trials:
         *,
         batch_size: int = 1,
         probes: ProbeSet | None = None,
+        starts: Iterable[int] | None = None,
     ) -> None:
         at_least(1, batch_size=batch_size)
         check_model(model)
+        self.starts = None if starts is None else frozenset(starts)
+        for start in self.starts or ():
+            check_index(model, start)
         if windows is None and probes is None:
             raise ValueError("nothing to score: give windows, probes, or both")
         self.model, self.probes = model, probes
@@ -73,14 +87,13 @@ class Trials:
         """Make the variant without ``layers`` the base: its streams are computed and kept."""
         self.base = gaps_without(layers, self.total)
         variant = self._variant(layers, operators or {})
-        kept = _survivors(layers, self.total)
-        places = range(len(kept) + 1)
-        keys = [0, *(layer + 1 for layer in kept)]
+        keys = _entered(_survivors(layers, self.total))
+        places = [place for place, key in enumerate(keys) if self._keeps(key)]
         self.streams: list[dict[int, Tensor]] = []
         numbers, held = len(places) * hidden_size(self.model) * self.model.dtype.itemsize, 0
         for ids in self.batches:
             held += numbers * ids.numel()
-            if held > KEPT:
+            if held > KEPT or not places:
                 self.streams.append({})
                 continue
             streams = record(variant, ids, places)
@@ -125,11 +138,12 @@ class Trials:
         place = min(place, len(kept) - 1)  # no model is made for less than a layer
         if looks_back(self.model):
             place = 0
-        part = excerpt(variant, place)
-        key = kept[place - 1] + 1 if place else 0
+        keys = _entered(kept)
+        place = max((p for p in range(place + 1) if self._keeps(keys[p])), default=0)
+        part, key = excerpt(variant, place), keys[place]
         for index in batches:
             ids, streams = self.batches[index], self.streams[index]
-            if streams:
+            if key in streams:
                 with feed(part, streams[key]):
                     hidden = final_hidden(part, ids)
             else:
@@ -142,6 +156,9 @@ class Trials:
     ) -> float:
         """Mean of `losses`; its exponential is the perplexity."""
         return float(self.losses(layers, operators).mean())
+
+    def _keeps(self, key: int) -> bool:
+        return self.starts is None or key in self.starts
 
     def _variant(
         self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]
@@ -171,3 +188,8 @@ class Trials:
 def _survivors(layers: tuple[int, ...], total: int) -> list[int]:
     removed = set(layers)
     return [layer for layer in range(total) if layer not in removed]
+
+
+def _entered(kept: list[int]) -> list[int]:
+    """For every place in a variant of these layers, the dense layer whose stream enters there."""
+    return [0, *(layer + 1 for layer in kept)]

@@ -8,6 +8,7 @@ assertion. A measurement is decided only where its interval excludes the other s
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -289,7 +290,7 @@ def record(
             raise ValueError(f"estimate {estimate} needs an interval that holds it, got {interval}")
         counts = {"items": items, "seeds": seeds, "windows": windows}
         known = {name: count for name, count in counts.items() if count is not None}
-        sizes = [f"{n:,} {name if n != 1 else name[:-1]}" for name, n in known.items()]
+        sizes = [f"{n:,} {name}" if n != 1 else f"one {name[:-1]}" for name, n in known.items()]
         if not sizes:
             raise ValueError("say what the estimate rests on: items=, seeds= or windows=")
         sides = {"above": above, "below": below}
@@ -339,8 +340,10 @@ def ledger(measurements: Iterable[Measurement], *, notebooks: str = "../notebook
             place = f"[{notebook[:2]}, cell {cell}]({notebooks}/{notebook}.ipynb)"
             places.append(place)
             value = str(facts.get("value", facts["figure"]))
-            values.append(textwrap.shorten(value, 60, placeholder=" …"))
-            text = "; ".join(filter(None, (facts["figure"], facts["rule"], facts["condition"])))
+            rule = re.sub(r"\b1 seeds\b", "one seed", facts["rule"])  # as older outputs have it
+            limit = " (one seed)" if "one seed" in rule else ""
+            values.append(textwrap.shorten(value, 60, placeholder=" …") + limit)
+            text = "; ".join(filter(None, (facts["figure"], rule, facts["condition"])))
             details.append(f"- **{facts['verdict']}** ({place}): {text}")
         row = (f"[{number}](#claim-{number})", claim.text, word, "; ".join(values))
         cells = [cell.replace("|", "\\|") for cell in (*row, "; ".join(places))]
@@ -368,7 +371,8 @@ _PAGE = """\
 What the paper and this project assert, and what the notebooks measured. An identity holds or does
 not, by an assertion that fails when it is false. A measurement holds if all of its 95 % interval
 lies on the claim's side, does not hold if none of it does, and is undecided otherwise. A claim that
-was measured more than once has the least favourable of its verdicts.
+was measured more than once has the least favourable of its verdicts. Beside a value that rests on a
+single calibration stands *one seed*: its interval is that of the text, not of the calibration.
 
 The verdicts of {count} claims: {tally}.
 

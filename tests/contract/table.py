@@ -597,6 +597,7 @@ ROWS = [
         windows=[*SCORED[1:], Bad(None, "give windows, probes")],
         batch_size=count("batch_size"),
         probes=bad("probes", 3, "copying"),
+        starts=bad("start|index", 3, "2", [-1], [LAYERS + 1], [2.5], ["2"], [None]),
     ),
     *[
         row(

@@ -248,6 +248,17 @@ def test_numbers_are_short():
     ]  # fmt: skip
 
 
+def test_points_and_histograms_drawn_by_hand_are_described():
+    figure, (left, right) = plt.subplots(1, 2)
+    left.plot(3, 44.3, "o", label="pruned")
+    left.set(xlabel="cost", ylabel="perplexity")
+    right.hist([1, 1, 2], bins=2, label="push")
+    right.set(xlabel="push", ylabel="tokens")
+    assert plotting.alt_text(figure) == (
+        "Perplexity against cost: pruned 44.3. Tokens against push: push from 1 to 2."
+    )
+
+
 def test_bars_drawn_by_hand_are_described():
     ax = plt.figure().subplots()
     ax.bar([0, 1], [0.25, 0.5], label="MLP")

@@ -16,6 +16,8 @@ from ghostlib.tutorial.cosine import fit_cosine, mlp_activations
 UNFOLDABLE = {"replaceme": ("gemma2", "gemma3_text", "olmo2"), "magnitude": ("olmo2",)}
 SETS = st.sets(st.integers(0, LAYERS - 1), max_size=LAYERS - 1).map(lambda s: tuple(sorted(s)))
 
+STARTS = st.none() | st.sets(st.integers(0, LAYERS))
+
 
 def whole(model, ids, layers, operators=None) -> torch.Tensor:
     if not layers:
@@ -33,15 +35,15 @@ def calibrated():
 
 
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
-@given(base=SETS, layers=SETS, repaired=st.booleans())
-def test_any_base_serves_any_trial(base, layers, repaired):
+@given(base=SETS, layers=SETS, repaired=st.booleans(), starts=STARTS)
+def test_any_base_serves_any_trial(base, layers, repaired, starts):
     (model, stats), ids = calibrated(), tiny_windows(3, 12)
 
     def repairs(chosen):
         gaps = gl.runs(chosen, LAYERS) if chosen and repaired else []
         return {gap: gl.solve(stats[gap], "ghost") for gap in gaps}
 
-    trials = Trials(model, ids, batch_size=2)
+    trials = Trials(model, ids, batch_size=2, starts=starts)
     trials.rebase(base, repairs(base))
     expected = whole(model, ids, layers, repairs(layers))
     torch.testing.assert_close(trials.losses(layers, repairs(layers)), expected, rtol=1e-5, atol=0)
@@ -103,6 +105,23 @@ def test_layers_before_the_first_change_do_not_run_again():
     ran.clear()
     trials.losses((3, 5))
     assert ran == [4] * len(ids)  # layer 5 was the last: no model is made of less than a layer
+
+
+def test_only_the_streams_of_named_starts_are_kept():
+    model, ids = tiny_model("llama"), tiny_windows(3, 12)
+    trials, ran = Trials(model, ids, starts=[2]), []
+    assert [list(kept) for kept in trials.streams] == [[2]] * 3
+    trials.losses((2,))  # which finds out what the head does
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_hook(lambda m, a, o, index=index: ran.append(index))
+    trials.losses((2, 3))
+    trials.losses((4,))  # differs later than at the only start
+    assert ran == [4, 5] * 3 + [2, 3, 5] * 3
+    ran.clear()
+    trials.losses((1,))  # differs before it: a whole pass
+    assert ran == [0, 2, 3, 4, 5] * 3
+    with pytest.raises(ValueError, match=f"number of layers {LAYERS}, got {LAYERS + 1}"):
+        Trials(model, ids, starts=[LAYERS + 1])
 
 
 def test_loss_is_the_mean_and_the_model_stays():

@@ -82,8 +82,18 @@ def test_a_row_states_its_rule_and_what_it_rests_on(shown):
     )[MIME]
     assert facts["figure"] == "ghost − linearpatch-r, points: -3.14 [-15, 8.25]"
     assert facts["rule"] == (
-        "holds if the 95 % interval lies above 0; 1,200 items, 1 seed, 16 windows"
+        "holds if the 95 % interval lies above 0; 1,200 items, one seed, 16 windows"
     )
+
+
+def test_a_row_says_plainly_that_it_rests_on_one_seed(shown):
+    options = {"estimate": 1.5, "interval": (1, 2), "above": 0}
+    one = shown(8, "ratio", seeds=1, windows=6, **options)[MIME]
+    assert one["rule"].endswith("lies above 0; one seed, 6 windows")
+    three = shown(9, "ratio", seeds=3, windows=6, **options)[MIME]
+    page = ledger([Measurement("10_x", 1, one), Measurement("07_x", 2, three)])
+    assert "| 1.5 [1, 2] (one seed) | [10, cell 1]" in page
+    assert "| 1.5 [1, 2] | [07, cell 2]" in page
 
 
 @pytest.mark.parametrize(
