@@ -59,7 +59,7 @@ test-interop: $(DEV) ## a repaired checkpoint in lm-eval, PEFT and CTranslate2 (
 
 test-hour: $(DEV) assets ## environment.yml afresh, binder/, memory and minutes of the short course
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[binder]')
-	$(call phase,first hour,GHOSTLIB_PROGRESS=0 $(PY) -m pytest -q -rs -m first_hour --durations=0 tests/first_hour)
+	$(call phase,first hour,GHOSTLIB_PROGRESS=0 $(PY) -m pytest -q -rsP -m first_hour --durations=0 tests/first_hour)
 
 mutation: $(DEV) ## mutants of the mathematics that the tests do not notice (installs cosmic-ray); SAMPLE=60 for so many a folder
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[mutation]')

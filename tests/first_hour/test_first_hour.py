@@ -59,7 +59,7 @@ def test_binder_builds_from_its_folder():
 @pytest.mark.embedded
 @pytest.mark.parametrize("path", SHORT_COURSE, ids=lambda path: path.stem)
 def test_the_short_course_fits_two_gigabytes_and_four_minutes(path, tmp_path):
-    """Alone in a folder. On a busy machine the seconds are those of its own work."""
+    """Alone in a folder, with all cores. A machine that is busy with other work cannot say."""
     nb = notebooks.read(path)
     source = (ROOT / "benchmarks" / "memory.py").read_text() + USED
     nb.cells.append(nbformat.v4.new_code_cell(source))
@@ -68,8 +68,12 @@ def test_the_short_course_fits_two_gigabytes_and_four_minutes(path, tmp_path):
     ran = notebooks.execute(tmp_path / path.name, tmp_path)
     seconds = time.perf_counter() - begin
     peak, work = map(float, ran.cells[-1].outputs[0].text.split()[1:])
-    print(f"{path.stem}: {peak:.2f} GB, {seconds:.0f} s ({work:.0f} s of work)")
-    assert peak <= 2 and min(seconds, work) <= 240
+    found = f"{path.stem}: {peak:.2f} GB, {seconds:.0f} s, {work:.0f} s of work"
+    print(found)
+    assert peak <= 2
+    if seconds > 240 and work < 0.8 * seconds:
+        pytest.skip(f"a busy machine; {found}")
+    assert seconds <= 240
 
 
 def test_the_short_course_has_four_notebooks():
