@@ -59,7 +59,7 @@ def test_binder_builds_from_its_folder():
 @pytest.mark.embedded
 @pytest.mark.parametrize("path", SHORT_COURSE, ids=lambda path: path.stem)
 def test_the_short_course_fits_two_gigabytes_and_four_minutes(path, tmp_path):
-    """Alone in a folder, with all cores. A machine that is busy with other work cannot say."""
+    """The kernel, in a folder of its own. A machine that is busy cannot say how long."""
     nb = notebooks.read(path)
     source = (ROOT / "benchmarks" / "memory.py").read_text() + USED
     nb.cells.append(nbformat.v4.new_code_cell(source))
