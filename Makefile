@@ -23,7 +23,7 @@ TWICE  := -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test mutation test-all test-browser test-interop test-lowest lint unit nbval lab explore notebooks fill \
+.PHONY: help run test mutation test-all test-browser test-hour test-interop test-lowest lint unit nbval lab explore notebooks fill \
   format site classroom wheel bench assets clean distclean
 
 # $(call phase,name,command): run the command, say how long it took, fail if it fails
@@ -44,7 +44,7 @@ test: ## lint, unit tests and all notebooks, from a fresh state
 	$(MAKE) --no-print-directory lint assets unit nbval && \
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
 
-test-all: test test-browser ## … the browser, and every causal type through the contract of docs/models.md
+test-all: test test-browser test-hour ## … the browser, the first hour, and every causal type through the contract of docs/models.md
 	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m contract_all tests/models/test_contract.py)
 
 test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
@@ -57,6 +57,10 @@ test-interop: $(DEV) ## a repaired checkpoint in lm-eval, PEFT and CTranslate2 (
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[interop]')
 	$(call phase,interoperability,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q -m interop tests/interop)
 
+test-hour: $(DEV) assets ## environment.yml afresh, binder/, memory and minutes of the short course
+	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[binder]')
+	$(call phase,first hour,GHOSTLIB_PROGRESS=0 $(PY) -m pytest -q -rsP -m first_hour --durations=0 tests/first_hour)
+
 mutation: $(DEV) ## mutants of the mathematics that the tests do not notice (installs cosmic-ray); SAMPLE=60 for so many a folder
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[mutation]')
 	$(call phase,mutation,OMP_NUM_THREADS=1 GHOSTLIB_PROGRESS=0 $(PY) tools/mutation.py --sample $(SAMPLE))
@@ -67,7 +71,7 @@ lint: $(DEV) ## formatting, style, types, and the house rules of the notebooks
 	$(call phase,house rules,$(PY) tools/rules.py)
 
 unit: $(DEV) ## unit tests and docstring examples, with coverage
-	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not contract_all and not browser' --durations=10 --cov)
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not browser' --durations=10 --cov)
 
 nbval: $(DEV) ## every notebook, cell by cell
 	$(call phase,notebooks,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)

@@ -14,9 +14,9 @@ def peak_gigabytes() -> float:
     status = Path("/proc/self/status")
     if status.exists():
         lines = status.read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e6
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e9
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (1e9 if sys.platform == "darwin" else 1e6)  # bytes on macOS, else kilobytes
+    return used * (1 if sys.platform == "darwin" else 1024) / 1e9  # bytes on macOS, else KiB
 
 
 def restart_peak() -> None:

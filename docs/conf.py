@@ -175,7 +175,7 @@ def results() -> str:
     for name, title in titles.items():
         kept = scores(stored(name))
         caption = f"SmolLM2-135M: {len(kept)} scores"
-        text += [f"## {title}\n", table(kept[["seed", *columns]], caption), ""]
+        text += [f"## {title}\n", table(kept[[*columns, "seed"]], caption), ""]
     published = gl.published()
     caption = f"{len(published)} numbers of the paper and of the works it compares with"
     text += ["## Published\n", table(published, caption), ""]

@@ -141,15 +141,15 @@ def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what asks for the embedded model; the contract's long tail only runs when asked for."""
+    """Mark what asks for the embedded model; what takes many minutes only runs when asked for."""
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker("embedded")
-    if "contract_all" in config.option.markexpr:
-        return
-    tail = [item for item in items if item.get_closest_marker("contract_all")]
-    config.hook.pytest_deselected(items=tail)
-    items[:] = [item for item in items if item not in tail]
+    for marker in ("contract_all", "first_hour"):
+        if marker not in config.option.markexpr:
+            tail = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=tail)
+            items[:] = [item for item in items if item not in tail]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from ghostlib.text.tokens import bos_token, encode
 NATS, RIGHT = "nats per token", "share right"
 LOST, WEAKER, KEPT, PASSED, NOTHING = "lost", "weaker", "kept", "passed", "decides nothing"
 _BATCH = 1024  # tokens of a forward pass
-_CHUNK = 256  # places whose logits exist at once
+_CHUNK = 128  # places whose logits exist at once, in float64
 _ALONE = -1  # in place of a wrong answer where there is none
 
 

@@ -19,12 +19,14 @@ FINISHED = """
   return !says.includes('[*]:') && /^\\[\\d+\\]:$/.test(says.at(-1));
 }
 """
-# Cells above take their height when they are first drawn, so one scroll may not do.
+# Cells above take their height when they are first drawn: it is in view once it stays there.
 IN_VIEW = """
 e => {
   e.scrollIntoView({block: 'center'});
-  const place = e.getBoundingClientRect();
-  return place.top > 0 && place.bottom < innerHeight;
+  const {top, bottom} = e.getBoundingClientRect();
+  const stays = e.dataset.top === String(top);
+  e.dataset.top = top;
+  return stays && top > 0 && bottom < innerHeight;
 }
 """
 REDRAWN = "before => document.querySelector('.widget-html img')?.src !== before"
@@ -88,6 +90,11 @@ def check_outputs(page, name: str) -> str:
     return "\n".join(text)
 
 
+def bring_into_view(page, element) -> None:
+    """Scroll until it has been in view for a second."""
+    page.wait_for_function(IN_VIEW, arg=element.element_handle(), polling=1000)
+
+
 def cell_with(page, source: str):
     """The code cell that begins with a line."""
     return page.locator(".jp-CodeCell").filter(has_text=source).first
@@ -100,7 +107,7 @@ def test_the_quickstart_runs_in_jupyterlab(opened, shoot):
     assert re.search(r"\nghost +\d+\.\d +\d+\.\d +\d+% +\d+%", text)
     for name, source in (("table", "print(table"), ("picture", "def interval(loss)")):
         output = cell_with(page, source).locator(".jp-OutputArea-output").first
-        page.wait_for_function(IN_VIEW, arg=output.element_handle())
+        bring_into_view(page, output)
         shoot(page, f"lab-00-{name}")
 
 
@@ -131,7 +138,7 @@ def test_the_explorer_answers_in_jupyterlab(opened, shoot):
     page = opened(name)
     print(f"Run All {run_all(page):.0f} s")
     drawn = page.locator(".widget-html img")
-    page.wait_for_function(IN_VIEW, arg=drawn.element_handle())
+    bring_into_view(page, drawn)
     before = drawn.get_attribute("src")
     page.locator(".widget-dropdown select").select_option("diagonal")
     page.wait_for_function(REDRAWN, arg=before)
@@ -155,7 +162,7 @@ def test_the_explorer_alone(serve, browser, shoot, notebooks):
         page.locator(".widget-dropdown select").select_option(family)
         page.wait_for_function(REDRAWN, arg=before)
         seconds[family] = time.perf_counter() - begin
-    page.wait_for_function(IN_VIEW, arg=drawn.element_handle())
+    bring_into_view(page, drawn)
     shoot(page, "explore")
     begin = time.perf_counter()
     page.get_by_role("button", name="continue it").click()
