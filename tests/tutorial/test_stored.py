@@ -12,6 +12,7 @@ from ghostlib.recovery.recipe import SHORTLIST
 from ghostlib.tutorial.stored import stored
 
 OPERATORS = ("pruned", "magnitude", "linearpatch-d", "linearpatch-r", "replaceme", "ghost")
+REFITS = ("refit", "ghost-refit", "ghost-refit-relative")
 BLOCKS = {spell(range(start, start + 7)) for start in range(24)}
 
 
