@@ -32,10 +32,11 @@ def test_a_few_numbers(name, layers, operator, dataset, seed, first, last):
     assert row.value == pytest.approx(math.exp(np.mean(row.evidence)))
 
 
-def test_zero_shot_items_are_all_there():
-    rows = scores(stored("zeroshot")).query("dataset == 'wiki-topic'").set_index("operator")
+@pytest.mark.parametrize(("task", "items"), [("wiki-topic", 297), ("wiki-description", 300)])
+def test_zero_shot_items_are_all_there(task, items):
+    rows = scores(stored("zeroshot")).query("dataset == @task").set_index("operator")
     assert set(rows.index) == {"dense", "pruned", "linearpatch-r", "replaceme", "ghost"}
-    assert set(rows["size"]) == {297} and rows["evidence"].map(lambda s: s.items).nunique() == 1
+    assert set(rows["size"]) == {items} and rows["evidence"].map(lambda s: s.items).nunique() == 1
 
 
 def test_the_grid_is_whole():
