@@ -9,8 +9,8 @@ def stored(name: str) -> Results:
     """The results stored under a name.
 
     ``"grid"``, ``"starts"``, ``"beyond"``, ``"ablation"``: notebooks 15 and 17 name the commands
-    that computed them. ``"zeroshot"``, all items of both embedded tasks: notebook 10. ``"abilities"``
-    (copying and text for every block of seven and of four layers): notebook 12.
+    that computed them. ``"zeroshot"``, all items of both embedded tasks: notebook 10.
+    ``"abilities"``, copying and text for every block of seven and of four layers: notebook 12.
     """
     file = resources.files("ghostlib.tutorial") / "data" / f"{name}-smollm2.jsonl"
     with resources.as_file(file) as path:
