@@ -281,7 +281,7 @@ def test_the_ledger_comes_from_the_stored_outputs(root):
     tool.main(["execute"], root)
     assert [p.name for p in fill.stale(root)] == ["claims.md"]
     fill.fill(root)
-    assert "1 holds" in ledger.read_text()
+    assert "holds: 1," in ledger.read_text()
     assert "off by 1e-7 | [00, cell 2](../notebooks/00_toy.ipynb)" in ledger.read_text()
 
 
