@@ -277,7 +277,7 @@ def test_the_ledger_comes_from_the_stored_outputs(root):
     put(root, good(new_code_cell(entry)))
     ledger = root / "docs" / "claims.md"
     fill.fill(root)
-    assert "1 holds" not in ledger.read_text()
+    assert "holds: 1," not in ledger.read_text()
     tool.main(["execute"], root)
     assert [p.name for p in fill.stale(root)] == ["claims.md"]
     fill.fill(root)
