@@ -189,9 +189,8 @@ def _by_hand(ax: Axes) -> str:
     for bars in ax.containers:
         if isinstance(bars, BarContainer):
             heights = [bar.get_height() for bar in bars]
-            labels = (
-                str(part.get_label()) for part in (bars, *bars[:1])
-            )  # of a histogram, its first
+            named = (bars, *bars[:1])  # a histogram's label is its first bar's
+            labels = (str(part.get_label()) for part in named)
             name = next((label for label in labels if not label.startswith("_")), "bars")
             lines.append(f"{name} from {min(heights):.3g} to {max(heights):.3g}")
     axes = f"{ax.get_ylabel() or 'values'} against {ax.get_xlabel() or 'position'}"

@@ -8,7 +8,6 @@ assertion. A measurement is decided only where its interval excludes the other s
 """
 
 import math
-import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -340,10 +339,9 @@ def ledger(measurements: Iterable[Measurement], *, notebooks: str = "../notebook
             place = f"[{notebook[:2]}, cell {cell}]({notebooks}/{notebook}.ipynb)"
             places.append(place)
             value = str(facts.get("value", facts["figure"]))
-            rule = re.sub(r"\b1 seeds\b", "one seed", facts["rule"])  # as older outputs have it
-            limit = " (one seed)" if "one seed" in rule else ""
+            limit = " (one seed)" if "one seed" in facts["rule"] else ""
             values.append(textwrap.shorten(value, 60, placeholder=" …") + limit)
-            text = "; ".join(filter(None, (facts["figure"], rule, facts["condition"])))
+            text = "; ".join(filter(None, (facts["figure"], facts["rule"], facts["condition"])))
             details.append(f"- **{facts['verdict']}** ({place}): {text}")
         row = (f"[{number}](#claim-{number})", claim.text, word, "; ".join(values))
         cells = [cell.replace("|", "\\|") for cell in (*row, "; ".join(places))]
