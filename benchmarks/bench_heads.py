@@ -14,13 +14,12 @@ Multiplications of a token, in millions: those of weights, and of attention to h
 the one matrix that closes the gap. What is scored: `copying.py`.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from copying import GAP, RIDGE, Map, Scorer, calibration
+from copying import GAP, Map, Scorer, arguments, calibration
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,6 +27,7 @@ import ghostlib as gl
 from ghostlib.models.streams import excerpt, feed, record
 from ghostlib.recovery.sequential import dense_streams
 
+RIDGE = {"relative_ridge": 1e-4}
 Head = tuple[int, int]  # layer, and its number there
 
 
@@ -144,13 +144,9 @@ def whole_layer(
 
 def main() -> None:
     """Print a line for each way to keep something of the removed layers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--heads", nargs="*", type=int, default=[12], help="how many are kept")
     parser.add_argument("--layers", nargs="*", type=int, default=[16, 17], help="to keep whole")
-    parser.add_argument("--windows", type=int, default=12, help="to fit, of both corpora together")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
-    parser.add_argument("--rows", type=int, default=8, help="to copy")
-    parser.add_argument("--test-windows", type=int, default=6, help="of Wikipedia")
     parser.add_argument("--seed", type=int, default=0, help="of the windows")
     options = parser.parse_args()
     model, tokenizer = gl.load_model()

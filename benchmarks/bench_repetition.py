@@ -9,11 +9,10 @@ are the squared error of the fit, relative to no repair, on windows as drawn and
 repetitions (each among those of some fits). What is scored: `copying.py`.
 """
 
-import argparse
 from itertools import cycle, pairwise
 
 import torch
-from copying import GAP, Scorer, calibration
+from copying import GAP, Scorer, arguments, calibration
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -69,11 +68,7 @@ def compare(model: PreTrainedModel, windows: Tensor, score: Scorer, seed: int) -
 
 def main() -> None:
     """Print four lines for each draw of the windows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--windows", type=int, default=12, help="to fit, of both corpora together")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
-    parser.add_argument("--rows", type=int, default=8, help="to copy")
-    parser.add_argument("--test-windows", type=int, default=6, help="of Wikipedia")
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="draws of the windows, from 0")
     options = parser.parse_args()
     model, tokenizer = gl.load_model()

@@ -4,6 +4,7 @@ Copying: nats on the second half of 64 random tokens repeated, up to 8 rows of o
 on windows of 512 tokens of Wikipedia's test split.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,8 +17,17 @@ from ghostlib.evaluation.perplexity import token_losses
 from ghostlib.models.streams import excerpt, feed, final_hidden, record
 
 GAP = gl.Boundary(12, 19)
-RIDGE = {"relative_ridge": 1e-4}
 Map = Callable[[Tensor], Tensor]
+
+
+def arguments(description: str) -> ArgumentParser:
+    """What all of these benchmarks let one choose."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--windows", type=int, default=12, help="to fit, of both corpora together")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--rows", type=int, default=8, help="to copy")
+    parser.add_argument("--test-windows", type=int, default=6, help="of Wikipedia")
+    return parser
 
 
 def calibration(tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Tensor:
