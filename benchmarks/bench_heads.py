@@ -1,21 +1,25 @@
 """Whether heads of the removed layers bring copying back, beside one layer more kept whole.
 
-    python benchmarks/bench_heads.py [--heads 12] [--layers 16 17] [--windows 12] [--seed 0]
+    python benchmarks/bench_heads.py [--heads 12] [--layers 16 17] [--windows 12] [--seeds 3]
 
-Layers 12 … 18 of the embedded model are removed. Kept are the heads of these layers that attend
-most to the token before, or behind the last occurrence of the present one, on rows written twice.
-Each reads a map of one token's stream (and of the outputs of the heads kept before it) that
-estimates what its layer would receive; the stream and all outputs are regressed on together behind
-the gap, in closed form. Fitted on the dense model's streams (teacher), and with what the kept heads
-really read (sequence). Beside them one of the seven layers is kept whole, with a matrix in every
-gap, fitted in sequence.
+Layers 12 … 18 of the embedded model are removed, but for some heads. Each of these reads a map of
+one token's stream (and of the outputs of the heads kept before it) that estimates what its layer
+would receive; the stream and all outputs are regressed on together after the gap, in closed form.
+Fitted on the dense model's streams (teacher), and with what the kept heads really read (sequence).
+Beside them one of the seven layers is kept whole, with a matrix in every gap, fitted in sequence.
+
+The heads are chosen in two ways. `attends`: those that attend most to the token before, or after
+the last occurrence of the present one, on rows written twice. `returns`: all are kept and a quarter
+of them dropped, again and again, those without which copying is lost least (on rows of another
+seed, calibrated on windows of another seed). A head costs as many multiplications as any other.
 
 Multiplications of a token, in millions: those of weights, and of attention to half a window, beyond
 the one matrix that closes the gap. What is scored: `copying.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ import ghostlib as gl
 from ghostlib.models.streams import excerpt, feed, record
 from ghostlib.recovery.sequential import dense_streams
 
+CHOOSING = 100  # the seed of windows and rows on which heads are chosen
 RIDGE = {"relative_ridge": 1e-4}
 Head = tuple[int, int]  # layer, and its number there
 
@@ -47,7 +52,7 @@ def outputs(model: PreTrainedModel, layer: int, x: Tensor, heads: list[int]) -> 
 class Circuit:
     """Kept heads, and the maps of one token around them."""
 
-    def __init__(self, model: PreTrainedModel, heads: Sequence[Head]) -> None:
+    def __init__(self, model: PreTrainedModel, heads: Iterable[Head]) -> None:
         self.model = model
         self.heads: dict[int, list[int]] = {}
         for layer, head in sorted(heads):
@@ -96,7 +101,7 @@ class Circuit:
         return total
 
 
-def ranking(model: PreTrainedModel, vocabulary: int) -> list[Head]:
+def attends(model: PreTrainedModel, vocabulary: int) -> list[Head]:
     """Heads of the removed layers, first those that attend most to one of the two places."""
     once = torch.randint(vocabulary, (6, 64), generator=torch.Generator().manual_seed(0))[:2]
     model.set_attn_implementation("eager")  # which returns its weights
@@ -110,6 +115,49 @@ def ranking(model: PreTrainedModel, vocabulary: int) -> list[Head]:
         both = torch.maximum(A[:, i, i - 63].mean(-1), A[:, i, i - 1].mean(-1))
         shares |= {(layer, head): float(share) for head, share in enumerate(both)}
     return sorted(shares, key=lambda head: -shares[head])
+
+
+def returns(model: PreTrainedModel, streams: dict[int, Tensor], score: Scorer) -> list[Head]:
+    """Heads of the removed layers, those last without which copying suffers least."""
+    config = model.config
+    C, count = config.hidden_size, config.num_attention_heads
+    size = C // count
+    total = C + len(GAP.removed) * count * size
+    regressor = gl.Regressor.parse("x, h")
+    family = replace(gl.OPERATORS["branches"], regressor=regressor)
+    after = range(GAP.start + 1, GAP.stop + 1)
+    whole = {y: gl.Moments(C, regressor=regressor, hidden=total - C) for y in after}
+    everything = list(range(count))
+    for row, x in enumerate(streams[GAP.start]):
+        kept = [outputs(model, y, streams[y][[row]], everything)[0] for y in GAP.removed]
+        for y, moments in whole.items():
+            moments.update(x, streams[y][row], hidden=torch.cat(kept, -1))
+
+    def circuit(heads: list[Head]) -> Circuit:
+        """As `Circuit.fit` with a teacher would find it, from parts of the same moments."""
+        chosen = Circuit(model, heads)
+        for layer in [*chosen.heads, GAP.stop]:
+            starts = [C + ((y - GAP.start) * count + h) * size for y, h in heads if y < layer]
+            if layer == GAP.start:
+                continue
+            columns = torch.tensor([*range(C), *(s + i for s in starts for i in range(size))])
+            moments = whole[layer]
+            sums = {"G": moments.G[columns][:, columns], "cross": moments.cross[columns]}
+            part = moments.replaced(sums | {"f1": moments.f1[columns]}, {})
+            part.regressor = regressor if starts else gl.Regressor.parse("x")
+            part.blocks = part.regressor.widths(C, len(columns) - C or None)
+            chosen.maps[layer] = gl.solve(part, replace(family, regressor=part.regressor), **RIDGE)
+        return chosen
+
+    left = [(y, h) for y in GAP.removed for h in everything]
+    dropped: list[Head] = []
+    while len(left) > 4:
+        without = {head: score.copying(circuit([h for h in left if h != head])) for head in left}
+        weakest = sorted(left, key=lambda head: without[head])[: max(len(left) // 4, 1)]
+        left = [head for head in left if head not in weakest]
+        dropped = [*reversed(weakest), *dropped]
+        print(f"{len(left)} heads left: copying {score.copying(circuit(left)):5.2f}", flush=True)
+    return left + dropped
 
 
 def run(part: PreTrainedModel, x: Tensor) -> Tensor:
@@ -147,26 +195,37 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--heads", nargs="*", type=int, default=[12], help="how many are kept")
     parser.add_argument("--layers", nargs="*", type=int, default=[16, 17], help="to keep whole")
-    parser.add_argument("--seed", type=int, default=0, help="of the windows")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of the windows, from 0")
     options = parser.parse_args()
     model, tokenizer = gl.load_model()
+    layers = range(GAP.start, GAP.stop + 1)
+
+    def draw(seed: int) -> tuple[Tensor, dict[int, Tensor]]:
+        windows = calibration(tokenizer, options.windows, options.length, seed)
+        return windows, dense_streams(model, windows, layers)
+
+    orders = {"attend": attends(model, len(tokenizer))}
+    if options.heads:
+        other = Scorer(model, tokenizer, options.rows // 2, 1, seed=CHOOSING)
+        orders["return"] = returns(model, draw(CHOOSING)[1], other)
     score = Scorer(model, tokenizer, options.rows, options.test_windows)
-    windows = calibration(tokenizer, options.windows, options.length, options.seed)
-    streams = dense_streams(model, windows, range(GAP.start, GAP.stop + 1))
 
     def line(name: str, f: Map, cost: float) -> None:
-        print(f"{name:20} {score(f)}  {cost / 1e6:5.2f} M", flush=True)
+        print(f"{name:30} {score(f)}  {cost / 1e6:5.2f} M", flush=True)
 
     line("no repair", lambda x: x, 0)
-    line("one matrix", Circuit(model, []).fit(streams, teacher=True), 0)
-    order = ranking(model, len(tokenizer))
-    for count in options.heads:
-        print("kept:", " ".join(f"{layer}.{head}" for layer, head in sorted(order[:count])))
-        for way in ("teacher", "sequence"):
-            circuit = Circuit(model, order[:count]).fit(streams, teacher=way == "teacher")
-            line(f"{count} heads, {way}", circuit, circuit.cost(options.length // 2))
-    for layer in options.layers:
-        line(f"layer {layer} whole", *whole_layer(model, layer, windows, streams))
+    for seed in range(options.seeds):
+        windows, streams = draw(seed)
+        line(f"seed {seed}, one matrix", Circuit(model, []).fit(streams, teacher=True), 0)
+        for count, (order, heads) in product(options.heads, orders.items()):
+            if seed == 0:
+                print("kept:", " ".join(f"{y}.{head}" for y, head in sorted(heads[:count])))
+            for way in ("teacher", "sequence"):
+                circuit = Circuit(model, heads[:count]).fit(streams, teacher=way == "teacher")
+                cost = circuit.cost(options.length // 2)
+                line(f"seed {seed}, {count} that {order}, {way}", circuit, cost)
+        for layer in options.layers:
+            line(f"seed {seed}, layer {layer} whole", *whole_layer(model, layer, windows, streams))
 
 
 if __name__ == "__main__":

@@ -49,10 +49,12 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
         rows: int = 8,
         windows: int = 6,
+        *,
+        seed: int = 4,
     ) -> None:
         test = gl.token_windows("wiki", tokenizer, split="test", length=512, count=windows, seed=0)
         self.model, self.tail = model, excerpt(model, GAP.stop)
-        self.asked = ProbeSet(model, None, ["copying"], seed=4, count=rows)
+        self.asked = ProbeSet(model, None, ["copying"], seed=seed, count=rows)
         self.batches, self.rows = [*self.asked.batches, *test.split(2)], len(self.asked.batches)
         self.streams = [record(model, ids, [GAP.start])[GAP.start] for ids in self.batches]
 
