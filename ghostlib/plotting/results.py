@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
@@ -661,17 +661,19 @@ def grid(
     *,
     label: str = "perplexity",
     limits: tuple[float, float] | None = None,
+    shares: bool = False,
     colour_bar: bool = True,
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Perplexities as a heat map with their numbers, on a logarithmic colour scale; light is low.
+    """Perplexities as a heat map with their numbers, on a logarithmic colour scale; light is good.
 
     Args:
         table: one row a choice of layers, one column a repair; missing cells stay white. Rows of
             equal values, such as two criteria that choose the same layers, are drawn as one.
         label: what a number means.
         limits: ends of the colour scale, to give several maps the same one.
+        shares: the numbers are shares between 0 and 1, of which more is better; no logarithm.
         colour_bar: whether to draw it.
     """
     ax = ax or plt.gca()
@@ -681,16 +683,18 @@ def grid(
     merged = table.loc[[names[0] for names in rows.values()]]
     merged.index = pd.Index([" = ".join(map(str, names)) for names in rows.values()])
     values = merged.to_numpy(dtype=float)
-    texts = np.vectorize(lambda v: "" if np.isnan(v) else short(v))(values)
-    low, high = limits or (np.nanmin(values), np.nanmax(values))
+    write = "{:.2f}".format if shares else short
+    texts = np.vectorize(lambda v: "" if np.isnan(v) else write(v))(values)
+    low, high = limits or ((0.0, 1.0) if shares else (np.nanmin(values), np.nanmax(values)))
+    colours = f"{label}\n({'' if shares else 'log colours; '}light: better)"
     sns.heatmap(
         merged,
         annot=texts,
         fmt="",
-        norm=LogNorm(low, high),
-        cmap="viridis_r",
+        norm=Normalize(low, high) if shares else LogNorm(low, high),
+        cmap="viridis" if shares else "viridis_r",
         cbar=colour_bar,
-        cbar_kws={"label": f"{label}\n(log colours; light: better)"} if colour_bar else None,
+        cbar_kws={"label": colours} if colour_bar else None,
         annot_kws={"fontsize": 9},
         ax=ax,
     )
@@ -703,7 +707,8 @@ def grid(
     for name, row in zip(merged.index, texts, strict=True):
         cells = [f"{c} {t}" for c, t in zip(merged.columns, row, strict=True) if t]
         lines.append(f"{name}: {', '.join(cells)}")
-    return describe(ax, f"{label}, lower is better. {'; '.join(lines)}.")
+    better = "higher" if shares else "lower"
+    return describe(ax, f"{label}, {better} is better. {'; '.join(lines)}.")
 
 
 def _plain_colour_bar(ax: Axes) -> None:
