@@ -2,11 +2,10 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from conftest import LAYERS, tiny_model, tiny_tokenizer
@@ -304,11 +303,9 @@ def test_three_shards_in_processes_of_their_own_are_one_run(done, folder, tmp_pa
         )
     )
     paths = [tmp_path / f"part-{index}.jsonl" for index in (1, 2, 3)]
-    jobs = [
-        subprocess.Popen([sys.executable, "-c", code, plan, str(path), f"{index}/3"])
-        for index, path in enumerate(paths, start=1)
-    ]
-    assert [job.wait() for job in jobs] == [0, 0, 0]
+    jobs = [(plan, path, f"{index}/3") for index, path in enumerate(paths, start=1)]
+    for job in fresh.run_all(code, *jobs):
+        assert job.returncode == 0, job.stderr
     parts = [content(gl.read_results(path)) for path in paths]
     cells = [{name for name in part if name[0] == "score"} for part in parts]
     assert all(cells) and len(set.union(*cells)) == sum(map(len, cells)), "no cell in two shards"

@@ -3,7 +3,9 @@
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+import fresh
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -186,15 +188,24 @@ ax.set_title("Later given");
 """
 
 
-def test_a_notebook_stores_the_text_with_the_picture(monkeypatch: pytest.MonkeyPatch):
+def test_a_notebook_stores_the_text_with_the_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import nbformat
-    from nbclient import NotebookClient
     from nbconvert import HTMLExporter
 
     monkeypatch.delenv("MPLBACKEND", raising=False)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
-    NotebookClient(notebook, kernel_name="python3").execute()
-    (output,) = (o for o in notebook.cells[0].outputs if "image/png" in o.get("data", {}))
+    pictures = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if "image/png" in message["content"].get("data", {}):
+            pictures.append(nbformat.v4.output_from_msg(message))
+
+    with fresh.kernel(tmp_path) as client:
+        reply = client.execute_interactive(CELL, timeout=300, output_hook=hear)
+    assert reply["content"]["status"] == "ok", reply
+    (output,) = pictures
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL, outputs=pictures)])
     text = output.metadata["image/png"]["alt"]
     assert text.startswith("Later given. Perplexity") and "20.0 at start 0" in text
     page, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)

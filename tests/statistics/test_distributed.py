@@ -1,18 +1,18 @@
 """Two processes calibrate together what one calibrates alone, or both are told why not."""
 
 import inspect
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from conftest import assert_same_moments, tiny_model, tiny_windows
 from ranks import BOUNDARIES
-from torch.multiprocessing import get_context, start_processes
 
 import ghostlib as gl
 from ghostlib.statistics import distributed
@@ -25,9 +25,13 @@ SECONDS = 300
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes got."""
     folder = tmp_path_factory.mktemp("ranks")
-    # both are forked from one process that has imported everything
-    get_context("forkserver").set_forkserver_preload(["ghostlib"])
-    start_processes(ranks.main, (PROCESSES, folder), PROCESSES, start_method="forkserver")
+    here = Path(__file__).parent
+    code = (
+        f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
+        f"import ranks; ranks.main(int(sys.argv[1]), {PROCESSES}, ranks.Path(sys.argv[2]))"
+    )
+    for done in fresh.run_all(code, *((rank, folder) for rank in range(PROCESSES))):
+        assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(PROCESSES)]
 
 
@@ -171,16 +175,15 @@ def documented_script() -> str:
     return "\n".join(line.removeprefix("    ") for line in lines[:end])
 
 
+SMALLER = ("length=512, count=8", "length=64, count=2")
+
+
 @pytest.mark.embedded
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["torchrun", "accelerate"])
-def test_the_documented_script_runs(start: str, tmp_path: Path) -> None:
+def test_the_documented_script_runs(tmp_path: Path) -> None:
     code = documented_script()
-    if start == "accelerate":
-        group = 'dist.init_process_group("gloo")'
-        assert group in code
-        code = code.replace(group, "import accelerate; accelerate.PartialState(cpu=True)")
-        code = code.replace("length=512, count=8", "length=64, count=2")
+    assert SMALLER[0] in code
+    code = code.replace(*SMALLER)
     (tmp_path / "script.py").write_text(code + "\ndist.destroy_process_group()\n")
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -191,4 +194,29 @@ def test_the_documented_script_runs(start: str, tmp_path: Path) -> None:
         timeout=SECONDS,
     )
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "smollm2-ghost7" / "model.safetensors").exists()
+
+
+@pytest.mark.embedded
+@pytest.mark.slow
+def test_the_documented_script_runs_with_accelerate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two processes that are told what a launcher tells them."""
+    group, code = 'dist.init_process_group("gloo")', documented_script()
+    assert group in code
+    code = code.replace(group, "import accelerate; accelerate.PartialState(cpu=True)")
+    code = code.replace(*SMALLER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        f"import os, sys; os.environ.update({told}, RANK=sys.argv[1], LOCAL_RANK=sys.argv[1])",
+        code,
+        "dist.destroy_process_group()",
+    ]
+    for done in fresh.run_all("\n".join(lines), (0,), (1,)):
+        assert done.returncode == 0, done.stderr
     assert (tmp_path / "smollm2-ghost7" / "model.safetensors").exists()

@@ -2,18 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import fresh
 import pytest
 from conftest import tiny_model, tiny_windows
 
 import ghostlib as gl
-
-
-def python(code: str, *arguments: str) -> str:
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_every_public_name_is_found_where_type_checkers_see_it():
@@ -26,29 +21,31 @@ def test_every_public_name_is_found_where_type_checkers_see_it():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, ghostlib; print({'torch', 'transformers', 'pandas'} & sys.modules.keys())"
-    assert python(code) == "set()\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "set()\n"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("registration") / "model"
-    gl.recover(tiny_model("llama"), tiny_windows(), [2, 3]).save_pretrained(folder)
-    return str(folder)
+# Half of what importing transformers takes, and nothing of transformers.
+BEFORE = (
+    "import torch.distributed.tensor, torch._dynamo, sys; assert 'transformers' not in sys.modules"
+)
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
+def test_transformers_reads_a_recovered_model_whoever_is_imported_first(tmp_path: Path) -> None:
+    gl.recover(tiny_model("llama"), tiny_windows(), [2, 3]).save_pretrained(tmp_path)
+    orders = [
         "import ghostlib; from transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig, AutoModelForCausalLM; import ghostlib",
         "import ghostlib, transformers.models.auto.modeling_auto;"
         "from transformers import AutoConfig, AutoModelForCausalLM",
-    ],
-)
-def test_transformers_reads_a_recovered_model_whoever_is_imported_first(saved, imports):
+    ]
     code = (
-        f"{imports}\nimport sys\nassert 'ghostlib.surgery.ghosted' not in sys.modules\n"
-        "print(AutoConfig.from_pretrained(sys.argv[1]).model_type,"
-        "type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+        "import sys\nexec(sys.argv[1])\nassert 'ghostlib.surgery.ghosted' not in sys.modules\n"
+        "print(AutoConfig.from_pretrained(sys.argv[2]).model_type,"
+        "type(AutoModelForCausalLM.from_pretrained(sys.argv[2])).__name__)"
     )
-    assert python(code, saved) == "ghosted_llama GhostedLlamaForCausalLM\n"
+    ended = fresh.run_all(code, *((order, tmp_path) for order in orders), imports=BEFORE)
+    for order, done in zip(orders, ended, strict=True):
+        assert done.returncode == 0, f"{order}: {done.stderr}"
+        assert done.stdout == "ghosted_llama GhostedLlamaForCausalLM\n", order

@@ -5,12 +5,11 @@ import copy
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import transformers
@@ -40,9 +39,8 @@ for folder in sys.argv[2:]:
 """
 
 
-def run_elsewhere(*folders: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, json.dumps(options), *map(str, folders)]
-    return subprocess.run(command, capture_output=True, text=True)
+def run_elsewhere(*folders: Path, **options: Any) -> fresh.Done:
+    return fresh.run(SCRIPT, json.dumps(options), *folders)
 
 
 def load_elsewhere(*folders: Path, **options: Any) -> list[tuple[str, torch.Tensor]]:
@@ -206,9 +204,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     pytest.importorskip("resource")
     (tmp_path / "empty").mkdir()
     folders = [tmp_path / "new", tmp_path / "empty"]
-    tests = str(Path(__file__).parents[1])
-    command = [sys.executable, "-c", FULL_DISK, str(folders[0]), tests, str(folders[1])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fresh.run(FULL_DISK, folders[0], Path(__file__).parents[1], folders[1])
     assert done.returncode == 0, done.stderr
     for folder, line in zip(folders, done.stdout.splitlines(), strict=True):
         assert line.startswith(f"{folder} could not be written, nothing was saved: ")

@@ -2,12 +2,11 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -134,9 +133,7 @@ def test_a_new_process_gives_the_same_logits(tmp_path, embedded, wiki):
         "assert torch.equal(model(expected['ids']).logits, expected['logits'])"
     )
     arguments = [str(folder), str(tmp_path / "expected"), str(torch.get_num_threads())]
-    outcome = subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
-    )
+    outcome = fresh.run(script, *arguments)
     assert outcome.returncode == 0, outcome.stderr
 
 
