@@ -90,9 +90,8 @@ def short_cells(nb: Notebook, path: Path) -> Iterator[str]:
         lines = len(cell.source.splitlines())
         if not 0 < lines <= MAX_LINES:
             yield f"In [{number}] has {lines} lines, not 1 … {MAX_LINES}"
-    for size, most, unit in ((len(nb.cells), MAX_CELLS, "cells"), (kilobytes(nb), MAX_KB, "kB")):
-        if size > most:
-            yield f"{size} {unit}, more than {most}"
+    sizes = (len(nb.cells), MAX_CELLS, "cells"), (len(dump(nb)) // 1000, MAX_KB, "kB")
+    yield from (f"{size} {unit}, more than {most}" for size, most, unit in sizes if size > most)
 
 
 def one_machine(nb: Notebook, path: Path) -> Iterator[str]:
@@ -127,11 +126,6 @@ def executed(nb: Notebook, path: Path) -> Iterator[str]:
 def prose(nb: Notebook) -> str:
     """All that is not code."""
     return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
-
-
-def kilobytes(nb: Notebook) -> int:
-    """Size of the file."""
-    return len(dump(nb)) // 1000
 
 
 BASIC = (setup, assertion, short_cells, one_machine, links, executed)  # solutions keep these

@@ -164,7 +164,7 @@ def test_what_is_no_notebook_is_refused_by_name(root, content):
     path = root / "notebooks" / "02_none.ipynb"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(tool.NotebookError, match=r"02_none\.ipynb: not a notebook"):
+    with pytest.raises(SystemExit, match=r"02_none\.ipynb: not a notebook"):
         tool.read(path)
 
 
@@ -222,7 +222,7 @@ def test_the_course_has_parts_in_order_and_the_explorer_last(root):
 @pytest.mark.parametrize("url", ["", "https://example.com/a/b", "https://github.com/a"])
 def test_an_address_that_is_none_is_refused(root, url):
     address(root, url)
-    with pytest.raises(tool.NotebookError, match="Repository"):
+    with pytest.raises(SystemExit, match="Repository"):
         fill.fill(root)
 
 
