@@ -6,9 +6,9 @@ excerpt of its model, answers that by what it returns when one of them returns s
 """
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from ghostlib.models.architectures import (
     structure,
 )
 from ghostlib.models.placement import compute_device, input_device
-from ghostlib.models.streams import excerpt, feed, tap
+from ghostlib.models.streams import excerpt, feed, leaving, tap
 
 _TOKENS, _FACTOR = 5, 2.0
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
@@ -434,18 +434,10 @@ def listen(
     ``read`` (…, intermediate) is its input, ``returned`` (…, width) what it adds to the stream, in
     the passes that this thread makes.
     """
-    owner = threading.get_ident()
-
-    def hook_for(start: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if threading.get_ident() == owner:
-                on_mlp(start, args[0], output)
-
-        return hook
-
     with ExitStack() as stack:
         # All are found before the first is watched.
         modules = {start: down_projection(model, start - 1) for start in starts}
         for start, module in modules.items():
-            stack.callback(module.register_forward_hook(hook_for(start)).remove)
+            seen = partial(lambda start, args, output: on_mlp(start, args[0], output), start)
+            stack.enter_context(leaving(module, seen))
         yield
