@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ghostlib.text.assets import asset
-from ghostlib.text.documents import decode, kept
+from ghostlib.text.documents import jsonl, kept
 
 
 class Item(TypedDict):
@@ -35,14 +35,11 @@ def read_items(path: str | Path) -> list[Item]:
     if not path.is_file():
         raise FileNotFoundError(f"no such task file: {path}")
     items = []
-    # Not splitlines(): JSON strings may hold other line separators, such as U+2028, unescaped.
-    for number, line in enumerate(decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for where, record in jsonl(path):
         try:
-            items.append(_checked(json.loads(line)))
+            items.append(_checked(record))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
     if not items:
         raise ValueError(f"{path} has no items: give one {{query, choices, gold}} a line")
     return items

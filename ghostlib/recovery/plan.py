@@ -19,9 +19,9 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from ghostlib.common import AUTO, shown
-from ghostlib.evaluation.cost import flops, weight_bytes
-from ghostlib.models.architectures import hidden_size, num_layers, text_config
+from ghostlib.common import AUTO, existing, shown
+from ghostlib.evaluation.cost import flops
+from ghostlib.models.architectures import hidden_size, num_layers, text_config, weight_bytes
 from ghostlib.models.boundaries import Boundary, contiguous, runs
 from ghostlib.models.loading import EMBEDDED, check_reachable
 from ghostlib.operators.families import Family
@@ -81,7 +81,7 @@ class Plan:
                 f"{readable(self.available)} are free: use --dtype bfloat16, a shorter --length, "
                 "or --offload FOLDER"
             )
-        free = shutil.disk_usage(_existing(Path(HF_HUB_CACHE))).free
+        free = shutil.disk_usage(existing(Path(HF_HUB_CACHE))).free
         if self.download > free:
             raise OSError(
                 f"{readable(self.download)} have to be fetched and {readable(free)} are free in "
@@ -294,12 +294,6 @@ def _free(device: str) -> int:
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_bytes()
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def _rate(rows: int, columns: int, dtype: torch.dtype, device: str) -> float:
