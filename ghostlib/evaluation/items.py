@@ -101,7 +101,8 @@ def descriptions(seed: int = SEED) -> list[Item]:
     rng.shuffle(articles)
     described = [(a["topic"], a["description"], _words(a["description"])) for a in articles]
     for article, (topic, right, words) in zip(articles, described, strict=True):
-        rest = _sentences(article["extract"])[1:]
+        extract = " ".join(article["extract"].split())
+        rest = re.split(r"(?<=[.!?])\s+(?=[A-Z])", extract)[1:]
         query = f"{_beginning(' '.join(rest))}\n\nShort description of {article['title']}:"
         shown = _words(query)
         if not rest or shown & words:
@@ -139,10 +140,6 @@ def articles_with_topic() -> list[dict[str, str]]:
     documents = ((e["title"], f"{e['title']}\n\n{e['extract']}") for e in entries)
     test = [by_title[title] for title, _ in kept(documents, "test")]
     return [article for article in test if article["topic"] in TOPICS]
-
-
-def _sentences(text: str) -> list[str]:
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))
 
 
 def _beginning(text: str) -> str:

@@ -75,19 +75,12 @@ def look(name: str) -> Look:
 
 
 def color(name: str) -> str:
-    """The colour of an operator, or of ``"dense"`` and ``"pruned"``, in every figure.
-
-    Raises:
-        ValueError: a name without a look; the message lists those that have one.
-    """
+    """The colour of an operator, or of ``"dense"`` and ``"pruned"``; errors as of `look`."""
     return look(name).color
 
 
 def style(name: str) -> dict[str, Any]:
-    """Colour, marker and dash of an operator's line, as ``ax.plot`` takes them.
-
-    Raises:
-        ValueError: a name without a look; the message lists those that have one.
+    """Colour, marker and dash of an operator's line, for ``ax.plot``; errors as of `look`.
 
     >>> style("ghost-relative")
     {'color': '#629947', 'marker': 'p', 'linestyle': '--', 'linewidth': 1.5}

@@ -88,9 +88,7 @@ def fit_sequential(
         windows: (windows, length) token ids.
         boundaries: runs of removed layers, in ascending order, with a kept layer between any two.
         operator: a name from `FAMILIES`, or a regressor such as ``"x, n(x); 1/|y|"``.
-        attention_mask: (windows, length), 0 at padding; padding enters no statistic.
-        skip_leading: how many of the first positions of each window to leave out.
-        batch_size: windows per forward pass.
+        attention_mask, skip_leading, batch_size: as in `calibrate`.
         streams: `dense_streams` at the first start and at every stop, where at hand.
         options: passed on to the solver.
 
@@ -175,8 +173,6 @@ def _arrive(
             shape = x.shape[:2]
             read = [t.view(*shape, -1) for t in mlp.pop()] if with_mlp else ()
             arrived.append(Sources(x, *read).map(lambda t: t.cpu()))
-    joined = torch.cat([sources.stream for sources in arrived])
-    if not with_mlp:
-        return Sources(joined)
-    hidden, output = ([getattr(s, name) for s in arrived] for name in ("hidden", "output"))
-    return Sources(joined, torch.cat(hidden), torch.cat(output))
+    parts: Any = zip(*arrived, strict=True)
+    joined: Any = (None if part[0] is None else torch.cat(part) for part in parts)
+    return Sources(*joined)

@@ -1,6 +1,6 @@
 """What is found in a model before anything is done to it, from its configuration alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,9 @@ class Inspection:
         cached = ["–"] * len(self.kinds) if self.cache is None else self.cache
         rows = list(zip(self.kinds, self.parameters, cached, strict=True))
         for row in dict.fromkeys(rows):
-            layers = _shortened([index for index, other in enumerate(rows) if other == row])
-            lines.append(f"{layers:<24} {row[0]:<34} {row[1]:>12,} {row[2]:>17}")
+            text = spell(index for index, other in enumerate(rows) if other == row)
+            text = text if len(text) <= 24 else f"{text[:16]} … ({rows.count(row)})"
+            lines.append(f"{text:<24} {row[0]:<34} {row[1]:>12,} {row[2]:>17}")
         by_reason: dict[str, list[str]] = {"": []}
         for name, why in self.families.items():
             by_reason.setdefault(why, []).append(name)
@@ -79,11 +80,6 @@ class Inspection:
             lines.append(f"not on their own: layers {spell(self.fixed)}")
             lines.append(next(iter(self.fixed.values())))
         return "\n".join(lines)
-
-
-def _shortened(layers: Sequence[int]) -> str:
-    text = spell(layers)
-    return text if len(text) <= 24 else f"{text[:16]} … ({len(layers)})"
 
 
 @checked

@@ -162,19 +162,13 @@ def _abilities(profile: Any) -> list[str]:
 
 
 def _loading(model: PreTrainedModel, name: str, portable: bool) -> list[str]:
-    ghosted = isinstance(model, GhostedMixin)
-    remote = ", trust_remote_code=True" if ghosted and portable else ""
-    first = ["import ghostlib  # registers the repaired class", ""] if ghosted else []
-    if remote:
-        first = []
-    return [
-        "```python",
-        *first,
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{remote})",
-        "```",
-    ]
+    first, option = [], ""
+    if isinstance(model, GhostedMixin) and portable:
+        option = ", trust_remote_code=True"
+    elif isinstance(model, GhostedMixin):
+        first = ["import ghostlib  # registers the repaired class", ""]
+    load = f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{option})"
+    return ["```python", *first, "from transformers import AutoModelForCausalLM", "", load, "```"]
 
 
 def _safe(text: object) -> str:

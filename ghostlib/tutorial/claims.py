@@ -245,8 +245,7 @@ def record(
         holds: outcome of an exact check.
         estimate: of the quantity that the claim is about.
         interval: its 95 % confidence interval.
-        above: the claim is that the quantity is larger than this.
-        below: the claim is that it is smaller than this; with ``above``, that it lies between.
+        above, below: what the claim says of the quantity, as in `verdict`.
         items: how many questions the estimate rests on.
         seeds: how many calibrations.
         windows: how many windows of held-out text.
@@ -311,7 +310,8 @@ def ledger(measurements: Iterable[Measurement]) -> str:
         found[measured.facts["claim"]].append(measured)
     rows, evidence, verdicts = [], [], []
     for number, entries in found.items():
-        claim, word = CLAIMS[number], _least_favourable(entries)
+        claim, measured_as = CLAIMS[number], [entry.facts["verdict"] for entry in entries]
+        word = min(measured_as, key=_ORDER.index, default=UNMEASURED)
         verdicts.append(word)
         values, places, details = [], [], []
         for notebook, cell, facts in entries:
@@ -336,12 +336,7 @@ def ledger(measurements: Iterable[Measurement]) -> str:
     )
 
 
-def _least_favourable(entries: Iterable[Measurement]) -> str:
-    verdicts = {entry.facts["verdict"] for entry in entries} or {UNMEASURED}
-    return next(word for word in _ORDER if word in verdicts)
-
-
-_ORDER = (FAILS, UNDECIDED, HOLDS, UNMEASURED)
+_ORDER = (FAILS, UNDECIDED, HOLDS)
 _PAGE = """\
 # The claims, checked
 

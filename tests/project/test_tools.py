@@ -13,7 +13,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 import fill
 import notebooks as tool
-import prose
 import rules
 
 FIRST = """# Prune a toy
@@ -397,7 +396,7 @@ def test_a_number_in_prose_needs_support(sentence, unsupported):
     exempt = {"numbers": {"0.5": "a setting"}}
     nb = executed(good(new_markdown_cell(sentence, metadata=exempt)))
     nb.cells[-8].outputs[0].text = PRINTED
-    assert [words for _, words in prose.unsupported(nb)] == unsupported
+    assert [words for _, words in rules.unsupported(nb)] == unsupported
 
 
 @pytest.mark.parametrize(
