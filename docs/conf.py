@@ -24,6 +24,7 @@ import fill  # noqa: E402
 import ghostlib as gl  # noqa: E402
 import notebooks  # noqa: E402
 from ghostlib import plotting  # noqa: E402
+from ghostlib.common import Registry  # noqa: E402
 from ghostlib.experiments.tables import scores  # noqa: E402
 from ghostlib.tutorial import claims  # noqa: E402
 from ghostlib.tutorial.stored import stored  # noqa: E402
@@ -207,13 +208,14 @@ def api() -> dict[str, str]:
     origins = gl._origins()
     pages = {}
     for room, title in ROOMS.items():
-        names = [n for n in gl.__all__ if origins[n][0].split(".")[1] == room]
+        names = [n for n in gl.__all__ if origins[n].split(".")[1] == room]
         intro = (import_module(f"ghostlib.{room}").__doc__ or "").strip()
         parts = [described("ghostlib", name) for name in names]
         if room == "tutorial":
             parts += [described("ghostlib.tutorial.claims", "record")]
         pages[room] = f"# {title}\n\n```{{eval-rst}}\n{intro}\n```\n\n" + "\n".join(parts)
-    figures = "\n".join(described("ghostlib.plotting", name) for name in plotting.__all__)
+    named = {n: v for n, v in vars(plotting).items() if callable(v) or isinstance(v, Registry)}
+    figures = "\n".join(described("ghostlib.plotting", name) for name in sorted(named))
     pages["plotting"] = f"# Figures\n\n{figures}"
     pages["names"] = "# Names of operators, criteria and corpora\n\n" + "\n".join(registries())
     listed = toctree(list(pages))

@@ -172,9 +172,10 @@ def recover(options: argparse.Namespace) -> None:
 
     from ghostlib.evaluation.abilities import BRIEF
     from ghostlib.evaluation.abilities import abilities as profile_model
-    from ghostlib.evaluation.cost import count_parameters, weight_bytes
+    from ghostlib.evaluation.cost import count_parameters
     from ghostlib.evaluation.perplexity import gap_closed, perplexity
     from ghostlib.experiments.spec import base_name, canonical
+    from ghostlib.models.architectures import weight_bytes
     from ghostlib.models.boundaries import read_layers, spell
     from ghostlib.models.loading import check_source, load_model
     from ghostlib.operators.families import Family

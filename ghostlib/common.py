@@ -8,10 +8,17 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    suppress,
+)
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Real
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
@@ -80,6 +87,22 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back and frame.f_globals["__name__"].split(".")[0] == "ghostlib":
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    from importlib import metadata
+
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def existing(path: Path) -> Path:
+    """The file or folder itself, or the nearest one above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def hub_trouble() -> str:

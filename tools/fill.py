@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ghostlib.tutorial import claims
-from notebooks import ROOT, Notebook, NotebookError, code_cells, dump, read, solutions, suite, write
+from notebooks import ROOT, Notebook, code_cells, dump, read, suite
 
-BRANCH = "main"
 QUICK = "00_quickstart.ipynb"  # what the README's badges open
 FILLED = ("README.md", "CONTRIBUTING.md", "CITATION.cff")
 PARTS = {"00": "Learn", "08": "Use", "13": "Beyond", "ex": "Explore"}  # from this number on
 WITHOUT_ADDRESS = "put ghostlib's wheel (make wheel) beside the notebook, or start from a clone"
+WHEEL = f"""\
+    wheels = glob.glob("ghostlib-*.whl")
+    assert wheels, "{WITHOUT_ADDRESS}"
+"""
 CODE = "```bash\n{}\n```"
 REGION = re.compile(
     r"((?:<!--|#) begin:(?P<name>[\w-]+)[^\n]*\n).*?((?:<!--|#) end:(?P=name)\b)", re.DOTALL
@@ -34,7 +37,7 @@ def address(root: Path) -> str | None:
         return None
     found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", url)
     if not found:
-        raise NotebookError(f"pyproject.toml: Repository is not https://github.com/…/…: {url!r}")
+        raise SystemExit(f"pyproject.toml: Repository is not https://github.com/…/…: {url!r}")
     return found[1]
 
 
@@ -43,14 +46,11 @@ def setup_source(repository: str | None, evaluates: bool = False) -> str:
     extra, test = "", 'importlib.util.find_spec("ghostlib") is None'
     if evaluates:  # with zero-shot tasks
         extra, test = "[eval]", 'None in map(importlib.util.find_spec, ("ghostlib", "lm_eval"))'
-    head = f"import importlib.util\n\nif {test}:  # on Colab, or in a bare kernel\n"
-    if repository:
-        package = f"ghostlib{extra} @ git+https://github.com/{repository}"
-    else:
-        package = f"{{wheels[0]}}{extra}"
-        head = f"import glob\n{head}    wheels = glob.glob('ghostlib-*.whl')\n".replace("'", '"')
-        head += f'    assert wheels, "{WITHOUT_ADDRESS}"\n'
-    return f'{head}    %pip install --quiet "{package}"'
+    imports, package, wheel = "", f"ghostlib{extra} @ git+https://github.com/{repository}", ""
+    if repository is None:
+        imports, package, wheel = "import glob\n", f"{{wheels[0]}}{extra}", WHEEL
+    head = f"{imports}import importlib.util\n\nif {test}:  # on Colab, or in a bare kernel\n"
+    return f'{head}{wheel}    %pip install --quiet "{package}"'
 
 
 def badges(repository: str | None, name: str) -> str:
@@ -59,9 +59,9 @@ def badges(repository: str | None, name: str) -> str:
         return f"On Colab or another server: {WITHOUT_ADDRESS}."
     return (
         "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-        f"(https://colab.research.google.com/github/{repository}/blob/{BRANCH}/notebooks/{name}) "
+        f"(https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}) "
         "[![Open in Binder](https://mybinder.org/badge_logo.svg)]"
-        f"(https://mybinder.org/v2/gh/{repository}/{BRANCH}?labpath=notebooks%2F{name})"
+        f"(https://mybinder.org/v2/gh/{repository}/main?labpath=notebooks%2F{name})"
     )
 
 
@@ -95,11 +95,11 @@ def course(notebooks: dict[Path, Notebook]) -> dict[str, dict[Path, str]]:
 
 def table(notebooks: dict[Path, Notebook]) -> str:
     """The README's list of notebooks: a line each, under the parts of the course."""
-    lines = []
+    parts = []
     for part, titles in course(notebooks).items():
         links = [f"- [{title}](notebooks/{path.name})" for path, title in titles.items()]
-        lines += [f"**{part}**", "", *links, ""]
-    return "\n".join(lines[:-1])
+        parts.append("\n".join([f"**{part}**\n", *links]))
+    return "\n\n".join(parts)
 
 
 def outputs(notebooks: dict[Path, Notebook], kind: str) -> Iterator[tuple[Path, Notebook, Any]]:
@@ -116,9 +116,7 @@ def replace_regions(text: str, bodies: dict[str, str]) -> str:
 
     def replaced(found: re.Match[str]) -> str:
         body = bodies.get(found["name"])
-        if body is None:
-            return found[0]
-        return found[1] + (f"{body}\n" if body else "") + found[3]
+        return found[0] if body is None else found[1] + (body and f"{body}\n") + found[3]
 
     return REGION.sub(replaced, text)
 
@@ -138,7 +136,8 @@ def contents(root: Path) -> dict[Path, bytes]:
     bodies = {**addressed(repository), "notebooks": table(notebooks)}
     for path in filter(Path.exists, (root / name for name in FILLED)):
         found[path] = replace_regions(path.read_text(encoding="utf-8"), bodies).encode()
-    for path, nb in {**notebooks, **{path: read(path) for path in solutions(root)}}.items():
+    solved = {path: read(path) for path in suite(root, "notebooks/solutions")}
+    for path, nb in (notebooks | solved).items():
         for cell in code_cells(nb, "setup"):
             cell.source = setup_source(repository, "eval" in cell.metadata.tags)
         links = {"badges": badges(repository, path.name)}
@@ -156,7 +155,8 @@ def stale(root: Path) -> dict[Path, bytes]:
 def fill(root: Path) -> None:
     """Write the generated parts that have changed."""
     for path, content in stale(root).items():
-        write(path, content)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
         print(f"filled {path.relative_to(root)}")
 
 

@@ -5,18 +5,19 @@
 The mutants are Cosmic Ray's: arithmetic, comparisons, constants, conditions, loops. Each runs the
 tests of its own folder, without the embedded model, in a fork of a process that has imported all
 that they import but the package itself, so that a mutant takes about as long as the tests that
-kill it. The file stays as it is: the fork is given the mutated source when it imports it.
+kill it. The files stay as they are: the fork imports a copy of the package with the change.
 """
 
 import argparse
 import contextlib
 import importlib
-import importlib.machinery
 import itertools
 import os
 import random
 import resource
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from functools import partial
@@ -36,6 +37,7 @@ FOLDERS = ("linalg", "statistics", "operators", "selection")
 # Decorators, annotations and kinds of exceptions; and what bits make of a float, always an error.
 ASIDE = ("Bit", "Shift", "RemoveDecorator", "ExceptionReplacer", "Variable")
 TESTS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not embedded and not slow"]
+OPERATORS = OperatorProvider()
 # The first example that fails is enough: none is made smaller, or kept.
 hypothesis.settings.register_profile(
     "mutation", deadline=None, database=None, derandomize=True, phases=[hypothesis.Phase.generate]
@@ -51,9 +53,9 @@ class Mutant(NamedTuple):
 
     def source(self) -> str:
         """The file with the change."""
-        code = mutate_code(self.file.read_text(), _operator(self.operator), self.occurrence)
-        assert code is not None
-        return str(code)
+        operator = OPERATORS[self.operator]()
+        code: str = mutate_code(self.file.read_text(), operator, self.occurrence)
+        return code
 
     def compiles(self) -> bool:
         """Whether it is a program: the star of keyword-only arguments is taken for a product."""
@@ -63,13 +65,9 @@ class Mutant(NamedTuple):
 
     def __str__(self) -> str:
         before, after = self.file.read_text().splitlines(), self.source().splitlines()
-        lines = zip(range(1, len(before) + 1), before, after, strict=False)
-        number, old, new = next(line for line in lines if line[1] != line[2])
+        pairs = enumerate(zip(before, after, strict=False), 1)
+        number, (old, new) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
         return f"{self.file.relative_to(ROOT)}:{number}: {old.strip()}  →  {new.strip()}"
-
-
-def _operator(name: str) -> object:
-    return OperatorProvider()[name]()
 
 
 def mutants(folder: str) -> list[Mutant]:
@@ -77,26 +75,29 @@ def mutants(folder: str) -> list[Mutant]:
     found = []
     for file in sorted((ROOT / "ghostlib" / folder).glob("*.py")):
         nodes = list(ast_nodes(get_ast(file.read_text())))
-        for name in OperatorProvider():
+        for name in OPERATORS:
             if not any(part in name for part in ASIDE):
-                operator = _operator(name)
-                places = [p for node in nodes for p in operator.mutation_positions(node)]  # type: ignore[attr-defined]
+                operator = OPERATORS[name]()
+                places = [place for node in nodes for place in operator.mutation_positions(node)]
                 found += [Mutant(file, name, k) for k in range(len(places))]
     return found
 
 
 def passes(folder: str, limit: int, mutant: Mutant) -> bool:
     """Whether the tests of a folder pass with a mutant in place, in ``limit`` seconds of a core."""
-    child = os.fork()
-    if not child:
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-        try:
-            _replace(mutant.file, mutant.source().encode())
-            passed = run(folder, mutant.file.stem)
-        except BaseException:
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(ROOT / "ghostlib", f"{copy}/ghostlib")
+        (copy / mutant.file.relative_to(ROOT)).write_text(mutant.source())
+        child = os.fork()
+        if not child:
             passed = False
-        os._exit(not passed)
-    return os.waitpid(child, 0)[1] == 0
+            try:
+                resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+                sys.path.insert(0, copy)
+                passed = run(folder, mutant.file.stem)
+            finally:
+                os._exit(not passed)
+        return os.waitpid(child, 0)[1] == 0
 
 
 def run(folder: str, first: str) -> bool:
@@ -114,21 +115,32 @@ def unchanged(folder: str) -> tuple[bool, float, list[str]]:
     return run(folder, ""), time.process_time(), [m for m in sys.modules if "ghostlib" not in m]
 
 
-def _replace(file: Path, source: bytes) -> None:
-    """Let every import of ``file`` in this process read ``source``, and no other process."""
-    sys.dont_write_bytecode = True
-    read = importlib.machinery.SourceFileLoader.get_data
+def survey(folder: str, options: argparse.Namespace) -> None:
+    """Print the survivors of a folder, and a line of numbers; ends where tests fail as it is."""
+    begin, every, fork = time.perf_counter(), mutants(folder), get_context("fork")
+    with fork.Pool(1) as pool:
+        passed, seconds, imported = pool.apply(unchanged, (folder,))
+    if not passed:
+        sys.exit(f"{folder}: its tests fail without a mutant")
+    for name in imported:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    random.Random(options.seed).shuffle(every)
+    chosen = list(itertools.islice(filter(Mutant.compiles, every), options.sample))
+    survivors = 0
+    with fork.Pool(options.jobs) as pool:
+        results = pool.imap(partial(passes, folder, 30 + 4 * int(seconds)), chosen)
+        for mutant in itertools.compress(chosen, results):
+            survivors += 1
+            print(mutant, flush=True)
+    print(
+        f"{folder}: {len(chosen)} of {len(every)} mutants, {survivors} survive "
+        f"({1 - survivors / len(chosen):.0%} killed), {time.perf_counter() - begin:.0f} s",
+        flush=True,
+    )
 
-    def get_data(self: importlib.machinery.SourceFileLoader, path: str) -> bytes:
-        if Path(path).name.startswith(f"{file.stem}.") and path.endswith(".pyc"):
-            raise OSError("not the compiled one")
-        return source if path == str(file) else read(self, path)
 
-    importlib.machinery.SourceFileLoader.get_data = get_data  # type: ignore[method-assign, assignment]
-
-
-def main() -> int:
-    """Print the survivors and a line for each folder; the status is 1 where tests fail as it is."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folders", nargs="*", default=FOLDERS)
     parser.add_argument("--sample", type=int, help="so many of each folder [all]")
@@ -138,33 +150,5 @@ def main() -> int:
     os.chdir(ROOT)
     torch.set_num_threads(1)
     warnings.simplefilter("error", SyntaxWarning)  # `x is "block"` is no program either
-    fork = get_context("fork")
     for folder in options.folders:
-        begin, every = time.perf_counter(), mutants(folder)
-        with fork.Pool(1) as pool:
-            passed, seconds, imported = pool.apply(unchanged, (folder,))
-        if not passed:
-            print(f"{folder}: its tests fail without a mutant")
-            return 1
-        for name in imported:
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
-        random.Random(options.seed).shuffle(every)
-        chosen = list(itertools.islice(filter(Mutant.compiles, every), options.sample))
-        survivors = 0
-        with fork.Pool(options.jobs) as pool:
-            results = pool.imap(partial(passes, folder, 30 + 4 * int(seconds)), chosen)
-            for mutant, survives in zip(chosen, results, strict=True):
-                if survives:
-                    survivors += 1
-                    print(mutant, flush=True)
-        print(
-            f"{folder}: {len(chosen)} of {len(every)} mutants, {survivors} survive "
-            f"({1 - survivors / len(chosen):.0%} killed), {time.perf_counter() - begin:.0f} s",
-            flush=True,
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        survey(folder, options)

@@ -35,18 +35,9 @@ QUIET = {"GHOSTLIB_PROGRESS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DI
 Notebook = Any  # nbformat.NotebookNode, which has no type stubs
 
 
-class NotebookError(SystemExit):
-    """Ends the command with its message."""
-
-
-def suite(root: Path) -> list[Path]:
-    """All notebooks, in reading order."""
-    return sorted((root / "notebooks").glob("*.ipynb"))
-
-
-def solutions(root: Path) -> list[Path]:
-    """The solved exercises, one notebook for each of the suite."""
-    return sorted((root / "notebooks" / "solutions").glob("*.ipynb"))
+def suite(root: Path, folder: str = "notebooks") -> list[Path]:
+    """All notebooks, in reading order; of ``notebooks/solutions`` the solved exercises."""
+    return sorted((root / folder).glob("*.ipynb"))
 
 
 def read(path: Path) -> Notebook:
@@ -55,21 +46,13 @@ def read(path: Path) -> Notebook:
         nb = nbformat.read(path, as_version=4)
         nbformat.validate(nb)
     except Exception as error:
-        raise NotebookError(f"{path}: not a notebook ({error})") from error
+        raise SystemExit(f"{path}: not a notebook ({error})") from error
     return nb
 
 
 def dump(nb: Notebook) -> bytes:
     """The notebook as the content of its file."""
     return (str(nbformat.writes(nb)).rstrip("\n") + "\n").encode()
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def code_cells(nb: Notebook, tag: str | None = None) -> list[Notebook]:
@@ -94,9 +77,7 @@ def clean(nb: Notebook, root: Path) -> list[str]:
     language = {"name": "python"} | nb.metadata.get("language_info", {})
     language.pop("version", None)
     nb.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": language})
-    nb.nbformat, nb.nbformat_minor = 4, 5
-    for index, cell in enumerate(nb.cells):
-        cell.setdefault("id", f"cell-{index}")
+    for cell in nb.cells:
         for key in set(cell.metadata) - CELL_METADATA:
             del cell.metadata[key]
     dropped = []
@@ -139,7 +120,7 @@ def execute(path: Path, root: Path) -> Notebook:
         try:
             client.execute(env=environment)
         except (CellExecutionError, DeadKernelError) as error:
-            raise NotebookError(f"{path.name}: {ANSI.sub('', str(error)).strip()}") from error
+            raise SystemExit(f"{path.name}: {ANSI.sub('', str(error)).strip()}") from error
     for note in clean(nb, root):
         print(f"  left out: {note}")
     return nb
@@ -147,15 +128,15 @@ def execute(path: Path, root: Path) -> Notebook:
 
 def run(path: Path, root: Path) -> None:
     """Execute a notebook into build/, write it as a page, print its table of results."""
-    nb = execute(path, root)
-    build = root / "build"
-    write(build / path.name, dump(nb))
+    nb, build = execute(path, root), root / "build"
+    build.mkdir(exist_ok=True)
+    (build / path.name).write_bytes(dump(nb))
     page, _ = HTMLExporter().from_notebook_node(nb, {"metadata": {"name": path.stem}})
-    write(build / f"{path.stem}.html", page.encode())
+    (build / f"{path.stem}.html").write_text(page, encoding="utf-8")
     shown = [part for cell in code_cells(nb, "results-table") for part in texts(cell)]
     table = [text for kind, text in shown if kind in ("stdout", "text/plain")]
     if not table:
-        raise NotebookError(f"{path.name}: no cell tagged results-table shows a text")
+        raise SystemExit(f"{path.name}: no cell tagged results-table shows a text")
     print("", *table, f"To read: build/{path.stem}.html", sep="\n")
 
 
@@ -165,14 +146,15 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("command", choices=["execute", "run"])
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all")
     options = parser.parse_args(arguments)
+    every = suite(root) + suite(root, "notebooks/solutions")
     failed = []
-    for path in [path.resolve() for path in options.notebooks] or suite(root) + solutions(root):
+    for path in [path.resolve() for path in options.notebooks] or every:
         try:
             if options.command == "run":
                 run(path, root)
             else:
-                write(path, dump(execute(path, root)))
-        except NotebookError as error:
+                path.write_bytes(dump(execute(path, root)))
+        except SystemExit as error:
             print(error, file=sys.stderr)
             failed.append(path.name)
     if failed:

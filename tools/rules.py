@@ -11,13 +11,30 @@ from pathlib import Path
 
 from fill import stale
 from notebooks import ROOT, Notebook, clean, code_cells, dump, read, suite, texts
-from prose import unsupported
 
 MAX_LINES, MAX_CELLS, MAX_KB = 25, 45, 700  # of a code cell; of a notebook
 PROMISES = ("What you'll do", "What you'll learn", "What you'll need", "<!-- begin:badges")
 ENDING = ["What we saw", "Exercises", "Further reading"]
 ABSOLUTE = re.compile(r"(?<![\w.~:/\\-])/(?:home|tmp|work|root|Users|private)\b[\w./-]*")
 VOLATILE = re.compile(r"\b20\d\d-\d\d-\d\d[ T]\d\d:\d\d|\bat 0x[0-9a-f]{6,}")
+
+# Of numbers in prose, see `unsupported`. Not read: code, addresses, commas and thin spaces inside
+# numbers, LaTeX's backslash before %.
+SKIPPED = re.compile(
+    r"`(?!\d\d`)[^`]*`|\]\((?!\d\d_)[^)]*\)|(?:https?|doi):\S+|(?<=\d),(?=\d{3})|\\(,|(?=%))"
+)
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\W*[A-Z])|\n\s*(?=[\n|*-]|\d+\.\s)")
+NUMBER = re.compile(r"(?<![\w./-])(\d+\.\d+|\d+(?=\s?%|\stimes\b))(\s?%|\stimes\b)?(?![.-]?\w*\d)")
+COUNT = (
+    "two|three|four|five|six|seven|eight|nine|ten|twenty|[a-z]+ty|hundreds?|thousands?|millions?"
+)
+WORDS = re.compile(rf"\b(?:{COUNT})(?: of)? times\b", re.IGNORECASE)
+SOURCE = re.compile(
+    r"\b(table|figure|section|eqs?\.|theorem|appendix)s? [A-Z]?\d|appendix [A-Z]\b|arxiv"
+    r"|`\d\d`|\(\d\d_",
+    re.IGNORECASE,
+)
+PRINTED = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(\s?%)?")
 
 
 def opening(nb: Notebook, path: Path) -> Iterator[str]:
@@ -90,9 +107,8 @@ def short_cells(nb: Notebook, path: Path) -> Iterator[str]:
         lines = len(cell.source.splitlines())
         if not 0 < lines <= MAX_LINES:
             yield f"In [{number}] has {lines} lines, not 1 … {MAX_LINES}"
-    for size, most, unit in ((len(nb.cells), MAX_CELLS, "cells"), (kilobytes(nb), MAX_KB, "kB")):
-        if size > most:
-            yield f"{size} {unit}, more than {most}"
+    sizes = (len(nb.cells), MAX_CELLS, "cells"), (len(dump(nb)) // 1000, MAX_KB, "kB")
+    yield from (f"{size} {unit}, more than {most}" for size, most, unit in sizes if size > most)
 
 
 def one_machine(nb: Notebook, path: Path) -> Iterator[str]:
@@ -124,14 +140,45 @@ def executed(nb: Notebook, path: Path) -> Iterator[str]:
         yield "execution counts, outputs or metadata are not clean: run `make notebooks`"
 
 
+def printed(nb: Notebook) -> list[tuple[str, bool]]:
+    """(number, whether a per cent sign follows) of every number in the stored textual outputs."""
+    outputs = [text for cell in code_cells(nb) for kind, text in texts(cell) if kind != "source"]
+    found = PRINTED.findall(SKIPPED.sub("", "\n".join(outputs)))
+    return [(number, bool(percent)) for number, percent in found]
+
+
+def unsupported(nb: Notebook) -> Iterator[tuple[int, str]]:
+    """(number of the cell, the words) of every number in prose that nothing supports.
+
+    A number with a decimal, a per cent sign or "times" counts. It is supported by a stored output
+    of the notebook that rounds to it: 0.72 by 0.72 or 0.7213, 96 % by 96% or 96.4%; "ten times" by
+    a number beside it; by its source in the sentence: a table, figure, section, equation or
+    appendix of the paper, an arXiv id, or a notebook (`07`); or by the cell's metadata, as a key of
+    ``"numbers": {"3 %": "why"}``.
+    """
+    stored = printed(nb)
+    for place, cell in enumerate(nb.cells, 1):
+        exempt = {key for key, reason in cell.metadata.get("numbers", {}).items() if reason}
+        for sentence in SENTENCE.split(cell.source) if cell.cell_type == "markdown" else ():
+            text = SKIPPED.sub("", sentence)
+            if SOURCE.search(text):
+                continue
+            words = WORDS.findall(text) if not re.search(r"\d", text) else []
+            for found in NUMBER.finditer(text):
+                number, percent = found[1], "%" in (found[2] or "")
+                digits = len(number.partition(".")[2])
+                if not any(
+                    same_sign >= percent and f"{float(other):.{digits}f}" == number
+                    for other, same_sign in stored
+                    if len(other.partition(".")[2]) >= digits
+                ):
+                    words.append(found[0])
+            yield from ((place, word) for word in words if word not in exempt)
+
+
 def prose(nb: Notebook) -> str:
     """All that is not code."""
     return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
-
-
-def kilobytes(nb: Notebook) -> int:
-    """Size of the file."""
-    return len(dump(nb)) // 1000
 
 
 BASIC = (setup, assertion, short_cells, one_machine, links, executed)  # solutions keep these

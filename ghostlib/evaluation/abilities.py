@@ -496,14 +496,12 @@ def _interval(probe: Probe, values: np.ndarray) -> tuple[float, float, float]:
     return t_interval(values)
 
 
-def t_interval(
-    values: Sequence[float] | np.ndarray | Tensor, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """A mean and its interval by Student's t; that of a single value is NaN."""
+def t_interval(values: Sequence[float] | np.ndarray | Tensor) -> tuple[float, float, float]:
+    """A mean and its 95 % interval by Student's t; that of a single value is NaN."""
     each = np.asarray(values, dtype=float)
     mean, half = float(each.mean()), math.nan
     if len(each) > 1:
-        half = float(stats.t.ppf((1 + confidence) / 2, len(each) - 1) * stats.sem(each))
+        half = float(stats.t.ppf(0.975, len(each) - 1) * stats.sem(each))
     return mean, mean - half, mean + half
 
 

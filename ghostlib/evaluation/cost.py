@@ -6,7 +6,6 @@ met every key in reach of the cache, masked or not, which is what a plain implem
 kernels that skip the masked half do less.
 """
 
-import inspect
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from ghostlib.common import at_least, checked, track
-from ghostlib.models.architectures import check_model, decoder_layers, text_config
+from ghostlib.models.architectures import cached, check_model, decoder_layers, text_config
 from ghostlib.models.configuration import twin
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import evaluating, known_positions
@@ -51,16 +50,6 @@ def count_parameters(model: PreTrainedModel) -> int:
     """Number of parameters; a tied weight counts once. `ValueError` if it is no model."""
     check_model(model)
     return sum(p.numel() for p in model.parameters())
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters, each in its own dtype; a tied weight counts once.
-
-    Raises:
-        ValueError: it is no model.
-    """
-    check_model(model)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 @checked
@@ -155,9 +144,7 @@ def _read(model: PreTrainedModel, tokens: int, batch_size: int, cache: DynamicCa
 
 def _caching(model: PreTrainedModel, cache: DynamicCache) -> dict[str, Any]:
     """Arguments for a pass that extends ``cache`` and gives the last token's logits."""
-    # The cache has got another name in the course of transformers 5.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name: cache, "use_cache": True, "logits_to_keep": 1}
+    return cached(model, cache) | {"use_cache": True, "logits_to_keep": 1}
 
 
 class Spread(NamedTuple):

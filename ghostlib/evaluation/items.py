@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ghostlib.text.assets import asset
-from ghostlib.text.documents import decode, kept
+from ghostlib.text.documents import jsonl, kept
 
 
 class Item(TypedDict):
@@ -35,14 +35,11 @@ def read_items(path: str | Path) -> list[Item]:
     if not path.is_file():
         raise FileNotFoundError(f"no such task file: {path}")
     items = []
-    # Not splitlines(): JSON strings may hold other line separators, such as U+2028, unescaped.
-    for number, line in enumerate(decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for where, record in jsonl(path):
         try:
-            items.append(_checked(json.loads(line)))
+            items.append(_checked(record))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
     if not items:
         raise ValueError(f"{path} has no items: give one {{query, choices, gold}} a line")
     return items
@@ -104,7 +101,8 @@ def descriptions(seed: int = SEED) -> list[Item]:
     rng.shuffle(articles)
     described = [(a["topic"], a["description"], _words(a["description"])) for a in articles]
     for article, (topic, right, words) in zip(articles, described, strict=True):
-        rest = _sentences(article["extract"])[1:]
+        extract = " ".join(article["extract"].split())
+        rest = re.split(r"(?<=[.!?])\s+(?=[A-Z])", extract)[1:]
         query = f"{_beginning(' '.join(rest))}\n\nShort description of {article['title']}:"
         shown = _words(query)
         if not rest or shown & words:
@@ -142,10 +140,6 @@ def articles_with_topic() -> list[dict[str, str]]:
     documents = ((e["title"], f"{e['title']}\n\n{e['extract']}") for e in entries)
     test = [by_title[title] for title, _ in kept(documents, "test")]
     return [article for article in test if article["topic"] in TOPICS]
-
-
-def _sentences(text: str) -> list[str]:
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split()))
 
 
 def _beginning(text: str) -> str:

@@ -174,12 +174,7 @@ class ScoredText:
     """Held-out windows of a corpus, and what a perplexity on them must say; see `scored_text`.
 
     Attributes:
-        corpus: its name; of a local file the name without folders.
-        split: of the corpus.
-        windows: (windows, length) token ids.
-        bytes: UTF-8 bytes that the scored tokens cover; None where the tokenizer does not say.
-        bos: the token that every window begins with; None for none.
-        special_tokens: what the tokenizer added to the text, once for the whole corpus, as text.
+        windows: (windows, length) token ids; the others are those of `Perplexity`.
     """
 
     corpus: str

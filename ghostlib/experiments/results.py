@@ -7,7 +7,6 @@ seeds are joined by ``cat``, and `read_results` takes their union.
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ghostlib.common import checked, warn
+from ghostlib.common import checked, existing, versions, warn
 
 Record = dict[str, Any]
 
@@ -74,7 +73,7 @@ class Results:
                 or one that holds something else.
             OSError: the file could not be written in the end.
         """
-        place = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        place = existing(self.path)
         fit = place.is_file() if place == self.path else place.is_dir()
         if not fit or not os.access(place, os.W_OK):
             raise PermissionError(f"{self.path} cannot be written ({place}): name another file")
@@ -210,14 +209,11 @@ def environment() -> Record:
     """Versions, hardware and, in a git checkout of this package, the commit of this very run."""
     import torch
 
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):  # an extra that is not installed
-            versions[name] = importlib.metadata.version(name)
+    made_with = {"python": platform.python_version()} | versions(*_PACKAGES)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
     hardware["threads"] = torch.get_num_threads()
-    return {"versions": versions, "hardware": hardware, "commit": _commit()}
+    return {"versions": made_with, "hardware": hardware, "commit": _commit()}
 
 
 def _commit() -> str | None:

@@ -32,9 +32,9 @@ from ghostlib.experiments.results import Results
 from ghostlib.experiments.spec import Specification, base_name, budget_of, family_of
 from ghostlib.experiments.tables import ABILITY, ACCURACY, PERPLEXITY, mean_interval
 from ghostlib.models.architectures import check_model, num_layers, text_config
-from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
+from ghostlib.models.boundaries import contiguous, gaps_without, read_layers, runs, spell
 from ghostlib.models.streams import check_windows
-from ghostlib.operators.solve import Operator, solve
+from ghostlib.operators.solve import Operators, solve
 from ghostlib.recovery.recipe import Recipe, affordable
 from ghostlib.recovery.sequential import dense_streams, fit_sequential
 from ghostlib.selection.criteria import CRITERIA, needed, searched, select_several
@@ -114,9 +114,7 @@ class _Run:
     tokenizer: PreTrainedTokenizerBase
     todo: dict[tuple[Layers, str], list[tuple[str, str]]] = field(default_factory=dict)
     probes: dict[str, ProbeSet] = field(default_factory=dict)
-    scored: list[tuple[str, Layers, Mapping[Boundary, Operator], Tensor]] = field(
-        default_factory=list
-    )
+    scored: list[tuple[str, Layers, Operators, Tensor]] = field(default_factory=list)
 
     def run(self, index: int, total: int) -> None:
         """Choose layers, plan, and compute cell by cell."""
@@ -216,9 +214,7 @@ class _Run:
                 warn(reason)
                 self.results.append("skipped", **names, reason=reason)
 
-    def _perplexity(
-        self, corpus: str, layers: Layers, operators: Mapping[Boundary, Operator]
-    ) -> dict[str, Any]:
+    def _perplexity(self, corpus: str, layers: Layers, operators: Operators) -> dict[str, Any]:
         text = self._texts[corpus]
         losses = self._losses(corpus, layers, operators)
         value, *interval = mean_interval(losses.numpy())
@@ -230,9 +226,7 @@ class _Run:
             scored["bos"] = text.bos  # which every window begins with
         return {"value": value, "low": low, "high": high, **scored}
 
-    def _losses(
-        self, corpus: str, layers: Layers, operators: Mapping[Boundary, Operator]
-    ) -> Tensor:
+    def _losses(self, corpus: str, layers: Layers, operators: Operators) -> Tensor:
         """The recipe on a budget often chooses what has been scored under another name."""
         self.scored = [known for known in self.scored if known[1] == layers]
         for name, _, others, losses in self.scored:
@@ -242,9 +236,7 @@ class _Run:
         self.scored.append((corpus, layers, operators, losses))
         return losses
 
-    def _accuracy(
-        self, task: str, layers: Layers, operators: Mapping[Boundary, Operator]
-    ) -> dict[str, Any]:
+    def _accuracy(self, task: str, layers: Layers, operators: Operators) -> dict[str, Any]:
         gaps = gaps_without(layers, num_layers(self.model))
         variant = install(self.model, {g: operators.get(g) for g in gaps}) if gaps else self.model
         limit, batch_size = self.specification.limit, self.specification.batch_size
@@ -252,9 +244,7 @@ class _Run:
         scores = [asdict(part) for part in parts.values()]
         return {"value": fmean(score["acc"] for score in scores), "scores": scores}
 
-    def _ability(
-        self, probe: str, layers: Layers, operators: Mapping[Boundary, Operator]
-    ) -> dict[str, Any]:
+    def _ability(self, probe: str, layers: Layers, operators: Operators) -> dict[str, Any]:
         values = self._asking[probe].abilities(layers, operators)[probe]
         if not np.isfinite(values).all():
             return {"value": math.nan}
@@ -263,7 +253,7 @@ class _Run:
         bounds = {k: v for k, v in (("low", ability.low), ("high", ability.high)) if v == v}
         return {"value": ability.score, "chance": chance, "items": values, **bounds}
 
-    def _operators(self, layers: Layers, operator: str) -> Mapping[Boundary, Operator]:
+    def _operators(self, layers: Layers, operator: str) -> Operators:
         if operator in (DENSE, PRUNED):
             return {}
         if budget := budget_of(operator):

@@ -180,12 +180,7 @@ class Specification:
     def _draw(self, corpus: str, tokenizer: "PreTrainedTokenizerBase", count: int) -> "Tensor":
         from ghostlib.text.corpora import token_windows
 
-        drawn: dict[str, Any] = {
-            "split": self.split,
-            "length": self.length,
-            "seed": self.seed,
-            "bos": self.bos,
-        }
+        drawn: dict[str, Any] = {"split": self.split, "length": self.length, **self._alike}
         return token_windows(corpus, tokenizer, count=count, **drawn)
 
     def draw_test(self, tokenizer: "PreTrainedTokenizerBase", corpus: str) -> "ScoredText":
@@ -193,13 +188,13 @@ class Specification:
         from ghostlib.evaluation.perplexity import PUBLISHED, scored_text
 
         count = self.test_windows or (None if corpus in PUBLISHED else _FEW)
-        drawn: dict[str, Any] = {
-            "split": self.test_split,
-            "length": self.test_length,
-            "seed": self.seed,
-            "bos": self.bos,
-        }
-        return scored_text(tokenizer, corpus, count=count, **drawn)
+        drawn: dict[str, Any] = {"split": self.test_split, "length": self.test_length}
+        return scored_text(tokenizer, corpus, count=count, **drawn, **self._alike)
+
+    @property
+    def _alike(self) -> dict[str, Any]:
+        """What all windows are drawn with."""
+        return {"seed": self.seed, "bos": self.bos}
 
 
 def base_name(name: str) -> str:

@@ -26,7 +26,7 @@ _SCORE = {
 }
 
 
-def scores(results: Results, *, normed: bool = False, confidence: float = 0.95) -> pd.DataFrame:
+def scores(results: Results, *, normed: bool = False) -> pd.DataFrame:
     """Every score, with its interval, and beside the dense model's on the same text or items.
 
     Models are compared window by window, or item by item: what makes a window hard for both does
@@ -35,7 +35,6 @@ def scores(results: Results, *, normed: bool = False, confidence: float = 0.95) 
 
     Args:
         normed: ``acc_norm`` of tasks that have it.
-        confidence: of the intervals of ``relative``.
 
     Returns:
         A row for each model (``model, seed, layers, n, operator``), ``measure`` (``"perplexity"``,
@@ -51,17 +50,13 @@ def scores(results: Results, *, normed: bool = False, confidence: float = 0.95) 
     dense = {(r["specification"], r["dataset"]): r for r in records if r["operator"] == DENSE}
     for record in records:
         if reference := dense.get((record["specification"], record["dataset"])):
-            record["dense"] = reference["value"]
-            if record["measure"] == PERPLEXITY:
-                differences = np.subtract(record["evidence"], reference["evidence"])
-                compared = mean_interval(differences, confidence)
-            elif record["measure"] == ABILITY:
-                differences = np.subtract(record["evidence"], reference["evidence"])
-                compared = t_interval(differences, confidence)
-            else:
-                pair = record["evidence"], reference["evidence"]
-                by = paired(*pair, normed=record["normed"], confidence=confidence)
+            record["dense"], pair = reference["value"], (record["evidence"], reference["evidence"])
+            if record["measure"] == ACCURACY:
+                by = paired(*pair, normed=record["normed"])
                 compared = by.difference, by.low, by.high
+            else:
+                interval = mean_interval if record["measure"] == PERPLEXITY else t_interval
+                compared = interval(np.subtract(*pair))
             record |= zip(("relative", "relative_low", "relative_high"), compared, strict=True)
     return _frame(results, records, _SCORE)
 
@@ -277,13 +272,11 @@ def relative_text(row: Any) -> str:
     return f"{text} [{scale * row.relative_low:{form}}, {scale * row.relative_high:{form}}]"
 
 
-def mean_interval(
-    losses: Sequence[float] | np.ndarray, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """``exp`` of a mean of losses, or of their differences, and its interval by Student's t.
+def mean_interval(losses: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """``exp`` of a mean of losses, or of their differences, and its 95 % interval by Student's t.
 
     The interval of a single value is NaN.
     """
     with np.errstate(over="ignore"):
-        middle, low, high = np.exp(t_interval(losses, confidence)).tolist()
+        middle, low, high = np.exp(t_interval(losses)).tolist()
     return middle, low, high

@@ -409,6 +409,24 @@ def uncached(model: PreTrainedModel) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in known or free else {}
 
 
+def cached(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """What to pass to ``model`` so that it extends ``cache``."""
+    # The cache has got another name in the course of transformers 5.
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
+
+
+@checked
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the parameters, each in its own dtype; a tied weight counts once.
+
+    Raises:
+        ValueError: it is no model.
+    """
+    check_model(model)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """A short name that tells one model's activations from another's.
 

@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 _COUNT = re.compile(r"(num_|n_)?(hidden_|decoder_|text_)?(layers?|blocks)$|depth$")
@@ -258,7 +258,8 @@ def differences(model: PreTrainedModel, path: str) -> list[str]:
     found = []
     for name in ours.keys() | theirs.keys():
         if name not in ours or name not in theirs:
-            found.append(f"{name}: {_have(name in ours)}, {_have(name in theirs)} in the twin")
+            where = "there, not there" if name in ours else "not there, there"
+            found.append(f"{name}: {where} in the twin")
             continue
         have, wanted = ours[name], theirs[name]
         for key, value in wanted.items():
@@ -293,10 +294,6 @@ def _agree(ours: Any, theirs: Any, kind: str) -> bool:
     return bool(ours == theirs)
 
 
-def _have(there: bool) -> str:
-    return "there" if there else "not there"
-
-
 # Set while a model runs or is trained, by device placement, or different in every object; and which
 # masks are made, of which the layers take theirs.
 _PASSING = re.compile(
@@ -310,7 +307,10 @@ def _settings(module: nn.Module, model: PreTrainedModel) -> dict[str, Any]:
     for name, value in vars(module).items():
         if not _PASSING.fullmatch(name) and _plain(value):
             found[name] = value
-    for name, tensor in (*module.named_parameters(recurse=False), *_buffers(module)):
+    for name, tensor in (
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ):
         found[f"{name}, shape"] = tuple(tensor.shape)
         found[f"{name}, dtype"] = tensor.dtype
     for name, values in _computed(module, model):
@@ -326,13 +326,10 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return module.named_buffers(recurse=False)
-
-
 def _computed(module: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, list[float]]]:
     """The buffers that are computed from the configuration and saved in no file."""
-    names = [name for name in module._non_persistent_buffers_set if name in dict(_buffers(module))]
+    held = dict(module.named_buffers(recurse=False))
+    names = [name for name in module._non_persistent_buffers_set if name in held]
     empty = [name for name in names if module.get_buffer(name).device.type == "meta"]
     for name in empty:
         unknown = torch.full_like(module.get_buffer(name), -1, device="cpu")

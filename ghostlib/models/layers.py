@@ -6,9 +6,9 @@ excerpt of its model, answers that by what it returns when one of them returns s
 """
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from ghostlib.models.architectures import (
     structure,
 )
 from ghostlib.models.placement import compute_device, input_device
-from ghostlib.models.streams import excerpt, feed, tap
+from ghostlib.models.streams import excerpt, feed, leaving, tap
 
 _TOKENS, _FACTOR = 5, 2.0
 _LINEAR = (nn.Linear.forward, Conv1D.forward)
@@ -119,10 +119,6 @@ class _Bench:
             run(input_ids=self.ids)
         return left[0].clone(), seen
 
-    def same(self, one: Tensor, other: Tensor) -> bool:
-        """Equal up to the rounding of the dtype, and to what a norm adds to the variance."""
-        return _close(other, one)
-
 
 def _find_out(model: PreTrainedModel, index: int) -> Facts:
     if looks_back(model):  # no layer of it can be tried alone
@@ -150,7 +146,7 @@ def _find_out(model: PreTrainedModel, index: int) -> Facts:
         after, again = bench.run(change=nudged)
         if _added(bench, path, seen, again, before, after, norm_like):
             writers.append(path)
-        if _is_linear(modules[path]) and bench.same(after - before, bench.nudge):
+        if _is_linear(modules[path]) and _close(bench.nudge, after - before):
             linear.append(path)
     outside = [path for path in linear if not _in_attention(modules, path)]
     last = (outside or linear or [""])[-1]
@@ -161,10 +157,11 @@ def _find_out(model: PreTrainedModel, index: int) -> Facts:
         if first is not None and first.shape == streams and torch.equal(first, bench.stream)
     ]
     outer = [p for p in readers if not any(p.startswith(f"{o}.") for o in readers)]
-    norm = _norm_of(bench, [modules[path] for path in outer if path not in writers])
+    kinds = {_norm_kind(modules[path], bench.stream) for path in outer if path not in writers}
+    norm = kinds.pop() if len(kinds) == 1 else ""
     grown: dict[str, Change] = dict.fromkeys(writers, lambda values: values * _FACTOR)
     scaled, _ = bench.run(bench.stream * _FACTOR, grown)
-    scales = bool(writers) and bench.same(scaled, before * _FACTOR)
+    scales = bool(writers) and _close(before * _FACTOR, scaled)
     return Facts(tuple(writers), last, norm, scales)
 
 
@@ -194,12 +191,12 @@ def _added(
         if first is None or changed is None or first.numel() != bench.stream.numel():
             continue
         if norm_like(name):
-            if bench.same(first.reshape(own.shape), own):
+            if _close(own, first.reshape(own.shape)):
                 return False  # what it returns is normalised before it is added
             if torch.equal(first, changed):
                 continue  # a norm beside it
-            return bench.same((changed - first).reshape(own.shape), bench.nudge)
-    return bench.same(after - before, bench.nudge)
+            return _close(bench.nudge, (changed - first).reshape(own.shape))
+    return _close(bench.nudge, after - before)
 
 
 def _in_attention(modules: dict[str, nn.Module], path: str) -> bool:
@@ -209,24 +206,20 @@ def _in_attention(modules: dict[str, nn.Module], path: str) -> bool:
     return any(hasattr(module, "layer_idx") for module in above)
 
 
-def _norm_of(bench: _Bench, readers: list[nn.Module]) -> str:
-    """The kind of norm all ``readers`` are, or nothing."""
-    kinds = set()
-    for module in readers:
-        with torch.no_grad():
-            try:
-                plain, grown, moved = (
-                    module(x) for x in (bench.stream, bench.stream * _FACTOR, bench.stream + 1)
-                )
-            except (TypeError, ValueError, RuntimeError):
-                return ""
-        if not isinstance(plain, Tensor) or not _close(plain, grown):
+def _norm_kind(module: nn.Module, stream: Tensor) -> str:
+    """``"rms"`` or ``"layer"`` for a module that takes the scale of ``stream`` away, or nothing."""
+    with torch.no_grad():
+        try:
+            plain, grown, moved = (module(x) for x in (stream, stream * _FACTOR, stream + 1))
+        except (TypeError, ValueError, RuntimeError):
             return ""
-        kinds.add("layer" if _close(plain, moved) else "rms")
-    return kinds.pop() if len(kinds) == 1 else ""
+    if not isinstance(plain, Tensor) or not _close(plain, grown):
+        return ""
+    return "layer" if _close(plain, moved) else "rms"
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal up to the rounding of the dtype, and to what a norm adds to the variance."""
     error = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-12)
     return bool(error < max(1e-3, 30 * torch.finfo(one.dtype).eps))
 
@@ -319,23 +312,16 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
             "scalar or ghost"
         )
     last: Any = receiver(model, num_layers(model)) if structure(model).receiver else None
-    if not getattr(last, "weight", None) is not None or not _is_norm(last, plain):
+    norm = ""
+    if getattr(last, "weight", None) is not None:
+        stream = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
+        norm = _norm_kind(last, stream.to(compute_device(last), plain.dtype))
+    if not norm:
         raise ValueError(
             f"a {model_type(model)} has no norm with weights after its last layer, so that scaling "
             "its stream would scale its logits; use an operator at the gap, such as scalar or ghost"
         )
     return found
-
-
-def _is_norm(module: nn.Module, like: Tensor) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    stream = torch.randn(like.shape, generator=generator).to(compute_device(module), like.dtype)
-    with torch.no_grad():
-        try:
-            one, other = module(stream), module(stream * _FACTOR)
-        except (TypeError, ValueError, RuntimeError):
-            return False
-    return _close(one, other)
 
 
 def _lookups(model: PreTrainedModel) -> list[nn.Module]:
@@ -434,18 +420,10 @@ def listen(
     ``read`` (…, intermediate) is its input, ``returned`` (…, width) what it adds to the stream, in
     the passes that this thread makes.
     """
-    owner = threading.get_ident()
-
-    def hook_for(start: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if threading.get_ident() == owner:
-                on_mlp(start, args[0], output)
-
-        return hook
-
     with ExitStack() as stack:
         # All are found before the first is watched.
         modules = {start: down_projection(model, start - 1) for start in starts}
         for start, module in modules.items():
-            stack.callback(module.register_forward_hook(hook_for(start)).remove)
+            seen = partial(lambda start, args, output: on_mlp(start, args[0], output), start)
+            stack.enter_context(leaving(module, seen))
         yield

@@ -92,6 +92,22 @@ def _hooked(
         handle.remove()
 
 
+@contextmanager
+def leaving(module: nn.Module, hook: Callable[[tuple[Any, ...], Any], None]) -> Iterator[None]:
+    """Call ``hook(arguments, output)`` after each pass of ``module`` that this thread makes."""
+    owner = threading.get_ident()
+
+    def own(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() == owner:
+            hook(args, output)
+
+    handle = module.register_forward_hook(own)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def forward_once(model: PreTrainedModel, **inputs: Tensor) -> None:
     """One pass without cache and gradients, in evaluation mode; `EndOfPass` ends it."""
     with evaluating(model), torch.no_grad(), suppress(EndOfPass):
@@ -233,42 +249,16 @@ def tap(
         waiting[:] = wanted
         forward_once(model, **inputs)
 
+    def left(args: tuple[Any, ...], output: Any) -> None:
+        hook_for(last)(model, output if isinstance(output, tuple) else (output,), {})
+
     last = num_layers(model)
-    watched = range(wanted[0], last) if wanted else ()
-    contexts = [_hooked(receiver(model, index), hook_for(index)) for index in watched]
-    if wanted and structure(model).receiver:
-        contexts.append(_hooked(receiver(model, last), hook_for(last)))
-    elif wanted:
-        contexts.append(_leaving(receiver(model, last - 1), hook_for(last)))
-    with _all(contexts):
-        yield run
-
-
-@contextmanager
-def _leaving(
-    module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
-) -> Iterator[None]:
-    """Call ``hook`` with what ``module`` returns, in each of its passes that this thread makes."""
-    owner = threading.get_ident()
-
-    def own(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if threading.get_ident() == owner:
-            hook(module, output if isinstance(output, tuple) else (output,), {})
-
-    handle = module.register_forward_hook(own)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _all(contexts: Iterable[Any]) -> Iterator[None]:
-    """Enter every context; leave those entered whatever happens."""
     with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
+        for index in range(wanted[0], last + bool(structure(model).receiver)) if wanted else ():
+            stack.enter_context(_hooked(receiver(model, index), hook_for(index)))
+        if wanted and not structure(model).receiver:
+            stack.enter_context(leaving(receiver(model, last - 1), left))
+        yield run
 
 
 def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None = None) -> None:

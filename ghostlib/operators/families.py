@@ -484,3 +484,4 @@ for _family in (
 ):
     FAMILIES[_family.name] = _family
 # fmt: on
+OPERATORS = FAMILIES  # their public name

@@ -23,7 +23,7 @@ from torch import Tensor
 from ghostlib.common import checked
 from ghostlib.linalg.gram import Regularisation, check_ridge
 from ghostlib.operators.families import least_squares, whitened
-from ghostlib.statistics.moments import Moments, check_alike, check_moments
+from ghostlib.statistics.moments import Moments, check_alike
 
 RIDGES: tuple[float, ...] = tuple(10 ** (k / 5) for k in range(-40, 11))
 COARSE_RIDGES: tuple[float, ...] = tuple(10 ** (k / 2) for k in range(-12, 3))
@@ -78,7 +78,7 @@ def ridge_path(
     values = torch.tensor([check_ridge(ridge) for ridge in ridges], dtype=torch.float64)
     if not len(values):
         raise ValueError("no ridge to try: name at least one")
-    check_moments(train)
+    check_alike(train, *(() if held_out is None else (held_out,)))
     unit = train.gram.unit  # of each feature
     s, V = train.gram.spectrum.values, train.gram.spectrum.vectors
     gains = [train.gram.regularise(relative_ridge=float(ridge)).gain for ridge in values]
@@ -92,8 +92,6 @@ def ridge_path(
     gcv = torch.where(free > 1e-6, train_error / n / free.square(), torch.inf)
     held_out_error = None
     if held_out is not None:
-        check_moments(held_out)
-        check_alike(train, held_out)
         # tr(M'G_v M) - 2 tr(M'F_v'Delta_v) + ||Delta_v||^2 of M = V diag(f) C
         U = V / unit[:, None]
         quadratic = (U.T @ held_out.G.to(U) @ U) * (C @ C.T)
@@ -199,8 +197,6 @@ def choose_ridges(
     if not grid:
         raise ValueError("no ridge to try: name at least one")
     check_ridge(start)
-    for moments in (train, held_out):
-        check_moments(moments)
     check_alike(train, held_out)
     known: dict[tuple[int, ...], float] = {}
 
@@ -250,8 +246,6 @@ def rank_path(train: Moments, held_out: Moments, **options: Unpack[Regularisatio
     Raises:
         ValueError: no tokens, or different widths or regressors.
     """
-    for moments in (train, held_out):
-        check_moments(moments)
     check_alike(train, held_out)
     inverse = train.gram.regularise(**options)
     root, A = whitened(inverse, train.cross)

@@ -134,6 +134,10 @@ class Operator:
         return Y if self.bias is None else Y + self.bias.to(X)
 
 
+Operators = Mapping[Boundary, Operator]
+"""What repairs each gap; a gap that is not in it stays one."""
+
+
 @checked
 def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Operator:
     """The operator of a family that fits the moments best.

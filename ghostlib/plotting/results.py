@@ -46,29 +46,29 @@ _OUTSIDE: dict[str, Any] = {
 def perplexity_bars(
     table: Mapping[str, Mapping[str, float]],
     *,
-    reference: str = "dense",
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
     names: Mapping[str, str] | None = None,
     note: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Perplexity of each model on each corpus, on a logarithmic axis that starts at the reference.
+    """Perplexity of each model on each corpus, on a logarithmic axis that starts at the dense
+    model's.
 
     Args:
-        table: ``{model: {corpus: perplexity}}``; model names pick the colours. The model
-            ``reference`` is drawn as a line across its corpus' group, the others as bars from it.
+        table: ``{model: {corpus: perplexity}}``; model names pick the colours. ``"dense"``
+            is drawn as a line across its corpus' group, the others as bars from it.
         intervals: ``{model: {corpus: (low, high)}}``, for some or all bars.
         names: what readers see in place of names of models and corpora.
         note: small print below, such as the model and the tokens scored.
     """
     ax = ax or plt.gca()
-    shown = {name: name for name in (*table, *table[reference])} | dict(names or {})
-    corpora = list(table[reference])
-    models = [name for name in table if name != reference]
+    shown = {name: name for name in (*table, *table["dense"])} | dict(names or {})
+    corpora = list(table["dense"])
+    models = [name for name in table if name != "dense"]
     width = 0.8 / len(models)
     handles: dict[str, Any] = {}
     for group, corpus in enumerate(corpora):
-        floor = table[reference][corpus]
+        floor = table["dense"][corpus]
         for place, name in enumerate(models):
             x = group + (place - (len(models) - 1) / 2) * width
             value = table[name][corpus]
@@ -80,8 +80,8 @@ def perplexity_bars(
                 low, top = intervals[name][corpus]
                 ax.errorbar(x, value, [[value - low], [top - value]], color="#242424", capsize=3)
             ax.annotate(short(value), (x, top), (0, 8), textcoords="offset points", ha="center")
-        ax.hlines(floor, group - 0.46, group + 0.46, color=color(reference), linewidth=2.5)
-        label = f"{shown[reference]} {short(floor)}"
+        ax.hlines(floor, group - 0.46, group + 0.46, color=color("dense"), linewidth=2.5)
+        label = f"{shown['dense']} {short(floor)}"
         ax.annotate(label, (group - 0.46, floor), (0, -14), textcoords="offset points")
     values = [v for row in table.values() for v in row.values()]
     highest = max(values + [high for row in (intervals or {}).values() for _, high in row.values()])
@@ -281,12 +281,11 @@ def front(
 def ratios(
     table: Mapping[str, Mapping[str, Sequence[float]]],
     *,
-    reference: str = "ghost",
     names: Mapping[str, str] | None = None,
     title: str = "",
     axes: Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """Perplexity relative to a reference: a panel a corpus, a row a repair, a dot for each seed.
+    """Perplexity relative to ghost: a panel a corpus, a row a repair, a dot for each seed.
 
     A bar stands at the seeds' geometric mean, which is written beside the panel. The axes are
     logarithmic where ratios differ by more than a factor of three.
@@ -316,18 +315,17 @@ def ratios(
             text = short(mean) if mean < 0.1 else f"{mean:.2f}"
             beside = ax.get_yaxis_transform()  # a fraction of the width, a row
             ax.text(1.02, row, text, transform=beside, va="center", fontsize=10)
-        ax.axvline(1.0, color=color(reference), linewidth=1.5, zorder=0)
+        ax.axvline(1.0, color=color("ghost"), linewidth=1.5, zorder=0)
         ax.set(xscale="log" if log else "linear", title=corpus)
         plain_numbers(ax.xaxis)
         ax.set_yticks(range(len(table)), list(table))
         ax.set_ylim(len(table) - 0.5, -0.5)  # from top to bottom, also where panels share the axis
         ax.grid(axis="y", visible=False)
         parts = ", ".join(f"{label} {short(mean)}" for label, mean in means.items())
-        describe(ax, f"Perplexity relative to {reference}, lower is better: {parts}.")
+        describe(ax, f"Perplexity relative to ghost, lower is better: {parts}.")
     figure: Any = axes[0].get_figure()
     scale = "log scale, " if log else ""
-    label = f"perplexity relative to {reference} ({scale}lower is better)"
-    figure.supxlabel(label, fontsize=12)
+    figure.supxlabel(f"perplexity relative to ghost ({scale}lower is better)", fontsize=12)
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     return list(axes)
@@ -342,7 +340,6 @@ def through_depth(
     ylabel: str,
     xlabel: str = "position in the stream (input of layer)",
     title: str = "",
-    removed: Sequence[int] = (),
     first: int = 0,
     log: bool = False,
     mark: str | None = None,
@@ -353,7 +350,6 @@ def through_depth(
     Args:
         curves: ``{name: values}``; names of operators get their look. Value ``i`` stands at stream
             index ``first + i`` (the input of that layer; the layer count is the final norm).
-        removed: layers whose band is shaded.
         mark: ``"max"`` or ``"min"``: the point of each curve that is marked with its value.
     """
     ax = ax or plt.gca()
@@ -372,15 +368,11 @@ def through_depth(
             note = f"{x[best]}: {y[best]:.3g}"
             ax.annotate(note, (x[best], y[best]), where, textcoords="offset points", ha="center")
             ax.margins(y=0.15)
-    if len(removed):
-        start, stop = min(removed), max(removed) + 1
-        ax.axvspan(start, stop, color=color("pruned"), alpha=0.1, label="removed")
-        texts.append(f"layers {start} to {stop - 1} are removed")
     if log:
         ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if len(curves) > 1 or len(removed):
+    if len(curves) > 1:
         ax.legend()
     return describe(ax, f"{ylabel} by {xlabel}: {'; '.join(texts)}.")
 
@@ -451,7 +443,6 @@ def lattice(
 def train_and_held_out(
     errors: Mapping[str, tuple[float, float]],
     *,
-    xlabel: str = ERROR,
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
@@ -477,9 +468,9 @@ def train_and_held_out(
     ax.set_yticks(range(len(errors)), list(errors))
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.set(xlabel=xlabel, title=title)
+    ax.set(xlabel=ERROR, title=title)
     ax.legend(**_OUTSIDE)
-    return describe(ax, f"{xlabel}, training and held-out tokens: {'; '.join(texts)}.")
+    return describe(ax, f"{ERROR}, training and held-out tokens: {'; '.join(texts)}.")
 
 
 def against_tokens(
@@ -608,11 +599,9 @@ def against_score(
     *,
     xlabel: str,
     best: str = "min",
-    operator: str = "ghost",
-    title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Perplexity of the repaired model against a criterion's score, one dot a block.
+    """Perplexity of the model repaired by ghost against a criterion's score, one dot a block.
 
     In a corner stands Spearman's rank correlation, with an interval that takes the blocks as
     independent (overlapping ones are not: it is too narrow, if anything).
@@ -623,14 +612,13 @@ def against_score(
         xlabel: the criterion, and the unit of its score.
         best: ``"min"`` or ``"max"``: the end of the axis from which the criterion removes first.
             It stands on the left.
-        operator: whose perplexities these are.
     """
     ax = ax or plt.gca()
     starts = list(score)
     x, y = [score[start] for start in starts], [perplexity[start] for start in starts]
-    ax.plot(x, y, look(operator).marker, color=color(operator), markersize=7)
-    ax.set(yscale="log", ylabel=f"perplexity with {operator}\n(log scale, lower is better)")
-    ax.set(xlabel=f"{xlabel}\n← removed first", title=title)
+    ax.plot(x, y, look("ghost").marker, color=color("ghost"), markersize=7)
+    ax.set(yscale="log", ylabel="perplexity with ghost\n(log scale, lower is better)")
+    ax.set(xlabel=f"{xlabel}\n← removed first")
     if best == "max":
         ax.invert_xaxis()
     ax.margins(0.08)
@@ -643,7 +631,7 @@ def against_score(
     label_points(ax, [(a, b, str(start)) for a, b, start in zip(x, y, starts, strict=True)])
     least = min(starts, key=perplexity.__getitem__)
     lowest = f"lowest perplexity {short(perplexity[least])} at start {least}"
-    return describe(ax, f"Perplexity with {operator} against {xlabel}: {text}; {lowest}.")
+    return describe(ax, f"Perplexity with ghost against {xlabel}: {text}; {lowest}.")
 
 
 def _rank_correlation(x: ArrayLike, y: ArrayLike) -> tuple[float, float, float]:

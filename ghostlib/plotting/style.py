@@ -75,19 +75,12 @@ def look(name: str) -> Look:
 
 
 def color(name: str) -> str:
-    """The colour of an operator, or of ``"dense"`` and ``"pruned"``, in every figure.
-
-    Raises:
-        ValueError: a name without a look; the message lists those that have one.
-    """
+    """The colour of an operator, or of ``"dense"`` and ``"pruned"``; errors as of `look`."""
     return look(name).color
 
 
 def style(name: str) -> dict[str, Any]:
-    """Colour, marker and dash of an operator's line, as ``ax.plot`` takes them.
-
-    Raises:
-        ValueError: a name without a look; the message lists those that have one.
+    """Colour, marker and dash of an operator's line, for ``ax.plot``; errors as of `look`.
 
     >>> style("ghost-relative")
     {'color': '#629947', 'marker': 'p', 'linestyle': '--', 'linewidth': 1.5}
@@ -228,15 +221,16 @@ def save(drawn: Axes | FigureBase, name: str | Path) -> tuple[Path, Path]:
 
 # ---------------------------------------------------------------- labels and limits
 
+_MARKER = 7  # its size, in points
 
-def label_points(ax: Axes, points: Iterable[tuple[float, float, str]], size: float = 7) -> None:
+
+def label_points(ax: Axes, points: Iterable[tuple[float, float, str]]) -> None:
     """Write a label beside each point, at the nearest place where it covers nothing.
 
     A label is nearer to its own point than to any other, or a thin line leads to it.
 
     Args:
         points: ``(x, y, label)`` in the units of the axes, whose limits must be set.
-        size: of the markers, in points.
     """
     points = list(points)
     figure: Any = ax.get_figure(root=True)
@@ -244,11 +238,11 @@ def label_points(ax: Axes, points: Iterable[tuple[float, float, str]], size: flo
     renderer, pixel = figure.canvas.get_renderer(), figure.dpi / 72
     spots = ax.transData.transform([(x, y) for x, y, _ in points])
     taken = [text.get_window_extent(renderer) for text in ax.texts]
-    half = size * pixel / 2
+    half = _MARKER * pixel / 2
     taken += [Bbox.from_extents(*(spot - half), *(spot + half)) for spot in spots]
     angles = np.radians(np.arange(45, 405, 15))
     for spot, (x, y, text) in zip(spots, points, strict=True):
-        line = {"arrowstyle": "-", "color": "#a0a0a0", "linewidth": 0.7, "shrinkB": size / 2}
+        line = {"arrowstyle": "-", "color": "#a0a0a0", "linewidth": 0.7, "shrinkB": _MARKER / 2}
         centred: dict[str, Any] = {"ha": "center", "va": "center", "textcoords": "offset points"}
         label = ax.annotate(text, (x, y), (0, 0), **centred, fontsize=10, arrowprops=line)
         for radius, angle in product((11, 14, 18, 24, 32, 42, 56, 75), angles):

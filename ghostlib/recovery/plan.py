@@ -19,10 +19,10 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from ghostlib.common import AUTO, shown
-from ghostlib.evaluation.cost import flops, weight_bytes
-from ghostlib.models.architectures import hidden_size, num_layers, text_config
-from ghostlib.models.boundaries import Boundary, contiguous, runs
+from ghostlib.common import AUTO, existing, shown
+from ghostlib.evaluation.cost import flops
+from ghostlib.models.architectures import hidden_size, num_layers, text_config, weight_bytes
+from ghostlib.models.boundaries import contiguous, runs
 from ghostlib.models.loading import EMBEDDED, check_reachable
 from ghostlib.operators.families import Family
 from ghostlib.recovery.recipe import BUDGETS, SHORTLIST
@@ -81,7 +81,7 @@ class Plan:
                 f"{readable(self.available)} are free: use --dtype bfloat16, a shorter --length, "
                 "or --offload FOLDER"
             )
-        free = shutil.disk_usage(_existing(Path(HF_HUB_CACHE))).free
+        free = shutil.disk_usage(existing(Path(HF_HUB_CACHE))).free
         if self.download > free:
             raise OSError(
                 f"{readable(self.download)} have to be fetched and {readable(free)} are free in "
@@ -139,8 +139,10 @@ def plan(
     regressors = [Family.of(family).regressor for family in names]
     choices = len(SHORTLIST) if operator == AUTO else 1
     gaps = runs(layers, total) if layers else contiguous(len(chosen), total)[:choices]
-    searched = _searched(criterion, operator, len(chosen), total) if not layers else {}
-    with_moments = operator == AUTO or bool("moments" in CRITERIA[criterion].needs)
+    rule, rules = CRITERIA[criterion], SHORTLIST if operator == AUTO else (criterion,)
+    compared = sorted({gap for name in rules for gap in needed(name, len(chosen), total)})
+    searched = [] if layers else compared
+    with_moments = operator == AUTO or "moments" in rule.needs
     sizes: dict[str, Any] = {"length": length}
     calibration = calibration_bytes(C, gaps, hidden=width, regressors=regressors, **sizes).total
     if searched:
@@ -160,7 +162,8 @@ def plan(
     products = max(sum(r.widths(C, width)) for r in regressors)
     accumulated = 2 * length * products * (products + C) * len(gaps)
     fast, double = _rate(C, width, model.dtype, device), _rate(C, C, torch.float64, device)
-    passes = _search_passes(criterion, len(chosen), total) if not layers else 0
+    searching = rule.search == "greedy" and "windows" in rule.needs
+    passes = 0 if layers else 1 + searching * len(chosen) * total
     trials = choices * len(names) if operator == AUTO else 0
     moments = 4 * length * C * C * len(searched) * with_moments
     solving = _SOLVE * len(gaps) * sum(sum(r.widths(C, width)) ** 3 for r in regressors)
@@ -261,19 +264,6 @@ def _embedded_config() -> LlamaConfig:
     )
 
 
-def _searched(criterion: str, operator: str, n: int, total: int) -> list[Boundary]:
-    """The boundaries that the choice of layers compares."""
-    rules = SHORTLIST if operator == AUTO else (criterion,)
-    return sorted({gap for rule in rules for gap in needed(rule, n, total)})
-
-
-def _search_passes(criterion: str, n: int, total: int) -> int:
-    """Passes over the calibration windows that the choice of layers makes."""
-    rule = CRITERIA[criterion]
-    searching = n * total if rule.search == "greedy" and "windows" in rule.needs else 0
-    return searching + 1
-
-
 def _download(name: str) -> int:
     """Bytes of weights that are not here yet."""
     if name == EMBEDDED:
@@ -294,12 +284,6 @@ def _free(device: str) -> int:
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_bytes()
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def _rate(rows: int, columns: int, dtype: torch.dtype, device: str) -> float:

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import at_least, checked, track
-from ghostlib.models.architectures import fingerprint, hidden_size, looks_back, num_layers
+from ghostlib.common import checked, track
+from ghostlib.models.architectures import fingerprint, looks_back, num_layers
 from ghostlib.models.boundaries import Boundary, check_order
-from ghostlib.models.layers import has_bias, listen
+from ghostlib.models.layers import listen
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import check_windows, excerpt, feed, record
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator, check_options, solve, warn_of_massive_activations
-from ghostlib.statistics.calibration import suited
+from ghostlib.statistics.calibration import empty_moments, suited, usable
 from ghostlib.statistics.features import Sources
-from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install
 
 
@@ -54,10 +53,9 @@ def dense_streams(
         ValueError: windows that do not fit the model, or a batch size below 1.
     """
     check_windows(model, windows, attention_mask)
-    at_least(1, batch_size=batch_size)
+    mask, _, _ = usable(windows, attention_mask, 0, batch_size)
     wanted = sorted(set(indices))
     kept: dict[int, list[Tensor]] = {index: [] for index in wanted}
-    mask = torch.ones_like(windows) if attention_mask is None else attention_mask
     parts = list(zip(windows.split(batch_size), mask.split(batch_size), strict=True))
     for ids, m in track(parts, "recording", unit="batch"):
         streams = record(model, ids, wanted, attention_mask=m.to(input_device(model)))
@@ -90,9 +88,7 @@ def fit_sequential(
         windows: (windows, length) token ids.
         boundaries: runs of removed layers, in ascending order, with a kept layer between any two.
         operator: a name from `FAMILIES`, or a regressor such as ``"x, n(x); 1/|y|"``.
-        attention_mask: (windows, length), 0 at padding; padding enters no statistic.
-        skip_leading: how many of the first positions of each window to leave out.
-        batch_size: windows per forward pass.
+        attention_mask, skip_leading, batch_size: as in `calibrate`.
         streams: `dense_streams` at the first start and at every stop, where at hand.
         options: passed on to the solver.
 
@@ -108,36 +104,21 @@ def fit_sequential(
     family = Family.of(operator)
     check_options(family, options)
     check_windows(model, windows, attention_mask)
-    at_least(0, skip_leading=skip_leading)
-    at_least(1, batch_size=batch_size)
+    mask, real, used = usable(windows, attention_mask, skip_leading, batch_size)
     gaps = check_order(boundaries, num_layers(model))
     if not gaps:
         raise ValueError("no boundary to fit: name at least one, such as Boundary(12, 19)")
     regressor = suited(model, family.regressor)
     family.check_place(gaps)
-    mask = torch.ones_like(windows) if attention_mask is None else attention_mask
     if streams is None:
         wanted = [gaps[0].start, *(gap.stop for gap in gaps)]
-        streams = dense_streams(
-            model, windows, wanted, attention_mask=attention_mask, batch_size=batch_size
-        )
-    real = mask.bool()
-    used = real & (mask.cumsum(1) > skip_leading)
-    if not used.any():
-        raise ValueError("the attention mask and skip_leading leave no token to fit")
+        streams = dense_streams(model, windows, wanted, attention_mask=mask, batch_size=batch_size)
     before = Sources(_stream(streams, gaps[0].start, windows))
     if regressor.reads_mlp:
         before = _arrive(excerpt(model, 0, gaps[0].start), windows, None, mask, batch_size, True)
     operators: dict[Boundary, Operator] = {}
     for gap, following in zip(gaps, [*gaps[1:], None], strict=True):
-        moments = Moments(
-            hidden_size(model),
-            regressor=regressor,
-            hidden=None if before.hidden is None else before.hidden.shape[-1],
-            bias="hidden" in regressor.sources and has_bias(model, gap.start - 1),
-            boundary=gap,
-            model=fingerprint(model),
-        )
+        moments = empty_moments(model, gap, regressor, fingerprint(model))
         after = _stream(streams, gap.stop, windows)
         for row in range(len(windows)):
             if used[row].any():
@@ -192,8 +173,6 @@ def _arrive(
             shape = x.shape[:2]
             read = [t.view(*shape, -1) for t in mlp.pop()] if with_mlp else ()
             arrived.append(Sources(x, *read).map(lambda t: t.cpu()))
-    joined = torch.cat([sources.stream for sources in arrived])
-    if not with_mlp:
-        return Sources(joined)
-    hidden, output = ([getattr(s, name) for s in arrived] for name in ("hidden", "output"))
-    return Sources(joined, torch.cat(hidden), torch.cat(output))
+    parts: Any = zip(*arrived, strict=True)
+    joined: Any = (None if part[0] is None else torch.cat(part) for part in parts)
+    return Sources(*joined)

@@ -63,35 +63,31 @@ class Criterion(NamedTuple):
     """
 
     search: str
-    needs: frozenset[str]
+    needs: tuple[str, ...]
     score: Callable[[Evidence, Layers], float]
 
 
-_SIMILARITY, _MOMENTS, _WINDOWS, _PROBES = (
-    frozenset({n}) for n in ("similarity", "moments", "windows", "probes")
-)
-
 CRITERIA: Registry[Criterion] = Registry("criterion")
 # The block whose ends point the same way does least (LLM-Streamline, arXiv 2403.19135).
-CRITERIA["cosine"] = Criterion("block", _SIMILARITY, lambda e, ls: -e.similarity(ls).cosine)
+CRITERIA["cosine"] = Criterion("block", ("similarity",), lambda e, ls: -e.similarity(ls).cosine)
 # The same by mean angle (Gromov et al., arXiv 2403.17887).
-CRITERIA["angular"] = Criterion("block", _SIMILARITY, lambda e, ls: e.similarity(ls).angular)
+CRITERIA["angular"] = Criterion("block", ("similarity",), lambda e, ls: e.similarity(ls).angular)
 # Single layers anywhere, by how little each turns the stream (ShortGPT, arXiv 2403.03853).
 CRITERIA["block-influence"] = Criterion(
-    "each", _SIMILARITY, lambda e, ls: 1 - e.similarity(ls).cosine
+    "each", ("similarity",), lambda e, ls: 1 - e.similarity(ls).cosine
 )
 # Single layers by first-order weight importance (Shortened LLaMA, arXiv 2402.02834).
-CRITERIA["taylor"] = Criterion("each", _WINDOWS, lambda e, ls: e.importance(ls))
+CRITERIA["taylor"] = Criterion("each", ("windows",), lambda e, ls: e.importance(ls))
 # One layer at a time, by the loss of the pruned model (SLEB, arXiv 2402.09025).
-CRITERIA["perplexity"] = Criterion("greedy", _WINDOWS, lambda e, ls: e.loss(ls))
+CRITERIA["perplexity"] = Criterion("greedy", ("windows",), lambda e, ls: e.loss(ls))
 # The block whose repair leaves least behind; and one layer at a time, with every repair in place.
-CRITERIA["residual"] = Criterion("block", _MOMENTS, lambda e, ls: e.residual(ls))
+CRITERIA["residual"] = Criterion("block", ("moments",), lambda e, ls: e.residual(ls))
 CRITERIA["greedy-recovered"] = Criterion(
-    "greedy", _MOMENTS | _WINDOWS, lambda e, ls: e.recovered_loss(ls)
+    "greedy", ("moments", "windows"), lambda e, ls: e.recovered_loss(ls)
 )
 # The same by text and by an ability that text does not show.
 CRITERIA["abilities"] = Criterion(
-    "greedy", _MOMENTS | _WINDOWS | _PROBES, lambda e, ls: e.balance(ls)
+    "greedy", ("moments", "windows", "probes"), lambda e, ls: e.balance(ls)
 )
 
 
@@ -217,7 +213,7 @@ def needed(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary
     [24, 189, 0]
     """
     rule = CRITERIA[criterion]
-    if rule.needs == _WINDOWS:
+    if rule.needs == ("windows",):
         return []
     sizes = searched(criterion, ns if isinstance(ns, Iterable) else [ns])
     lengths = {"block": sizes, "each": [1], "greedy": range(1, max(sizes) + 1)}[rule.search]

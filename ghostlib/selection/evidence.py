@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -18,7 +17,7 @@ from ghostlib.models.boundaries import Boundary, gaps_without, runs
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
-from ghostlib.operators.solve import Operator, solve
+from ghostlib.operators.solve import Operator, Operators, solve
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, Similarity
 
@@ -136,7 +135,7 @@ class Evidence:
         (gap,) = runs(layers, self.total)
         return gap
 
-    def _repairs(self, layers: Layers) -> Mapping[Boundary, Operator]:
+    def _repairs(self, layers: Layers) -> Operators:
         return {gap: self._repair(gap) for gap in gaps_without(layers, self.total)}
 
     def _repair(self, gap: Boundary) -> Operator:

@@ -4,7 +4,7 @@ Whatever two ways have in common up to a layer, they compute alike up to there. 
 of them, the base, are kept, and a trial runs only from where it begins to differ.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from ghostlib.models.architectures import (
     looks_back,
     num_layers,
 )
-from ghostlib.models.boundaries import Boundary, gaps_without
+from ghostlib.models.boundaries import gaps_without
 from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
-from ghostlib.operators.solve import Operator
+from ghostlib.operators.solve import Operators
 from ghostlib.surgery.cut import install
 
 KEPT = 2**31
@@ -81,9 +81,7 @@ class Trials:
         self.rebase(())
 
     @checked
-    def rebase(
-        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
-    ) -> None:
+    def rebase(self, layers: tuple[int, ...], operators: Operators | None = None) -> None:
         """Make the variant without ``layers`` the base: its streams are computed and kept."""
         self.base = gaps_without(layers, self.total)
         variant = self._variant(layers, operators or {})
@@ -100,9 +98,7 @@ class Trials:
             self.streams.append({keys[place]: streams[place] for place in places})
 
     @checked
-    def losses(
-        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
-    ) -> Tensor:
+    def losses(self, layers: tuple[int, ...], operators: Operators | None = None) -> Tensor:
         """Mean negative log-likelihood per predicted token (nats) of each window, float64.
 
         Args:
@@ -116,7 +112,7 @@ class Trials:
 
     @checked
     def abilities(
-        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
+        self, layers: tuple[int, ...], operators: Operators | None = None
     ) -> dict[str, np.ndarray]:
         """Scores of the items of each probe; arguments as of `losses`.
 
@@ -129,7 +125,7 @@ class Trials:
         return self.probes.values(self.model, self._hidden(layers, operators or {}, asked))
 
     def _hidden(
-        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator], batches: range
+        self, layers: tuple[int, ...], operators: Operators, batches: range
     ) -> Iterator[Tensor]:
         """What the head receives of each of these batches, (windows, length, hidden)."""
         variant = self._variant(layers, operators)
@@ -151,23 +147,19 @@ class Trials:
             yield hidden
 
     @checked
-    def loss(
-        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator] | None = None
-    ) -> float:
+    def loss(self, layers: tuple[int, ...], operators: Operators | None = None) -> float:
         """Mean of `losses`; its exponential is the perplexity."""
         return float(self.losses(layers, operators).mean())
 
     def _keeps(self, key: int) -> bool:
         return self.starts is None or key in self.starts
 
-    def _variant(
-        self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]
-    ) -> PreTrainedModel:
+    def _variant(self, layers: tuple[int, ...], operators: Operators) -> PreTrainedModel:
         gaps = gaps_without(layers, self.total)
         # At the gap, so that the layers before it stay as they are in the base.
         return install(self.model, {gap: operators.get(gap) for gap in gaps}, at_gap=True)
 
-    def _first_change(self, layers: tuple[int, ...], operators: Mapping[Boundary, Operator]) -> int:
+    def _first_change(self, layers: tuple[int, ...], operators: Operators) -> int:
         """Index of the first dense layer from which this variant differs from the base."""
         gaps = gaps_without(layers, self.total)
         # both begin with as many gaps as agree before the first that does not

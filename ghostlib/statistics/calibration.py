@@ -126,17 +126,10 @@ def calibrate(
     asked = [check_boundary(boundary, num_layers(model)) for boundary in boundaries]
     if not asked:
         raise ValueError("no boundary to calibrate: name at least one, such as Boundary(12, 19)")
-    at_least(0, skip_leading=skip_leading)
-    at_least(1, batch_size=batch_size)
+    mask, real, used = usable(windows, attention_mask, skip_leading, batch_size)
     extra = [Regressor.parse(regressor).generic for regressor in regressors]
     if not moments and set(extra) - {STREAM}:
         raise ValueError("regressors are collected as moments: leave moments=True")
-    if attention_mask is None:
-        attention_mask = torch.ones_like(windows)
-    real = attention_mask.bool()
-    used = real & (attention_mask.cumsum(1) > skip_leading)
-    if not used.any():
-        raise ValueError("the attention mask and skip_leading leave no token to calibrate with")
     sizes = {"length": windows.shape[1], "batch_size": batch_size}
     require_memory(calibration_bytes(model, asked, moments=moments, regressors=extra, **sizes))
 
@@ -150,11 +143,46 @@ def calibrate(
         for first in track(starts, "calibrating", unit="batch"):
             rows = slice(first, first + batch_size)
             collector.begin(first, used[rows], real[rows])
-            run(
-                input_ids=windows[rows].to(device),
-                attention_mask=attention_mask[rows].to(device),
-            )
+            run(input_ids=windows[rows].to(device), attention_mask=mask[rows].to(device))
     return collector.result()
+
+
+def usable(
+    windows: Tensor, mask: Tensor | None, skip_leading: int, batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The attention mask, tokens that are no padding, and those to learn from: (windows, length).
+
+    Raises:
+        ValueError: no token to learn from, a negative ``skip_leading``, a batch size below 1.
+    """
+    at_least(0, skip_leading=skip_leading)
+    at_least(1, batch_size=batch_size)
+    mask = torch.ones_like(windows) if mask is None else mask
+    real = mask.bool()
+    used = real & (mask.cumsum(1) > skip_leading)
+    if not used.any():
+        raise ValueError("the attention mask and skip_leading leave no token to learn from")
+    return mask, real, used
+
+
+def empty_moments(
+    model: PreTrainedModel,
+    boundary: Boundary,
+    regressor: Regressor,
+    name: str,
+    device: torch.device | str = "cpu",
+) -> Moments:
+    """Moments of a gap, before any token, for a model of this fingerprint."""
+    hidden, before = "hidden" in regressor.sources, boundary.start - 1
+    return Moments(
+        hidden_size(model),
+        regressor=regressor,
+        hidden=intermediate_size(model, before) if hidden else None,
+        bias=hidden and has_bias(model, before),
+        boundary=boundary,
+        model=name,
+        device=device,
+    )
 
 
 class _Open(NamedTuple):
@@ -195,16 +223,8 @@ class _Collector:
         }
         for boundary in boundaries:
             for asked, regressor in self.regressors[boundary.start].items():
-                hidden = "hidden" in regressor.sources
-                collected = Moments(
-                    hidden_size(model),
-                    regressor=regressor,
-                    hidden=intermediate_size(model, boundary.start - 1) if hidden else None,
-                    bias=hidden and has_bias(model, boundary.start - 1),
-                    boundary=boundary,
-                    model=self.calibration.model,
-                    device=self.place,
-                )
+                name = self.calibration.model
+                collected = empty_moments(model, boundary, regressor, name, self.place)
                 if regressor.weight.name == "1":
                     # Boundaries with the same start share a Gram matrix.
                     collected.G = torch.empty(0)

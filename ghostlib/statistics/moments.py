@@ -567,15 +567,18 @@ def check_moments(moments: Moments) -> None:
         )
 
 
-def check_alike(train: Moments, held_out: Moments) -> None:
-    """Refuse to judge a fit on held-out moments of another kind.
+def check_alike(train: Moments, *held_out: Moments) -> None:
+    """Refuse to judge a fit on held-out moments of another kind; and `check_moments` of all.
 
     Raises:
-        ValueError: another width or another regressor.
+        ValueError: another width or another regressor; or as `check_moments`.
     """
-    for what in ("width", "blocks", "regressor"):
-        first, second = getattr(train, what), getattr(held_out, what)
-        if first != second:
-            raise ValueError(
-                f"training and held-out moments must have one {what}, got {first} and {second}"
-            )
+    for moments in held_out:
+        for what in ("width", "blocks", "regressor"):
+            first, second = getattr(train, what), getattr(moments, what)
+            if first != second:
+                raise ValueError(
+                    f"training and held-out moments must have one {what}, got {first} and {second}"
+                )
+    for moments in (train, *held_out):
+        check_moments(moments)

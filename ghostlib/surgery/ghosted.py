@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,40 @@ from ghostlib.surgery.previous import (
 
 
 class BoundaryModule(nn.Module):
-    """``x -> x + (what its matrix makes of x, or of several features of x side by side)``.
+    """``x -> x + F M (+ b)``: one matrix product at the boundary (paper, eq. 8, with W = I + M).
 
-    Features of the token before are taken with the help of `ghostlib.surgery.previous`.
+    ``F`` are features of ``x``, those of the token before by `ghostlib.surgery.previous`. ``M`` is
+    kept rather than ``W`` because in bfloat16 the rounding of a diagonal near one would be as large
+    as the entries of ``M`` themselves; of rank r as ``A B``, for one feature ``2 C r`` numbers.
 
     Args:
+        width: of the stream, C.
         place: index of the layer that receives its output.
+        bias: whether there is a ``b``.
+        rank: of ``M``; None for a matrix that is kept as it is.
         features: names from `FEATURES`.
     """
 
-    def __init__(self, place: int, features: Sequence[str] = ("x",)) -> None:
+    def __init__(
+        self,
+        width: int,
+        place: int,
+        *,
+        bias: bool = False,
+        rank: int | None = None,
+        features: Sequence[str] = ("x",),
+    ) -> None:
         super().__init__()
-        self.place = place
+        self.place, self.rank = place, rank
         self.features = tuple(FEATURES[name] for name in features)
         self.plain = list(features) == ["x"]
         self.looks_back = any(feature.previous for feature in self.features)
+        if rank is None:
+            self.M = nn.Parameter(torch.zeros(len(features) * width, width))
+        else:
+            self.A = nn.Parameter(torch.zeros(len(features) * width, rank))
+            self.B = nn.Parameter(torch.zeros(rank, width))
+        self.b = nn.Parameter(torch.zeros(width)) if bias else None
 
     def read(self, x: Tensor) -> Tensor:
         """The features of ``x`` (…, width), one token a row."""
@@ -70,50 +89,13 @@ class BoundaryModule(nn.Module):
         parts = [feature.of(before if feature.previous else x) for feature in self.features]
         return torch.cat(parts, -1).flatten(0, -2)
 
-
-class LinearBoundary(BoundaryModule):
-    """``x -> x + F M (+ b)``: one matrix product at the boundary (paper, eq. 8, with W = I + M).
-
-    ``M`` is kept rather than ``W`` because in bfloat16 the rounding of a diagonal near one would be
-    as large as the entries of ``M`` themselves.
-    """
-
-    def __init__(
-        self, width: int, place: int, bias: bool = False, features: Sequence[str] = ("x",)
-    ) -> None:
-        super().__init__(place, features)
-        self.M = nn.Parameter(torch.zeros(len(features) * width, width))
-        self.b = nn.Parameter(torch.zeros(width)) if bias else None
-
     def forward(self, x: Tensor) -> Tensor:
         """Apply to ``x`` (…, width)."""
+        F, M = self.read(x), self.M if self.rank is None else self.B
+        if self.rank is not None:
+            F = F @ self.A.to(x.dtype)
         # Some models (Mamba) keep a stream in float32 beside weights in half precision.
-        M = self.M.to(x.dtype)
-        y = torch.addmm(x.reshape(-1, x.shape[-1]), self.read(x), M).view(x.shape)
-        return y if self.b is None else y + self.b
-
-
-class LowRankBoundary(BoundaryModule):
-    """``x -> x + (F A) B (+ b)`` with ``M = A B`` of rank r: for one feature ``2 C r`` numbers."""
-
-    def __init__(
-        self,
-        width: int,
-        place: int,
-        rank: int,
-        bias: bool = False,
-        features: Sequence[str] = ("x",),
-    ) -> None:
-        super().__init__(place, features)
-        self.A = nn.Parameter(torch.zeros(len(features) * width, rank))
-        self.B = nn.Parameter(torch.zeros(rank, width))
-        self.b = nn.Parameter(torch.zeros(width)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to ``x`` (…, width)."""
-        flat = x.reshape(-1, x.shape[-1])
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        y = torch.addmm(flat, self.read(x) @ A, B).view(x.shape)
+        y = torch.addmm(x.reshape(-1, x.shape[-1]), F, M.to(x.dtype)).view(x.shape)
         return y if self.b is None else y + self.b
 
 
@@ -195,10 +177,8 @@ def install_boundaries(model: PreTrainedModel) -> None:
         module: Any = known[entry["module"]]
         plain: Any = type(module)
         become(module, _receiving(plain))
-        rank = entry["rank"]
-        kind: Any = partial(LowRankBoundary, rank=rank) if rank else LinearBoundary
-        shape = {"bias": entry["bias"], "features": entry["features"]}
-        module.boundary = kind(entry["width"], entry["receiver"], **shape)
+        shape = {name: entry[name] for name in ("bias", "rank", "features")}
+        module.boundary = BoundaryModule(entry["width"], entry["receiver"], **shape)
         module.layout = entry["layout"]
     # Found once: a forward pass should not search all modules for what is rarely there.
     boundaries = [known[path].boundary for path in paths]

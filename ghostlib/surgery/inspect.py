@@ -1,7 +1,6 @@
 """What is found in a model before anything is done to it, from its configuration alone."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,33 +65,21 @@ class Inspection:
             "",
             f"{'layers':<24} {'kind':<34} {'parameters':>12} {'cached per token':>17}",
         ]
-        for kind in dict.fromkeys(zip(self.kinds, self.parameters, self._cached(), strict=True)):
-            same = [
-                index
-                for index, other in enumerate(
-                    zip(self.kinds, self.parameters, self._cached(), strict=True)
-                )
-                if other == kind
-            ]
-            name, parameters, cached = kind
-            lines.append(f"{_shortened(same):<24} {name:<34} {parameters:>12,} {cached:>17}")
-        fits = [name for name, why in self.families.items() if not why]
-        lines += ["", f"repairs that fit: {', '.join(fits)}"]
-        for why, count in Counter(why for why in self.families.values() if why).items():
-            names = [name for name, reason in self.families.items() if reason == why]
-            lines.append(f"{', '.join(names)}: {why}" if count else "")
+        cached = ["–"] * len(self.kinds) if self.cache is None else self.cache
+        rows = list(zip(self.kinds, self.parameters, cached, strict=True))
+        for row in dict.fromkeys(rows):
+            text = spell(index for index, other in enumerate(rows) if other == row)
+            text = text if len(text) <= 24 else f"{text[:16]} … ({rows.count(row)})"
+            lines.append(f"{text:<24} {row[0]:<34} {row[1]:>12,} {row[2]:>17}")
+        by_reason: dict[str, list[str]] = {"": []}
+        for name, why in self.families.items():
+            by_reason.setdefault(why, []).append(name)
+        lines += ["", f"repairs that fit: {', '.join(by_reason.pop(''))}"]
+        lines += [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]
         if self.fixed:
             lines.append(f"not on their own: layers {spell(self.fixed)}")
             lines.append(next(iter(self.fixed.values())))
         return "\n".join(lines)
-
-    def _cached(self) -> Sequence[int | str]:
-        return ["–"] * len(self.kinds) if self.cache is None else self.cache
-
-
-def _shortened(layers: Sequence[int]) -> str:
-    text = spell(layers)
-    return text if len(text) <= 24 else f"{text[:16]} … ({len(layers)})"
 
 
 @checked
@@ -185,43 +172,26 @@ def _cache(model: PreTrainedModel) -> tuple[int, ...] | None:
 def _families(model: PreTrainedModel) -> dict[str, str]:
     """For each family, why it does not fit: tried on a small model of the same kinds."""
     small = tiny_model(model.config)
-    reasons = {name: _why(needs, small) for name, needs in _NEEDS.items()}
+    layers = range(num_layers(small))
+    reasons = {
+        "norm": _why(lambda: stream_norm(small)),
+        "down-projection": _why(lambda: [down_projection(small, index) for index in layers]),
+        "earlier-writes": _why(lambda: (embeddings(small), *(writers(small, i) for i in layers))),
+    }
     found = {}
     for name, family in FAMILIES.items():
-        needs = []
-        if family.regressor.normalised:
-            needs.append("norm")
-        if family.regressor.reads_mlp or "down-projection" in family.install:
-            needs.append("down-projection")
-        if family.install == "earlier-writes":
-            needs.append("earlier-writes")
-        found[name] = next((reasons[need] for need in needs if reasons[need]), "")
+        needs = {
+            "norm": family.regressor.normalised,
+            "down-projection": family.regressor.reads_mlp or "down-projection" in family.install,
+            "earlier-writes": family.install == "earlier-writes",
+        }
+        found[name] = next((reasons[n] for n, needed in needs.items() if needed and reasons[n]), "")
     return found
 
 
-def _every_layer(find: Callable[[PreTrainedModel, int], Any]) -> Callable[[PreTrainedModel], None]:
-    def find_all(model: PreTrainedModel) -> None:
-        for index in range(num_layers(model)):
-            find(model, index)
-
-    return find_all
-
-
-def _scalable(model: PreTrainedModel) -> None:
-    embeddings(model)
-    _every_layer(writers)(model)
-
-
-_NEEDS: dict[str, Callable[[PreTrainedModel], Any]] = {
-    "norm": stream_norm,
-    "down-projection": _every_layer(down_projection),
-    "earlier-writes": _scalable,
-}
-
-
-def _why(needs: Callable[[PreTrainedModel], Any], model: PreTrainedModel) -> str:
+def _why(needed: Callable[[], Any]) -> str:
     try:
-        needs(model)
+        needed()
     except ValueError as error:
         return str(error)
     return ""

@@ -31,16 +31,6 @@ _INEXACT = 0.05
 Installer = Callable[[PreTrainedModel, Mapping[int, Operator]], Mapping[int, Operator]]
 
 
-def leave(model: PreTrainedModel, operators: Mapping[int, Operator]) -> Mapping[int, Operator]:
-    """Install nothing: the pruned model."""
-    return {}
-
-
-def module(model: PreTrainedModel, operators: Mapping[int, Operator]) -> Mapping[int, Operator]:
-    """Leave everything to a module at the boundary (paper, eq. 8)."""
-    return operators
-
-
 def down_projection(
     model: PreTrainedModel, operators: Mapping[int, Operator]
 ) -> Mapping[int, Operator]:
@@ -185,8 +175,8 @@ def earlier_writes(
 
 
 INSTALLERS: Registry[Installer] = Registry("installer")
-INSTALLERS["nothing"] = leave
-INSTALLERS["module"] = module
+INSTALLERS["nothing"] = lambda model, operators: {}  # the pruned model
+INSTALLERS["module"] = lambda model, operators: operators  # at the boundary (paper, eq. 8)
 INSTALLERS["down-projection"] = down_projection
 INSTALLERS["module and down-projection"] = module_and_down_projection
 INSTALLERS["earlier-writes"] = earlier_writes

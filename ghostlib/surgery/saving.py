@@ -7,7 +7,6 @@ together with one readable file of code that ``trust_remote_code=True`` loads.
 """
 
 import html
-import importlib.metadata
 import json
 import os
 import shutil
@@ -18,14 +17,13 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import checked, one_line
-from ghostlib.models.architectures import check_model
+from ghostlib.common import checked, existing, one_line, versions
+from ghostlib.models.architectures import check_model, weight_bytes
 from ghostlib.models.boundaries import spell
 from ghostlib.surgery.ghosted import GhostedMixin, whole
 from ghostlib.surgery.portable import write_portable
 
 _ROOM = 64 * 2**20  # bytes beside the weights: tokenizer, card, configuration
-_VERSIONS = ("ghostlib", "torch", "transformers")
 
 
 @checked
@@ -62,7 +60,7 @@ def save(
     """
     check_model(model)
     target = Path(folder)
-    check_output(target, bytes_needed=_weight_bytes(model))
+    check_output(target, bytes_needed=weight_bytes(model))
     with whole(target.absolute()) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
@@ -91,9 +89,7 @@ def check_output(folder: str | os.PathLike[str], *, bytes_needed: int = 0) -> No
         raise FileExistsError(f"output folder {target} exists and is not empty: name a new one")
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"output folder {target} is a file: name a folder")
-    above = target.absolute().parent
-    while not above.exists():
-        above = above.parent
+    above = existing(target.absolute().parent)
     if not above.is_dir():
         raise NotADirectoryError(f"output folder {target}: {above} is a file")
     if not os.access(above, os.W_OK):
@@ -104,10 +100,6 @@ def check_output(folder: str | os.PathLike[str], *, bytes_needed: int = 0) -> No
             f"output folder {target} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: "
             "make room, or name a folder on another disk"
         )
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def model_card(
@@ -143,12 +135,12 @@ def model_card(
         lines.append(f"- layers {spell(range(start, stop))}: `{repair['operator']}`{reads}")
     apart = ("base_model", "license", "perplexity", "abilities")
     shown = {k: v for k, v in facts.items() if k not in apart}
-    versions = ", ".join(f"{package} {_version(package)}" for package in _VERSIONS)
+    made_with = ", ".join(map(" ".join, versions("ghostlib", "torch", "transformers").items()))
     lines += [
         "",
         *(f"- {_safe(key.replace('_', ' '))}: {_safe(value)}" for key, value in shown.items()),
     ]
-    lines += [f"- versions: {versions}"]
+    lines += [f"- versions: {made_with}"]
     if facts.get("perplexity"):
         lines += ["", "| model | held-out perplexity |", "|---|---|"]
         lines += [f"| {_safe(who)} | {value:.2f} |" for who, value in facts["perplexity"].items()]
@@ -170,28 +162,15 @@ def _abilities(profile: Any) -> list[str]:
 
 
 def _loading(model: PreTrainedModel, name: str, portable: bool) -> list[str]:
-    ghosted = isinstance(model, GhostedMixin)
-    remote = ", trust_remote_code=True" if ghosted and portable else ""
-    first = ["import ghostlib  # registers the repaired class", ""] if ghosted else []
-    if remote:
-        first = []
-    return [
-        "```python",
-        *first,
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{remote})",
-        "```",
-    ]
+    first, option = [], ""
+    if isinstance(model, GhostedMixin) and portable:
+        option = ", trust_remote_code=True"
+    elif isinstance(model, GhostedMixin):
+        first = ["import ghostlib  # registers the repaired class", ""]
+    load = f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{option})"
+    return ["```python", *first, "from transformers import AutoModelForCausalLM", "", load, "```"]
 
 
 def _safe(text: object) -> str:
     """A name in Markdown, which a browser shows: no element of HTML, in one line."""
     return html.escape(one_line(text), quote=False)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -5,7 +5,6 @@ on a tiny model, and each way is right, or refused in one clear line.
 """
 
 import copy
-import inspect
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from ghostlib.common import Registry, checked
-from ghostlib.models.architectures import check_model
+from ghostlib.models.architectures import cached, check_model
 from ghostlib.models.placement import input_device
 
 _TOLERANCE = 1e-3  # of the largest logit, in float32
@@ -79,12 +78,6 @@ def _close(logits: Tensor, expected: Tensor) -> None:
     assert off <= _TOLERANCE * scale, f"logits are off by {off:.3g}, the largest is {scale:.3g}"
 
 
-def _into(cache: Any, model: PreTrainedModel) -> dict[str, Any]:
-    """A cache by the name that this release of transformers gives the argument."""
-    known = inspect.signature(type(model).forward).parameters
-    return {"cache" if "cache" in known else "past_key_values": cache}
-
-
 def _cache_of(out: Any) -> Any:
     return out["cache"] if "cache" in out else out["past_key_values"]
 
@@ -133,7 +126,7 @@ def _quantised(subject: Subject) -> None:
     ids = subject.ids
     pieces = ids.split([ids.shape[1] - 4, 1, 1, 1, 1], 1)
     with torch.no_grad():
-        parts = [subject.model(piece, **_into(cache, subject.model)).logits for piece in pieces]
+        parts = [subject.model(piece, **cached(subject.model, cache)).logits for piece in pieces]
     expected = subject.whole(ids)
     off = float((torch.cat(parts, 1) - expected).norm() / expected.norm())
     assert off < _QUANTISED, f"logits are {off:.0%} off"
@@ -146,7 +139,7 @@ def _pieces(subject: Subject) -> None:
     for cuts in ([5], [1, 2, 3, 9], list(range(1, ids.shape[1]))):
         cache = DynamicCache(config=model.config)
         pieces = ids.tensor_split(cuts, dim=1)
-        parts = [model(piece, **_into(cache, model)).logits for piece in pieces]
+        parts = [model(piece, **cached(model, cache)).logits for piece in pieces]
         _close(torch.cat(parts, 1), subject.whole(ids))
 
 
@@ -154,7 +147,7 @@ def _pieces(subject: Subject) -> None:
 def _again(subject: Subject) -> None:
     first = subject.generate(subject.ids)
     more = torch.cat([first.sequences, subject.ids], 1)
-    known = _into(_cache_of(first), subject.model)
+    known = cached(subject.model, _cache_of(first))
     out = subject.generate(more, attention_mask=torch.ones_like(more), **known)
     _close(torch.stack(out.logits, 1), subject.whole(out.sequences)[:, more.shape[1] - 1 : -1])
 
@@ -166,7 +159,7 @@ def _interleaved(subject: Subject) -> None:
     steps, caches = list(texts), [DynamicCache(config=model.config) for _ in texts]
     for _ in range(6):
         for k, cache in enumerate(caches):
-            logits = model(steps[k], **_into(cache, model)).logits[:, -1:]
+            logits = model(steps[k], **cached(model, cache)).logits[:, -1:]
             _close(logits, subject.whole(texts[k])[:, -1:])
             steps[k] = logits.argmax(-1)
             texts[k] = torch.cat([texts[k], steps[k]], 1)

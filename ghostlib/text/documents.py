@@ -190,7 +190,8 @@ def _running_text(path: Path, column: str) -> Iterator[Row]:
     yield one_line(path), {column: decode(path)}
 
 
-def _jsonl(path: Path, column: str) -> Iterator[Row]:
+def jsonl(path: Path, column: str = "") -> Iterator[Row]:
+    """The rows of a file of JSON lines; `ValueError` names the line that is none."""
     # Bytes, whose lines end at b"\n" only: JSON strings may hold U+2028 and the like unescaped.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -223,7 +224,7 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
 _READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".txt": _running_text,
     ".raw": _running_text,
-    ".jsonl": _jsonl,
+    ".jsonl": jsonl,
     ".parquet": _parquet,
 }
 _KNOWN = ", ".join(_READERS)

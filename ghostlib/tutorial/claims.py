@@ -27,7 +27,7 @@ class Claim(NamedTuple):
     """
 
     text: str
-    source: str
+    source: str = "ours"
 
 
 CLAIMS: dict[int, Claim] = {
@@ -73,87 +73,67 @@ CLAIMS: dict[int, Claim] = {
         "paper, tables 5, A8, A9",
     ),
     12: Claim("Tuning only the operator by distillation improves it further", "paper, appendix D"),
-    13: Claim(
-        "Min-norm in M and min-norm in W differ exactly on directions calibration never saw", "ours"
-    ),
-    14: Claim("An absolute ridge of 1e-6 is no regularisation at any calibration size", "ours"),
-    15: Claim("The held-out error of the pseudo-inverse peaks at tokens = width", "ours"),
+    13: Claim("Min-norm in M and min-norm in W differ exactly on directions calibration never saw"),
+    14: Claim("An absolute ridge of 1e-6 is no regularisation at any calibration size"),
+    15: Claim("The held-out error of the pseudo-inverse peaks at tokens = width"),
     16: Claim(
         "LinearPatch's heuristic is not the best of its own family, and that family is far from "
         "the best symmetric operator",
-        "ours",
     ),
     17: Claim(
         "No weighting of the output channels changes the unconstrained optimum; the constrained "
         "ones all change",
-        "ours",
     ),
     18: Claim(
         "In blocks where it is born, the first token's massive activation owns the objective",
-        "ours",
     ),
-    19: Claim("Moments accumulated in float32 lose the operator where float64 keeps it", "ours"),
-    20: Claim("Streaming memory does not grow with the number of tokens", "ours"),
-    21: Claim("The gap of any operator to the optimum is ‖X (W − W*)‖² exactly", "ours"),
+    19: Claim("Moments accumulated in float32 lose the operator where float64 keeps it"),
+    20: Claim("Streaming memory does not grow with the number of tokens"),
+    21: Claim("The gap of any operator to the optimum is ‖X (W − W*)‖² exactly"),
     22: Claim(
         "On calibration tokens one operator for a run of layers fits no worse than the composition "
         "of one per layer",
-        "ours",
     ),
     23: Claim(
         "With several gaps, fitting each to the model as repaired so far beats fitting all to the "
         "dense model",
-        "ours",
     ),
     24: Claim(
         "A greedy search that scores repaired models finds better layers than the block by cosine",
-        "ours",
     ),
     25: Claim(
         "Over a block in which the massive activation is born, the unconstrained optimum can be "
         "far worse than no repair",
-        "ours",
     ),
     26: Claim(
         "There a normalised copy of the stream and weights by the inverse norm together bring "
         "perplexity to less than a third of the optimum's",
-        "ours",
     ),
     27: Claim(
         "A repair that reads the stream and its normalised copy, with errors weighted by 1 / norm, "
         "beats ghost where ghost fails and where it does not",
-        "ours",
     ),
     28: Claim(
         "The recipe is never worse than the better of no repair and ghost, wherever the block is",
-        "ours",
     ),
     29: Claim(
         "With layers of its own choice the recipe is below ghost on the block by cosine",
-        "ours",
     ),
-    30: Claim("A boundary with branches has less than a third of a layer's parameters", "ours"),
+    30: Claim("A boundary with branches has less than a third of a layer's parameters"),
     31: Claim(
         "Solved for whole, the down-projection before the gap comes within 10 % of ghost's "
         "perplexity, without a parameter or an operation more than the pruned model",
-        "ours",
     ),
     32: Claim(
         "Solved for together, that projection and the boundary matrix are below ghost's "
         "perplexity at ghost's cost",
-        "ours",
     ),
     33: Claim(
         "The block that cosine chooses takes copying from the context away, and ghost leaves less "
         "than half of it",
-        "ours",
     ),
-    34: Claim(
-        "There no repair of one token at a time returns a tenth of the copying that is lost", "ours"
-    ),
-    35: Claim(
-        "Other layers, as many, keep more than half of copying (below 7 nats) once repaired", "ours"
-    ),
+    34: Claim("There no repair of one token at a time returns a tenth of the copying that is lost"),
+    35: Claim("Other layers, as many, keep more than half of copying (below 7 nats) once repaired"),
 }
 
 
@@ -265,8 +245,7 @@ def record(
         holds: outcome of an exact check.
         estimate: of the quantity that the claim is about.
         interval: its 95 % confidence interval.
-        above: the claim is that the quantity is larger than this.
-        below: the claim is that it is smaller than this; with ``above``, that it lies between.
+        above, below: what the claim says of the quantity, as in `verdict`.
         items: how many questions the estimate rests on.
         seeds: how many calibrations.
         windows: how many windows of held-out text.
@@ -318,25 +297,25 @@ class Measurement(NamedTuple):
     facts: Mapping[str, Any]
 
 
-def ledger(measurements: Iterable[Measurement], *, notebooks: str = "../notebooks") -> str:
+def ledger(measurements: Iterable[Measurement]) -> str:
     """The page of all claims, in Markdown: a line each, then the evidence, folded.
 
     A claim that was measured more than once has the least favourable of its verdicts.
 
     Args:
         measurements: of all notebooks, in their order.
-        notebooks: folder of the notebooks, as seen from the page.
     """
     found: dict[int, list[Measurement]] = {number: [] for number in CLAIMS}
     for measured in measurements:
         found[measured.facts["claim"]].append(measured)
     rows, evidence, verdicts = [], [], []
     for number, entries in found.items():
-        claim, word = CLAIMS[number], _least_favourable(entries)
+        claim, measured_as = CLAIMS[number], [entry.facts["verdict"] for entry in entries]
+        word = min(measured_as, key=_ORDER.index, default=UNMEASURED)
         verdicts.append(word)
         values, places, details = [], [], []
         for notebook, cell, facts in entries:
-            place = f"[{notebook[:2]}, cell {cell}]({notebooks}/{notebook}.ipynb)"
+            place = f"[{notebook[:2]}, cell {cell}](../notebooks/{notebook}.ipynb)"
             places.append(place)
             value = str(facts.get("value", facts["figure"]))
             limit = " (one seed)" if "one seed" in facts["rule"] else ""
@@ -357,12 +336,7 @@ def ledger(measurements: Iterable[Measurement], *, notebooks: str = "../notebook
     )
 
 
-def _least_favourable(entries: Iterable[Measurement]) -> str:
-    verdicts = {entry.facts["verdict"] for entry in entries} or {UNMEASURED}
-    return next(word for word in _ORDER if word in verdicts)
-
-
-_ORDER = (FAILS, UNDECIDED, HOLDS, UNMEASURED)
+_ORDER = (FAILS, UNDECIDED, HOLDS)
 _PAGE = """\
 # The claims, checked
 

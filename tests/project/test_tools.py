@@ -13,7 +13,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 import fill
 import notebooks as tool
-import prose
 import rules
 
 FIRST = """# Prune a toy
@@ -164,7 +163,7 @@ def test_what_is_no_notebook_is_refused_by_name(root, content):
     path = root / "notebooks" / "02_none.ipynb"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(tool.NotebookError, match=r"02_none\.ipynb: not a notebook"):
+    with pytest.raises(SystemExit, match=r"02_none\.ipynb: not a notebook"):
         tool.read(path)
 
 
@@ -222,7 +221,7 @@ def test_the_course_has_parts_in_order_and_the_explorer_last(root):
 @pytest.mark.parametrize("url", ["", "https://example.com/a/b", "https://github.com/a"])
 def test_an_address_that_is_none_is_refused(root, url):
     address(root, url)
-    with pytest.raises(tool.NotebookError, match="Repository"):
+    with pytest.raises(SystemExit, match="Repository"):
         fill.fill(root)
 
 
@@ -397,7 +396,7 @@ def test_a_number_in_prose_needs_support(sentence, unsupported):
     exempt = {"numbers": {"0.5": "a setting"}}
     nb = executed(good(new_markdown_cell(sentence, metadata=exempt)))
     nb.cells[-8].outputs[0].text = PRINTED
-    assert [words for _, words in prose.unsupported(nb)] == unsupported
+    assert [words for _, words in rules.unsupported(nb)] == unsupported
 
 
 @pytest.mark.parametrize(

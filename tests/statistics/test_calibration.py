@@ -234,7 +234,7 @@ def test_bad_activations_name_layer_and_window(value):
         ({"windows": torch.full((1, 8), VOCABULARY)}, "another model's tokenizer"),
         ({"windows": torch.full((1, 8), -1)}, "token ids -1"),
         ({"attention_mask": torch.ones(1, 3, dtype=torch.long)}, "windows' shape"),
-        ({"skip_leading": 24}, "mask and skip_leading leave no token to calibrate with"),
+        ({"skip_leading": 24}, "mask and skip_leading leave no token to learn from"),
         ({"skip_leading": -1}, "skip_leading must be at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"regressors": ["y"]}, "unknown feature 'y'"),

@@ -364,7 +364,9 @@ def test_held_out_moments_must_be_of_the_same_kind(other: Moments, what: str) ->
         check_alike(Moments(8), other)
     with pytest.raises(ValueError, match=f"must have one {what}, got"):
         check_alike(other, Moments(8))
-    check_alike(Moments(8, boundary=(1, 2)), Moments(8, model="another"))
+    X, Y = torch.randn(2, 20, 8)
+    alike = Moments(8, boundary=(1, 2)), Moments(8, model="another")
+    check_alike(*(moments.update(X, Y) for moments in alike))
 
 
 def test_only_moments_can_be_added() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import ghostlib as gl
 from ghostlib.models.architectures import receiver
 from ghostlib.surgery import previous
-from ghostlib.surgery.ghosted import LinearBoundary
+from ghostlib.surgery.ghosted import BoundaryModule
 from ghostlib.surgery.testing import CHECKS, check_repaired_model
 
 SEVERAL = [0, 2, 3, LAYERS - 1]  # behind the embeddings, between layers, before the final norm
@@ -152,12 +152,12 @@ def test_a_module_that_differs_token_by_token_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = tiny_model("llama")
-    model, forward = repaired(dense, "ghost"), LinearBoundary.forward
+    model, forward = repaired(dense, "ghost"), BoundaryModule.forward
 
-    def by_length(self: LinearBoundary, x: Tensor) -> Tensor:
+    def by_length(self: BoundaryModule, x: Tensor) -> Tensor:
         return forward(self, x) if x.shape[1] > 8 else x
 
-    monkeypatch.setattr(LinearBoundary, "forward", by_length)
+    monkeypatch.setattr(BoundaryModule, "forward", by_length)
     if name == "assisting another model":  # which may propose what it likes
         assert check_repaired_model(model, dense, checks=[name]) == {name: "right"}
         return
