@@ -153,7 +153,8 @@ def test_choose_ridges_refuses() -> None:
         choose_ridges(train, train, [0.0])
     with pytest.raises(ValueError, match="must have one"):
         choose_ridges(train, moments("x", activations()))
-    for pair in ((train, Moments(C)), (Moments(C), train)):
+    empty = Moments(C, regressor="x, h", hidden=INNER)
+    for pair in ((train, empty), (empty, train)):
         with pytest.raises(ValueError, match="hold no tokens"):
             choose_ridges(*pair)
 

@@ -60,7 +60,28 @@ def test_copying_is_stored_for_every_block():
         for operator in operators:
             found = set(rows[(rows.operator == operator) & (rows.n == n)].layers)
             assert found >= {spell(b.removed) for b in gl.contiguous(n, 30)}
-    assert rows[rows.layers == "12–18"].value.min() > 4 * rows.dense.max()
+    lost = rows[rows.layers == "12–18"]
+    assert (lost.value / lost.dense).min() > 3.5
+    repairs = lost[~lost.operator.str.endswith("sequential")]
+    assert set(repairs.groupby("operator")["seed"].nunique()) == {3}
+    blocks = rows[rows.layers.isin(BLOCKS)].groupby(["operator", "layers"])["seed"].nunique()
+    for operator in ("pruned", "ghost", "two-branch-relative"):
+        assert blocks[operator].min() >= 2
+
+
+def test_what_claims_rest_on_is_there_for_three_draws():
+    rows = scores(stored("seeds"))
+    assert set(rows["evidence"].map(len)) == {16}
+    for layers, operators in (
+        ("12–18", ("replaceme", "ghost")),
+        ("12–15, 17, 25–26", ("ghost", "ghost sequential")),
+        ("4–6, 12–18, 28", ("ghost",)),
+    ):
+        for operator in operators:
+            here = rows[(rows.layers == layers) & (rows.operator == operator)]
+            assert sorted(zip(here.seed, here.dataset, strict=True)) == [
+                (seed, corpus) for seed in range(3) for corpus in ("pydoc", "wiki")
+            ]
 
 
 def test_every_block_and_the_recipe():
