@@ -210,6 +210,7 @@ def environment() -> Record:
     import torch
 
     made_with = {"python": platform.python_version()} | versions(*_PACKAGES)
+    made_with["torch"] = str(torch.__version__)  # with its build: +cpu, +cu130
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
     hardware["threads"] = torch.get_num_threads()

@@ -189,7 +189,8 @@ def test_notebook_10_has_every_field_as_a_parameter_of_papermill():
 
 
 def test_the_commands_of_notebook_10_are_of_the_papers_settings():
-    by_cli, by_papermill, _ = documented("10_full_model_evaluation")
+    commands = documented("10_full_model_evaluation")
+    by_cli, by_papermill, _ = [line for line in commands if "seeds-0.jsonl" not in line]
     (models,) = re.findall(r"for model in (.*?);", by_cli)
     assert len(models.split()) == 3 and "for windows in 32 128;" in by_cli
     (line,) = re.findall(r"ghostlib experiment .*", by_cli)
@@ -206,9 +207,11 @@ def test_the_commands_of_notebook_10_are_of_the_papers_settings():
     assert (first.test_windows, first.perplexity) == (None, ("wikitext2", "ptb", "c4"))
 
 
-def test_the_commands_of_notebooks_15_and_17_are_of_the_stored_results():
+def test_the_commands_of_notebooks_are_of_the_stored_results():
     commands = [*documented("17_the_whole_grid"), *documented("15_weights_and_the_recipe")]
-    names = ("grid", "ablation")
+    of_seeds = [*documented("08_several_boundaries"), *documented("10_full_model_evaluation")]
+    commands += [line for line in of_seeds if "seeds-0.jsonl" in line]
+    names = ("grid", "ablation", "seeds", "seeds")
     for line, name in zip(commands, names, strict=True):
         for file, known in (("c4.sample.jsonl", "c4"), ("wikitext2.valid.raw", "wikitext2")):
             line = line.replace(file, known)  # files that are not in this repository
