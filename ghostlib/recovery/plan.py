@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from ghostlib.common import AUTO, existing, shown
 from ghostlib.evaluation.cost import flops
 from ghostlib.models.architectures import hidden_size, num_layers, text_config, weight_bytes
-from ghostlib.models.boundaries import contiguous, runs
+from ghostlib.models.boundaries import Boundary, contiguous, runs
 from ghostlib.models.loading import EMBEDDED, check_reachable
 from ghostlib.operators.families import Family
 from ghostlib.recovery.recipe import BUDGETS, SHORTLIST
@@ -139,9 +139,11 @@ def plan(
     regressors = [Family.of(family).regressor for family in names]
     choices = len(SHORTLIST) if operator == AUTO else 1
     gaps = runs(layers, total) if layers else contiguous(len(chosen), total)[:choices]
-    rule, rules = CRITERIA[criterion], SHORTLIST if operator == AUTO else (criterion,)
-    compared = sorted({gap for name in rules for gap in needed(name, len(chosen), total)})
-    searched = [] if layers else compared
+    rule = CRITERIA[criterion]
+    searched: list[Boundary] = []  # what the choice of layers compares
+    if not layers:
+        rules = SHORTLIST if operator == AUTO else (criterion,)
+        searched = sorted({gap for name in rules for gap in needed(name, len(chosen), total)})
     with_moments = operator == AUTO or "moments" in rule.needs
     sizes: dict[str, Any] = {"length": length}
     calibration = calibration_bytes(C, gaps, hidden=width, regressors=regressors, **sizes).total

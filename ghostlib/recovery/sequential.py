@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import checked, track
+from ghostlib.common import at_least, checked, track
 from ghostlib.models.architectures import fingerprint, looks_back, num_layers
 from ghostlib.models.boundaries import Boundary, check_order
 from ghostlib.models.layers import listen
@@ -53,9 +53,10 @@ def dense_streams(
         ValueError: windows that do not fit the model, or a batch size below 1.
     """
     check_windows(model, windows, attention_mask)
-    mask, _, _ = usable(windows, attention_mask, 0, batch_size)
+    at_least(1, batch_size=batch_size)
     wanted = sorted(set(indices))
     kept: dict[int, list[Tensor]] = {index: [] for index in wanted}
+    mask = torch.ones_like(windows) if attention_mask is None else attention_mask
     parts = list(zip(windows.split(batch_size), mask.split(batch_size), strict=True))
     for ids, m in track(parts, "recording", unit="batch"):
         streams = record(model, ids, wanted, attention_mask=m.to(input_device(model)))
