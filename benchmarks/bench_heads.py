@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 import ghostlib as gl
 from ghostlib.models.streams import excerpt, feed, record
 from ghostlib.recovery.sequential import dense_streams
+from ghostlib.statistics.moments import Stream
 
 CHOOSING = 100  # the seed of windows and rows on which heads are chosen
 RIDGE = {"relative_ridge": 1e-4}
@@ -130,20 +131,24 @@ def returns(model: PreTrainedModel, streams: dict[int, Tensor], score: Scorer) -
     everything = list(range(count))
     for row, x in enumerate(streams[GAP.start]):
         kept = [outputs(model, y, streams[y][[row]], everything)[0] for y in GAP.removed]
-        for y, moments in whole.items():
-            moments.update(x, streams[y][row], hidden=torch.cat(kept, -1))
+        F, before = torch.cat([x, *kept], -1).double(), Stream.of(x)
+        for y, moments in whole.items():  # they differ in what is regressed, and share one Gram
+            last = y == GAP.stop
+            moments.add_sequence(F, before, Stream.of(streams[y][row]), with_gram=last)
+    G = whole[GAP.stop].G
 
     def circuit(heads: list[Head]) -> Circuit:
         """As `Circuit.fit` with a teacher would find it, from parts of the same moments."""
         chosen = Circuit(model, heads)
         for layer in [*chosen.heads, GAP.stop]:
-            starts = [C + ((y - GAP.start) * count + h) * size for y, h in heads if y < layer]
             if layer == GAP.start:
                 continue
+            starts = [C + ((y - GAP.start) * count + h) * size for y, h in heads if y < layer]
             columns = torch.tensor([*range(C), *(s + i for s in starts for i in range(size))])
-            moments = whole[layer]
-            sums = {"G": moments.G[columns][:, columns], "cross": moments.cross[columns]}
-            part = moments.replaced(sums | {"f1": moments.f1[columns]}, {})
+            cross, f1 = whole[layer].cross[columns], whole[layer].f1[columns]
+            part = whole[layer].replaced(
+                {"G": G[columns][:, columns], "cross": cross, "f1": f1}, {}
+            )
             part.regressor = regressor if starts else gl.Regressor.parse("x")
             part.blocks = part.regressor.widths(C, len(columns) - C or None)
             chosen.maps[layer] = gl.solve(part, replace(family, regressor=part.regressor), **RIDGE)
