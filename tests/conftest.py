@@ -166,14 +166,6 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return matrices
 
 
-@pytest.fixture(scope="session", autouse=True)
-def machine_undescribed() -> Iterator[None]:
-    """lm-eval asks pip and compilers about the machine after every task, which nobody reads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.utils.collect_env.get_pretty_env_info", str)
-        yield
-
-
 @pytest.fixture(scope="session")
 def embedded() -> tuple[PreTrainedModel, object]:
     """The embedded model and its tokenizer; tests must leave both as they are."""

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from scipy import stats
@@ -341,12 +342,16 @@ def _score(task: str, results: Any) -> Score:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """No log of the harness; its progress bars only where ghostlib may draw its own."""
+    """No log of the harness; its progress bars only where ghostlib may draw its own.
+
+    Nor does it ask pip and the compilers about the machine, a second for every task, for a part of
+    its results that nobody reads.
+    """
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with quiet():
+        with quiet(), patch("torch.utils.collect_env.get_pretty_env_info", str):
             yield
     finally:
         logger.setLevel(level)

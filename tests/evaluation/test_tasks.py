@@ -120,6 +120,16 @@ def test_the_model_and_all_around_it_are_left_alone(
     assert logging.getLogger("lm_eval").level == level
 
 
+def test_the_machine_is_not_described(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: list[str] = []
+    asked = "torch.utils.collect_env.get_pretty_env_info"
+    monkeypatch.setattr(asked, lambda: described.append("pip list"))
+    zero_shot(model, TOKENIZER, write(tmp_path / "few.jsonl", questions(2)))
+    assert not described
+
+
 def test_dropout_is_off_while_a_model_in_training_mode_is_scored(tmp_path: Path) -> None:
     model = tiny_model("gpt2", vocab_size=300, resid_pdrop=0.5, embd_pdrop=0.5)
     path = write(tmp_path / "quiz.jsonl", questions(12))
