@@ -13,14 +13,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import product
+from itertools import groupby, product
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,15 +34,28 @@ from ghostlib.experiments.results import Results
 from ghostlib.experiments.spec import Specification, base_name, budget_of, family_of
 from ghostlib.experiments.tables import ABILITY, ACCURACY, PERPLEXITY, mean_interval
 from ghostlib.models.architectures import check_model, num_layers, text_config
-from ghostlib.models.boundaries import contiguous, gaps_without, read_layers, runs, spell
+from ghostlib.models.boundaries import (
+    Boundary,
+    contiguous,
+    gaps_without,
+    read_layers,
+    runs,
+    spell,
+)
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.solve import Operators, solve
-from ghostlib.recovery.recipe import Recipe, affordable
+from ghostlib.recovery.recipe import Choice, Recipe, affordable
 from ghostlib.recovery.sequential import dense_streams, fit_sequential
 from ghostlib.selection.criteria import CRITERIA, needed, searched, select_several
 from ghostlib.selection.evidence import Layers
 from ghostlib.selection.trials import Trials
-from ghostlib.statistics.calibration import Calibration, calibrate
+from ghostlib.statistics.calibration import (
+    Calibration,
+    available_bytes,
+    calibrate,
+    calibration_bytes,
+)
+from ghostlib.statistics.features import Regressor
 from ghostlib.surgery.cut import install
 
 
@@ -55,9 +70,10 @@ def run_experiment(
 ) -> Results:
     """Compute the cells of ``specification`` that the file ``output`` lacks, and return all.
 
-    Layers are chosen in one pass and all operators solved from another. Operators that read the
-    layer before a gap are left out where layer 0 is removed, and a cell whose loss is not finite
-    has no score: records of kind ``"skipped"`` say so.
+    Layers are chosen in one pass and all operators solved from another, or from several where
+    memory has no room for the moments of all. Operators that read the layer before a gap are left
+    out where layer 0 is removed, and a cell whose loss is not finite has no score: records of kind
+    ``"skipped"`` say so.
 
     Args:
         output: a results file, made or resumed; several processes may append to one file.
@@ -104,6 +120,9 @@ def read_shard(text: str) -> tuple[int, int]:
     return int(index), int(total)
 
 
+_UNFITTED = (DENSE, PRUNED)
+
+
 @dataclass
 class _Run:
     """The cells still to be computed, by model and by what is measured, and what they share."""
@@ -133,14 +152,28 @@ class _Run:
             digest = hashlib.sha256(name.encode()).digest()
             if int.from_bytes(digest[:8], "big") % total == index - 1:
                 self._plan(layers, operator, measure, dataset)
-        if any(operator not in (DENSE, PRUNED) for _, operator in self.todo):
-            check_windows(self.model, self._windows)  # before the first cell is written
-        if chosen := [layers for layers, operator in self.todo if self._judged(operator)]:
-            self._recipe.collect(chosen)
-        for (layers, operator), missing in track(self.todo.items(), "scoring", unit="model"):
-            self.results.refresh()
-            if left := [m for m in missing if not self._is_known(layers, operator, *m)]:
-                self._score(layers, operator, left)
+        for fits in self._portions():
+            for layers, operator in track(fits.models, "scoring", unit="model"):
+                self.results.refresh()
+                missing = self.todo[layers, operator]
+                if left := [m for m in missing if not self._is_known(layers, operator, *m)]:
+                    self._score(layers, operator, left, fits)
+
+    def _portions(self) -> Iterator["_Fits"]:
+        """What is to be scored, as many sets of layers at a time as memory has room for."""
+        windows = torch.empty(0, 0)
+        if any(operator not in _UNFITTED for _, operator in self.todo):
+            windows = self._windows
+            check_windows(self.model, windows)  # before the first cell is written
+        portion = _Fits(self.model, windows, [])
+        for _, models in groupby(self.todo, itemgetter(0)):
+            more = list(models)
+            wider = _Fits(self.model, windows, [*portion.models, *more])
+            if portion.models and wider.bytes > available_bytes() // 2:
+                yield portion
+                wider = _Fits(self.model, windows, more)
+            portion = wider
+        yield portion
 
     def _removed(self) -> list[Layers]:
         """Every set of layers to remove: those given, and those that criteria choose."""
@@ -179,7 +212,7 @@ class _Run:
 
     def _plan(self, layers: Layers, operator: str, measure: str, dataset: str) -> None:
         """Note what is missing, and record what is left out."""
-        fitted = operator not in (DENSE, PRUNED) and not budget_of(operator)
+        fitted = operator not in _UNFITTED and not budget_of(operator)
         if 0 in layers and fitted and family_of(operator).regressor.reads_mlp:
             names = {"layers": _spell(layers), "operator": operator, "dataset": ""}
             reason = f"{operator} reads the layer before a gap, and layer 0 is removed"
@@ -192,10 +225,15 @@ class _Run:
         scored = self.results.get("score", *names, measure, base_name(dataset))
         return bool(scored or self.results.get("skipped", *names, base_name(dataset)))
 
-    def _score(self, layers: Layers, operator: str, measures: list[tuple[str, str]]) -> None:
+    def _score(
+        self, layers: Layers, operator: str, measures: list[tuple[str, str]], fits: "_Fits"
+    ) -> None:
         """Solve the operators of one model, and append a record for each of its measures."""
         begin = time.perf_counter()
-        operators = self._operators(layers, operator)
+        operators, choice = fits.of(layers, operator)
+        if choice is not None:
+            names = {"layers": spell(layers), "recipe": operator, "operator": choice.repair}
+            self.results.append("choice", **names, losses=choice.summary["losses"])
         takes = {
             PERPLEXITY: self._perplexity,
             ACCURACY: self._accuracy,
@@ -253,22 +291,6 @@ class _Run:
         bounds = {k: v for k, v in (("low", ability.low), ("high", ability.high)) if v == v}
         return {"value": ability.score, "chance": chance, "items": values, **bounds}
 
-    def _operators(self, layers: Layers, operator: str) -> Operators:
-        if operator in (DENSE, PRUNED):
-            return {}
-        if budget := budget_of(operator):
-            choice = self._recipe.choose(layers, among=affordable(self.model, budget))
-            names = {"layers": spell(layers), "recipe": operator, "operator": choice.repair}
-            self.results.append("choice", **names, losses=choice.summary["losses"])
-            return choice.operators
-        family, gaps = family_of(operator), runs(layers, num_layers(self.model))
-        if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
-            return fit_sequential(self.model, self._windows, gaps, family, streams=self._streams)
-        if self._judged(operator):
-            return self._recipe.fit(layers, operator)
-        moments = self._statistics.of(family.regressor)
-        return {gap: solve(moments[gap], family) for gap in gaps}
-
     @cached_property
     def _windows(self) -> Tensor:
         return self.specification.draw_calibration(self.tokenizer)
@@ -292,44 +314,89 @@ class _Run:
         """What all models have in common on each probe."""
         return {name: Trials(self.model, None, probes=p) for name, p in self.probes.items()}
 
-    def _judged(self, operator: str) -> bool:
+
+@dataclass
+class _Fits:
+    """The operators of some models, solved from what is collected once for all of them."""
+
+    model: PreTrainedModel
+    windows: Tensor
+    models: list[tuple[Layers, str]]
+
+    def of(self, layers: Layers, operator: str) -> tuple[Operators, Choice | None]:
+        """Those of one of the models, and how the recipe chose if it was asked."""
+        if operator in _UNFITTED:
+            return {}, None
+        if budget := budget_of(operator):
+            choice = self._recipe.choose(layers, among=affordable(self.model, budget))
+            return choice.operators, choice
+        family, gaps = family_of(operator), self._gaps(layers)
+        if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
+            streams = self._streams
+            return fit_sequential(self.model, self.windows, gaps, family, streams=streams), None
+        if self._is_judged(operator):
+            return self._recipe.fit(layers, operator), None
+        moments = self._statistics.of(family.regressor)
+        return {gap: solve(moments[gap], family) for gap in gaps}, None
+
+    @property
+    def bytes(self) -> int:
+        """What the moments take."""
+        total = 0
+        for judged, passes in ((True, 2), (False, 1)):  # those of windows kept out, and the rest
+            if asked := self._boundaries(judged):
+                read = self._regressors(judged)
+                total += passes * calibration_bytes(self.model, asked, regressors=read).moments
+        return total
+
+    def _gaps(self, layers: Layers) -> list[Boundary]:
+        return runs(layers, num_layers(self.model))
+
+    def _is_judged(self, operator: str) -> bool:
         """Whether windows kept out of the fit choose it or its ridge, as in `recover`."""
-        if operator in (DENSE, PRUNED):
-            return False
         if budget_of(operator):
             return True
-        return bool(family_of(operator).default) and len(self._windows) > 1
+        return bool(family_of(operator).default) and len(self.windows) > 1
+
+    def _fitted(self, judged: bool) -> list[tuple[Layers, str]]:
+        fitted = [(layers, op) for layers, op in self.models if op not in _UNFITTED]
+        return [(layers, op) for layers, op in fitted if self._is_judged(op) == judged]
+
+    def _boundaries(self, judged: bool) -> list[Boundary]:
+        # Also of sequential fits: of one gap they are the teacher's.
+        return sorted({gap for layers, _ in self._fitted(judged) for gap in self._gaps(layers)})
+
+    def _families(self, judged: bool) -> list[str]:
+        names: list[str] = []
+        for _, operator in self._fitted(judged):
+            budget = budget_of(operator)
+            names += affordable(self.model, budget) if budget else [operator]
+        return list(dict.fromkeys(names))
+
+    def _regressors(self, judged: bool) -> set[Regressor]:
+        return {family_of(name).regressor for name in self._families(judged)}
 
     @cached_property
     def _recipe(self) -> Recipe:
         """All that is chosen by windows kept out of the fit, from the same statistics."""
-        names: list[str] = []
-        for _, operator in self.todo:
-            if budget := budget_of(operator):
-                names += affordable(self.model, budget)
-            elif self._judged(operator):
-                names.append(operator)
-        return Recipe(self.model, self._windows, candidates=list(dict.fromkeys(names)))
+        recipe = Recipe(self.model, self.windows, candidates=self._families(judged=True))
+        recipe.collect([layers for layers, _ in self._fitted(judged=True)])
+        return recipe
 
     @cached_property
     def _statistics(self) -> Calibration:
         """Moments that all other operators are solved from, of one pass."""
-        unfitted = (DENSE, PRUNED)
-        fitted = [(ls, op) for ls, op in self.todo if op not in unfitted and not self._judged(op)]
-        # Also of sequential fits: of one gap they are the teacher's.
-        gaps = {gap for ls, _ in fitted for gap in runs(ls, num_layers(self.model))}
-        regressors = {family_of(operator).regressor for _, operator in fitted}
-        return calibrate(self.model, self._windows, sorted(gaps), regressors=regressors)
+        asked = self._boundaries(judged=False)
+        regressors = self._regressors(judged=False)
+        return calibrate(self.model, self.windows, asked, regressors=regressors)
 
     @cached_property
     def _streams(self) -> dict[int, Tensor]:
         """The dense model's streams that all sequential fits need, of one pass."""
-        places: set[int] = set()
-        for layers, operator in self.todo:
-            if operator.endswith(SEQUENTIAL):
-                gaps = runs(layers, num_layers(self.model))
-                places.update((layers[0], *(gap.stop for gap in gaps)))
-        return dense_streams(self.model, self._windows, places)
+        sequential = [layers for layers, op in self.models if op.endswith(SEQUENTIAL)]
+        places = {layers[0] for layers in sequential}
+        places |= {gap.stop for layers in sequential for gap in self._gaps(layers)}
+        return dense_streams(self.model, self.windows, places)
 
 
 def _spell(layers: Layers) -> str:

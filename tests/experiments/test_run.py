@@ -200,6 +200,24 @@ def test_one_pass_serves_all_operators_and_one_all_criteria(folder, tmp_path, mo
     assert passes[0]["moments"] is False, "cosine needs similarities only"
 
 
+def test_little_memory_has_the_moments_of_few_sets_at_a_time(folder, tmp_path, monkeypatch):
+    plan = specification(folder, starts=2, operators=["pruned", "ghost", "refit", "auto"])
+    passes: list[int] = []
+
+    def counted(model, windows, boundaries, **options):
+        passes.append(len(set(boundaries)))
+        return gl.calibrate(model, windows, boundaries, **options)
+
+    for module in ("experiments.run", "recovery.recipe"):
+        monkeypatch.setattr(f"ghostlib.{module}.calibrate", counted)
+    together = run_experiment(plan, tmp_path / "together.jsonl")
+    assert passes == [5, 5, 5]  # the fit's and the judges' windows of the recipe, and the plain fit
+    passes.clear()
+    monkeypatch.setattr(runner, "available_bytes", lambda: 1)
+    assert content(run_experiment(plan, tmp_path / "apart.jsonl")) == content(together)
+    assert passes == 3 * 5 * [1]
+
+
 def test_a_regressor_is_the_operator_of_its_name(folder, tmp_path):
     operators = ["two-branch-relative", "x, n(x); 1/|y|", "n(x); 1/|y|^0.5", "pruned"]
     plan = specification(folder, layers=["1,4"], operators=operators)
