@@ -3,6 +3,7 @@
 Every function attaches an alternative text made of its data (`ghostlib.plotting.alt_text`).
 """
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -266,11 +267,18 @@ def front(
     for name, (x, y) in points.items():
         ax.plot(x, y, "o", color=shades[name in labels], markersize=7 if name in labels else 4)
     edge = np.array([points[name] for name in best])
-    ax.step(*edge.T, where="post", color=color("ghost"), zorder=0, label="none is better in both")
+    corners = np.repeat(edge, 2, axis=0)
+    steps = np.column_stack([corners[1:, 0], corners[:-1, 1]])  # right, then down
+    ax.plot(*steps.T, color=color("ghost"), zorder=0, label="none is better in both")
     ax.set(xlabel=f"{xlabel} (lower is better)", ylabel=f"{ylabel} (lower is better)", title=title)
     ax.margins(0.08)
     ax.legend(loc="upper right")
-    label_points(ax, [(*points[name], text) for name, text in labels.items()])
+    along = np.linspace(steps[:-1], steps[1:], 50).reshape(-1, 2) if len(steps) > 1 else steps
+    beside = [*along, *(xy for name, xy in points.items() if name not in labels)]
+    wrapped = {
+        name: textwrap.fill(text, 22, break_on_hyphens=False) for name, text in labels.items()
+    }
+    label_points(ax, [(*points[name], text) for name, text in wrapped.items()], beside=beside)
     texts = [
         f"{text} {points[name][0]:.3g}, {points[name][1]:.3g}" for name, text in labels.items()
     ]

@@ -6,7 +6,7 @@ dense model is always the same line without markers.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,13 +224,16 @@ def save(drawn: Axes | FigureBase, name: str | Path) -> tuple[Path, Path]:
 _MARKER = 7  # its size, in points
 
 
-def label_points(ax: Axes, points: Iterable[tuple[float, float, str]]) -> None:
+def label_points(
+    ax: Axes, points: Iterable[tuple[float, float, str]], *, beside: Iterable[Sequence[float]] = ()
+) -> None:
     """Write a label beside each point, at the nearest place where it covers nothing.
 
     A label is nearer to its own point than to any other, or a thin line leads to it.
 
     Args:
         points: ``(x, y, label)`` in the units of the axes, whose limits must be set.
+        beside: ``(x, y)`` of what has no label and is not to be covered, such as along a curve.
     """
     points = list(points)
     figure: Any = ax.get_figure(root=True)
@@ -239,7 +242,8 @@ def label_points(ax: Axes, points: Iterable[tuple[float, float, str]]) -> None:
     spots = ax.transData.transform([(x, y) for x, y, _ in points])
     taken = [text.get_window_extent(renderer) for text in ax.texts]
     half = _MARKER * pixel / 2
-    taken += [Bbox.from_extents(*(spot - half), *(spot + half)) for spot in spots]
+    others = ax.transData.transform(np.reshape(list(beside), (-1, 2)))
+    taken += [Bbox.from_extents(*(at - half), *(at + half)) for at in (*spots, *others)]
     angles = np.radians(np.arange(45, 405, 15))
     for spot, (x, y, text) in zip(spots, points, strict=True):
         line = {"arrowstyle": "-", "color": "#a0a0a0", "linewidth": 0.7, "shrinkB": _MARKER / 2}

@@ -392,8 +392,11 @@ def test_a_front_holds_what_none_beats_in_both():
         points, labels={"a": "cosine", "b": "ours"}, xlabel="text, nats", ylabel="copying, nats"
     )
     (line,) = [line for line in ax.get_lines() if line.get_label() == "none is better in both"]
-    assert line.get_xdata().tolist() == [3.0, 3.1, 3.4]
+    assert line.get_xdata().tolist() == [3.0, 3.1, 3.1, 3.4, 3.4]
+    assert line.get_ydata().tolist() == [12.0, 12.0, 5.0, 5.0, 4.0]
     assert set(labels(ax.texts)) == {"cosine", "ours"} and apart(ax)
+    path = line.get_transform().transform_path(line.get_path())
+    assert not any(path.intersects_bbox(Text.get_window_extent(t), filled=False) for t in ax.texts)
     assert "Front: 3, 12; 3.1, 5; 3.4, 4." in alt_text(ax)
 
 
