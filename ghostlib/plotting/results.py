@@ -658,6 +658,7 @@ def grid(
     label: str = "perplexity",
     limits: tuple[float, float] | None = None,
     shares: bool = False,
+    numbers: bool = True,
     colour_bar: bool = True,
     title: str = "",
     ax: Axes | None = None,
@@ -670,6 +671,7 @@ def grid(
         label: what a number means.
         limits: ends of the colour scale, to give several maps the same one.
         shares: the numbers are shares between 0 and 1, of which more is better; no logarithm.
+        numbers: whether to write them; the alternative text has them in any case.
         colour_bar: whether to draw it.
     """
     ax = ax or plt.gca()
@@ -679,13 +681,16 @@ def grid(
     merged = table.loc[[names[0] for names in rows.values()]]
     merged.index = pd.Index([" = ".join(map(str, names)) for names in rows.values()])
     values = merged.to_numpy(dtype=float)
-    write = "{:.2f}".format if shares else short
-    texts = np.vectorize(lambda v: "" if np.isnan(v) else write(v))(values)
+    if shares:
+        values = values.round(1) + 0.0  # no "-0.0"
+    texts = np.vectorize(lambda v: "" if np.isnan(v) else f"{v:.1f}" if shares else short(v))(
+        values
+    )
     low, high = limits or ((0.0, 1.0) if shares else (np.nanmin(values), np.nanmax(values)))
     colours = f"{label}\n({'' if shares else 'log colours; '}light: better)"
     sns.heatmap(
         merged,
-        annot=texts,
+        annot=texts if numbers else None,
         fmt="",
         norm=Normalize(low, high) if shares else LogNorm(low, high),
         cmap="viridis" if shares else "viridis_r",

@@ -349,14 +349,16 @@ def test_the_grid_writes_numbers_leaves_gaps_white_and_merges_equal_rows():
 
 
 def test_a_grid_of_shares_has_even_colours_from_none_to_all_and_light_is_more():
-    table = pd.DataFrame({"copying": [-0.1, 1.0], "facts": [0.5, np.nan]}, index=["0–6", "1–7"])
+    table = pd.DataFrame({"copying": [-0.1, 1.0], "facts": [0.5, np.nan], "sums": [-0.02, np.nan]})
     ax = plotting.grid(table, label="share kept", shares=True)
-    assert labels(t for t in ax.texts if t.get_text()) == ["-0.10", "0.50", "1.00"]
+    assert labels(t for t in ax.texts if t.get_text()) == ["-0.1", "0.5", "0.0", "1.0"]
     mesh = ax.collections[0]
     assert mesh.get_clim() == (0, 1) and mesh.norm(0.5) == 0.5
     dark, light = (sum(mesh.cmap(value)[:3]) for value in (0.0, 1.0))
     assert light > dark and "log" not in mesh.colorbar.ax.get_ylabel()
-    assert alt_text(ax).startswith("share kept, higher is better. 0–6: copying -0.10, facts 0.50;")
+    assert alt_text(ax).startswith("share kept, higher is better. 0: copying -0.1, facts 0.5,")
+    bare = plotting.grid(table, shares=True, numbers=False, ax=plt.figure().gca())
+    assert not bare.texts and "facts 0.5" in alt_text(bare)
 
 
 # ---------------------------------------------------------------- abilities
