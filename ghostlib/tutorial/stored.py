@@ -11,8 +11,8 @@ def stored(name: str) -> Results:
     ``"grid"``, ``"starts"``, ``"beyond"``, ``"ablation"``: notebooks 15 and 17 name the commands
     that computed them. ``"zeroshot"``, all items of both embedded tasks: notebook 10.
     ``"abilities"``, copying and text for every block of seven and of four layers, and other probes
-    for some: notebook 12. ``"seeds"``, three draws of calibration and test text for what claims
-    rest on: notebooks 08, 10 and 17.
+    for those of seven: notebook 12. ``"seeds"``, three draws of calibration and test text for what
+    claims rest on: notebooks 08, 10 and 17; ``"recipe"``, two draws more for those of 15.
     """
     file = resources.files("ghostlib.tutorial") / "data" / f"{name}-smollm2.jsonl"
     with resources.as_file(file) as path:

@@ -66,7 +66,18 @@ def test_copying_is_stored_for_every_block():
     assert set(repairs.groupby("operator")["seed"].nunique()) == {3}
     blocks = rows[rows.layers.isin(BLOCKS)].groupby(["operator", "layers"])["seed"].nunique()
     for operator in ("pruned", "ghost", "two-branch-relative"):
-        assert blocks[operator].min() >= 2
+        assert blocks[operator].min() == 3
+    fours = rows[rows.n == 4]
+    for operator in ("linearpatch-r", "replaceme", "two-branch-relative", "refit", "ghost-refit"):
+        left_out = {"0–3"} if operator in ("replaceme", "refit", "ghost-refit") else set()
+        found = set(fours[fours.operator == operator].layers)
+        assert found >= {spell(b.removed) for b in gl.contiguous(4, 30)} - left_out
+
+
+def test_every_probe_is_stored_for_every_block_of_seven():
+    rows = scores(stored("abilities")).query("measure == 'ability' and layers in @BLOCKS")
+    asked = rows.query("dataset != 'copying'").groupby(["dataset", "operator"])["layers"].nunique()
+    assert len(asked) == 10 * 3 and asked.min() == 24
 
 
 def test_what_claims_rest_on_is_there_for_three_draws():
@@ -82,6 +93,12 @@ def test_what_claims_rest_on_is_there_for_three_draws():
             assert sorted(zip(here.seed, here.dataset, strict=True)) == [
                 (seed, corpus) for seed in range(3) for corpus in ("pydoc", "wiki")
             ]
+
+
+def test_the_recipes_least_favourable_choices_are_there_for_two_more_draws():
+    rows = scores(stored("recipe")).query("layers != ''")
+    assert set(rows["layers"]) == {"0–6", "13–15"} and set(rows["seed"]) == {1, 2}
+    assert len(rows) == 2 * 2 * 3 * 4 and set(rows["evidence"].map(len)) == {2}
 
 
 def test_every_block_and_the_recipe():
