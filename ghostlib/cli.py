@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
+from inspect import getdoc
 from typing import Any, NoReturn
 
 from ghostlib.common import AUTO, PRUNED, one_line
@@ -149,8 +150,9 @@ def _yes(text: str) -> bool:
 
 def _described() -> Iterator[tuple[str, str]]:
     """The attributes of `Specification` with what its docstring says of them."""
-    text = (Specification.__doc__ or "").partition("Raises:")[0]
-    for name, line in re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", text, re.MULTILINE):
+    # Python 3.13 takes the indentation of docstrings away when it compiles them.
+    text = (getdoc(Specification) or "").partition("Raises:")[0]
+    for name, line in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", text, re.MULTILINE):
         yield name, " ".join(line.split()).rstrip(".").replace("``", "").replace("%", "%%")
 
 

@@ -291,12 +291,15 @@ def _free(device: str) -> int:
 def _rate(rows: int, columns: int, dtype: torch.dtype, device: str) -> float:
     """Operations a second that a pass over a stream of this width reaches."""
     place = "cpu" if dtype == torch.float64 and torch.device(device).type == "mps" else device
-    X = torch.ones(512, rows, dtype=dtype, device=place)
     W = torch.ones(rows, columns, dtype=dtype, device=place)
-    rounds, begin = 0, 0.0
-    while rounds < 2 or time.perf_counter() - begin < _SECONDS:
-        (X @ W)[0, 0].item()  # waits for the device
-        if rounds == 0:
-            begin = time.perf_counter()  # the first warms up
-        rounds += 1
-    return _REACHED * 2 * X.numel() * columns * (rounds - 1) / (time.perf_counter() - begin)
+    for tokens in (8, 64, 512):
+        X = torch.ones(tokens, rows, dtype=dtype, device=place)
+        (X @ W)[0, 0].item()  # warms up, and waits for the device
+        rounds, begin = 0, time.perf_counter()
+        while rounds == 0 or (tokens == 512 and time.perf_counter() - begin < _SECONDS):
+            (X @ W)[0, 0].item()
+            rounds += 1
+        seconds = (time.perf_counter() - begin) / rounds
+        if seconds > _SECONDS:  # bfloat16 where the machine has none: more would take minutes
+            break
+    return _REACHED * 2 * X.numel() * columns / seconds
