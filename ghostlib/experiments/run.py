@@ -367,8 +367,9 @@ class _Fits:
         return sorted({gap for layers, _ in self._fitted(judged) for gap in self._gaps(layers)})
 
     def _families(self, judged: bool) -> list[str]:
+        operators = dict.fromkeys(operator for _, operator in self._fitted(judged))
         names: list[str] = []
-        for _, operator in self._fitted(judged):
+        for operator in operators:  # each once, however many sets of layers it is for
             budget = budget_of(operator)
             names += affordable(self.model, budget) if budget else [operator]
         return list(dict.fromkeys(names))
