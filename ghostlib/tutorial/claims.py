@@ -4,7 +4,8 @@ A notebook ends a check with `record`. That prints the claim and its verdict for
 leaves the same facts in the cell's output as data; `ledger` makes a page of all of them.
 
 A verdict is *holds*, *does not hold* or *undecided*. An identity holds or does not, by an
-assertion. A measurement is decided only where its interval excludes the other side.
+assertion. A measurement is decided only where its interval excludes the other side; one without an
+interval says so, and names its threshold.
 """
 
 import math
@@ -225,6 +226,7 @@ def record(
     items: int | None = None,
     seeds: int | None = None,
     windows: int | None = None,
+    threshold: str = "",
     condition: str = "",
 ) -> None:
     """Enter what was measured for a claim, as the last statement of the cell that measured it.
@@ -232,6 +234,10 @@ def record(
     An identity, which the cell asserts to rounding:
 
         record(1, f"pieces sum to Δ up to {off:.0e} of the stream", holds=off < 1e-5)
+
+    A single measurement without an interval, whose threshold is then shown with the verdict:
+
+        record(20, f"{extra:.2f} MB more", holds=extra < 0.1, threshold="less than 0.1 MB more")
 
     A measurement, which decides by itself (see `verdict`):
 
@@ -242,27 +248,32 @@ def record(
         number: key of `CLAIMS`.
         figure: with ``holds`` the measured numbers in a few words; with ``estimate`` what it is an
             estimate of, with its unit.
-        holds: outcome of an exact check.
+        holds: outcome of an exact check, or with ``threshold`` of a single measurement.
         estimate: of the quantity that the claim is about.
         interval: its 95 % confidence interval.
         above, below: what the claim says of the quantity, as in `verdict`.
         items: how many questions the estimate rests on.
         seeds: how many calibrations.
         windows: how many windows of held-out text.
+        threshold: in words, where a single measurement without an interval would cease to hold.
         condition: what the verdict is limited to; empty if nothing.
 
     Raises:
-        ValueError: an unknown number; both or neither of ``holds`` and ``estimate``; an estimate
-            outside its interval, or without one, or without any of ``items``, ``seeds`` and
-            ``windows``; and what `verdict` refuses.
+        ValueError: an unknown number; both or neither of ``holds`` and ``estimate``; a threshold
+            beside an estimate; an estimate outside its interval, or without one, or without any of
+            ``items``, ``seeds`` and ``windows``; and what `verdict` refuses.
     """
     if number not in CLAIMS:
         raise ValueError(f"no claim {number}: the ledger has 1 … {max(CLAIMS)}")
     if (holds is None) == (estimate is None):
         raise ValueError("give holds= for an exact check, or estimate= and interval=, and not both")
+    if threshold and holds is None:
+        raise ValueError("threshold= goes with holds=; an estimate has above= or below=")
     facts: dict[str, Any] = {"claim": number, "condition": condition}
     if estimate is None:
-        facts |= {"verdict": HOLDS if holds else FAILS, "figure": figure, "rule": "exact check"}
+        once = f"measured once, no interval; holds if {threshold}"
+        rule = once if threshold else "exact check"
+        facts |= {"verdict": HOLDS if holds else FAILS, "figure": figure, "rule": rule}
     else:
         if interval is None or not interval[0] <= estimate <= interval[1]:
             raise ValueError(f"estimate {estimate} needs an interval that holds it, got {interval}")
@@ -342,8 +353,9 @@ _PAGE = """\
 
 What the paper and this project assert, and what the notebooks measured. An identity holds or does
 not, by an assertion that fails when it is false. A measurement holds if all of its 95 % interval
-lies on the claim's side, does not hold if none of it does, and is undecided otherwise. A claim that
-was measured more than once has the least favourable of its verdicts. Beside a value that rests on a
+lies on the claim's side, does not hold if none of it does, and is undecided otherwise; one that was
+made once and has no interval says so, and names its threshold. A claim that was measured more than
+once has the least favourable of its verdicts. Beside a value that rests on a
 single calibration stands *one seed*: its interval is that of the text, not of the calibration.
 
 The verdicts of {count} claims: {tally}.

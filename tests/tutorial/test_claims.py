@@ -42,6 +42,12 @@ def test_an_exact_check_shows_the_claim_and_carries_its_facts(shown, holds, word
     assert "(../docs/claims.md#claim-5)" in bundle["text/markdown"]
 
 
+def test_a_single_measurement_names_its_threshold(shown):
+    facts = shown(20, "0.02 MB more", holds=True, threshold="less than 0.1 MB more")[MIME]
+    assert facts["verdict"] == "holds"
+    assert facts["rule"] == "measured once, no interval; holds if less than 0.1 MB more"
+
+
 @pytest.mark.parametrize(
     ("interval", "options", "word"),
     [
@@ -102,6 +108,7 @@ def test_a_row_says_plainly_that_it_rests_on_one_seed(shown):
         (99, {"holds": True}, "no claim 99: the ledger has 1 … "),
         (1, {}, "give holds= for an exact check, or estimate= and interval="),
         (1, {"holds": True, "estimate": 1, "interval": (0, 2)}, "and not both"),
+        (1, {"estimate": 1, "interval": (0, 2), "threshold": "more"}, "goes with holds="),
         (1, {"estimate": 1, "above": 0, "items": 1}, "needs an interval that holds it, got None"),
         (1, {"estimate": 3, "interval": (0, 2), "above": 0, "items": 1}, r"got \(0, 2\)"),
         (1, {"estimate": float("nan"), "interval": (0, 2), "above": 0, "items": 1}, "nan needs"),
