@@ -8,6 +8,7 @@ from ghostlib.plotting.results import abilities as abilities
 from ghostlib.plotting.results import against_score as against_score
 from ghostlib.plotting.results import against_tokens as against_tokens
 from ghostlib.plotting.results import by_start as by_start
+from ghostlib.plotting.results import differences as differences
 from ghostlib.plotting.results import front as front
 from ghostlib.plotting.results import grid as grid
 from ghostlib.plotting.results import lattice as lattice

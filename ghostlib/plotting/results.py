@@ -286,6 +286,36 @@ def front(
     return describe(ax, f"{ylabel} against {xlabel}: {'; '.join(texts)}. Front: {ends}.")
 
 
+def differences(
+    table: Mapping[str, ArrayLike], *, ylabel: str, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """Paired differences of two models: a dot a window, a bar at the mean with its 95 % interval.
+
+    Args:
+        table: ``{group: differences}``, two or more in each (such as windows of a corpus); groups
+            stand side by side.
+        ylabel: what is subtracted from what, its unit, and which sign is better.
+    """
+    ax = ax or plt.gca()
+    texts = []
+    for place, (label, values) in enumerate(table.items()):
+        each = np.asarray(values, dtype=float)
+        mean, count = each.mean(), len(each)
+        half = float(stats.t.ppf(0.975, count - 1) * each.std(ddof=1) / np.sqrt(count))
+        ax.plot(np.full(count, place - 0.1), each, "o", color=NEUTRAL.color, mec="white")
+        ax.errorbar(place + 0.1, mean, half, fmt="_", color="#242424", capsize=5, markersize=14)
+        inside = f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+        ax.annotate(inside, (place + 0.1, mean), (10, 0), textcoords="offset points", va="center")
+        spread = f"{count} differences from {each.min():+.3f} to {each.max():+.3f}"
+        texts.append(f"{label} mean {inside}, {spread}")
+    ax.axhline(0, color="#404040", linewidth=1)
+    ax.set_xticks(range(len(table)), list(table))
+    ax.set(xlim=(-0.4, len(table) - 0.3), ylabel=ylabel, title=title)
+    ax.grid(axis="x", visible=False)
+    words = ylabel.replace("\n", " ")
+    return describe(ax, f"{words}; with 95 % intervals: {'; '.join(texts)}.")
+
+
 def ratios(
     table: Mapping[str, Mapping[str, Sequence[float]]],
     *,
@@ -548,7 +578,8 @@ def start_by_length(
     Args:
         values: ``{(start, stop): value}``, such as by `Boundary`.
         label: what a colour means.
-        best: ``"min"`` or ``"max"``: the block marked in every row by a dot.
+        best: ``"min"`` or ``"max"``: the block marked in every row by a dot; a frame from there
+            shows the layers that it takes.
         log: colours by the logarithm of the value.
     """
     ax = ax or plt.gca()
@@ -561,7 +592,9 @@ def start_by_length(
         table,
         norm=LogNorm() if log else None,
         cmap="viridis_r" if best == "min" else "viridis",
-        cbar_kws={"label": f"{label}\n(light: {better}; dot: {best}imum of a row)"},
+        cbar_kws={
+            "label": f"{label}\n(light: {better}; dot: {best}imum of a row,\nframe: its layers)"
+        },
         ax=ax,
     )
     _plain_colour_bar(ax)
@@ -571,7 +604,10 @@ def start_by_length(
         start = row.idxmin() if best == "min" else row.idxmax()
         x = table.columns.get_loc(start) + 0.5
         ax.plot(x, place + 0.5, "o", color=color("pruned"), mec="white", markersize=6)
-        texts.append(f"{length} layers: {row[start]:.3g} from layer {start}")
+        frame: dict[str, Any] = {"fill": False, "edgecolor": color("pruned"), "linewidth": 1.8}
+        ax.add_patch(Rectangle((x - 0.5, place + 0.2), length, 0.6, **frame))
+        layers = "layer" if length == 1 else "layers"
+        texts.append(f"{length} {layers}: {row[start]:.3g} from layer {start}")
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
     ax.set(xlabel="first removed layer", ylabel="layers removed", title=title)
     return describe(ax, f"{label} of every block. Best: {'; '.join(texts)}.")
@@ -637,9 +673,13 @@ def against_score(
     text = f"Spearman {rho:.2f} [{low:.2f}, {high:.2f}]"
     ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=10)
     label_points(ax, [(a, b, str(start)) for a, b, start in zip(x, y, starts, strict=True)])
-    least = min(starts, key=perplexity.__getitem__)
+    most, least = (pick(starts, key=perplexity.__getitem__) for pick in (max, min))
     lowest = f"lowest perplexity {short(perplexity[least])} at start {least}"
-    return describe(ax, f"Perplexity with ghost against {xlabel}: {text}; {lowest}.")
+    highest = f"highest {short(perplexity[most])} at start {most}"
+    first = starts[int(np.argmin(np.multiply(sign, x)))]
+    chosen = f"removed first: start {first}, perplexity {short(perplexity[first])}"
+    text = f"{text}; {lowest}, {highest}; {chosen}"
+    return describe(ax, f"Perplexity with ghost against {xlabel}: {text}.")
 
 
 def _rank_correlation(x: ArrayLike, y: ArrayLike) -> tuple[float, float, float]:

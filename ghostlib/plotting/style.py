@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
@@ -157,8 +158,8 @@ def describe(ax: Axes, text: str) -> Axes:
 def alt_text(drawn: Axes | FigureBase) -> str:
     """What a figure, or one of its axes, shows: titles, and the numbers in words.
 
-    Axes drawn by hand are described by their labels, the ends of their lines and the range of
-    their bars.
+    Axes drawn by hand are described by their labels, the ends and the extremes of their lines, the
+    range of their points and that of their bars.
     """
     if isinstance(drawn, FigureBase):
         figure: Any = drawn
@@ -172,13 +173,8 @@ def alt_text(drawn: Axes | FigureBase) -> str:
 def _by_hand(ax: Axes) -> str:
     if not ax.has_data():
         return ""
-    lines = []
-    for line in ax.get_lines():
-        y = np.asarray(line.get_ydata(), dtype=float)
-        y = y[np.isfinite(y)]
-        if len(y) and not str(line.get_label()).startswith("_"):
-            reach = f"{y[0]:.3g}" if len(y) == 1 else f"from {y[0]:.3g} to {y[-1]:.3g}"
-            lines.append(f"{line.get_label()} {reach}")
+    labelled = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+    lines = [f"{line.get_label()} {reach}" for line in labelled if (reach := _reach(ax, line))]
     for bars in ax.containers:
         if isinstance(bars, BarContainer):
             heights = [bar.get_height() for bar in bars]
@@ -186,8 +182,39 @@ def _by_hand(ax: Axes) -> str:
             labels = (str(part.get_label()) for part in named)
             name = next((label for label in labels if not label.startswith("_")), "bars")
             lines.append(f"{name} from {min(heights):.3g} to {max(heights):.3g}")
-    axes = f"{ax.get_ylabel() or 'values'} against {ax.get_xlabel() or 'position'}"
+    shared = [ax, *ax.get_shared_y_axes().get_siblings(ax)]
+    ylabel = next((label for one in shared if (label := one.get_ylabel())), "values")
+    axes = f"{ylabel} against {ax.get_xlabel() or 'position'}".replace("\n", " ")
     return f"{axes[0].upper()}{axes[1:]}{': ' if lines else ''}{'; '.join(lines)}."
+
+
+def _reach(ax: Axes, line: Line2D) -> str:
+    """Where a line goes: its ends, and its extremes if they lie between; how far points spread."""
+    x, y = (np.asarray(line.get_data(orig=False)[i], dtype=float) for i in (0, 1))
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    if not len(y):
+        return ""
+    if line.get_transform() != ax.transData and np.ptp(x) == 0:  # as of axvline
+        return f"at {_number(x[0])}"
+    low, high = int(y.argmin()), int(y.argmax())
+    if len(y) == 1 or low == high:
+        return _number(y[0]) + " throughout" * (len(y) > 1)
+    if line.get_linestyle() == "None":
+        return f"{len(y)} points from {_number(y[low])} to {_number(y[high])}"
+    between = []
+    for word, place in (("lowest", low), ("highest", high)):
+        if min(abs(y[place] - y[[0, -1]])) > 0.05 * np.ptp(y):
+            between.append(f", {word} {_number(y[place])} at {_number(x[place])}")
+    return f"from {_number(y[0])} to {_number(y[-1])}{''.join(between)}"
+
+
+def _number(value: float) -> str:
+    """Three digits, without an exponent up to a million.
+
+    >>> [_number(value) for value in (-0.0312, 9.5, 1984, 2.5e9)]
+    ['-0.0312', '9.5', '1,984', '2.5e+09']
+    """
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def save(drawn: Axes | FigureBase, name: str | Path) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgba
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from scipy import stats
 
@@ -288,7 +289,9 @@ def test_every_block_has_its_cell_and_each_row_its_best():
     assert [line.get_xdata()[0] for line in ax.lines] == [3.5, 4.5]
     assert (title(ax), ax.get_xlabel()) == ("T", "first removed layer")
     assert "light: higher" in ax.collections[0].colorbar.ax.get_ylabel()
-    assert "2 layers: 23 from layer 3; 1 layers: 14 from layer 4" in alt_text(ax)
+    frames = [(p.get_x(), p.get_width()) for p in ax.patches if isinstance(p, Rectangle)]
+    assert frames == [(3, 2), (4, 1)]  # the layers that the best blocks take
+    assert "2 layers: 23 from layer 3; 1 layer: 14 from layer 4" in alt_text(ax)
     low = plotting.start_by_length(values, label="residual", log=True, ax=plt.figure().gca())
     assert [line.get_xdata()[0] for line in low.lines] == [0.5, 0.5]
     assert "light: lower" in low.collections[0].colorbar.ax.get_ylabel()
@@ -313,9 +316,23 @@ def test_dots_carry_the_start_and_the_best_end_is_on_the_left():
     assert labels(ax.texts)[1:] == ["3", "7", "8", "9"]
     assert [text.xy for text in ax.texts[1:]] == [(0.5, 20), (0.9, 15), (0.4, 30), (0.7, 16)]
     assert labels(ax.texts)[0].startswith("Spearman 1.00 [")
-    assert "lowest perplexity 15.0 at start 7" in alt_text(ax)
+    assert "lowest perplexity 15.0 at start 7, highest 30.0 at start 8" in alt_text(ax)
+    assert "removed first: start 7, perplexity 15.0." in alt_text(ax)
     other = plotting.against_score(score, perplexity, xlabel="residual", ax=plt.figure().gca())
     assert not other.xaxis_inverted() and labels(other.texts)[0].startswith("Spearman -1.00 [")
+    assert "removed first: start 8, perplexity 30.0." in alt_text(other)
+
+
+def test_paired_differences_have_a_mean_and_its_interval():
+    ax = plotting.differences({"wiki": [0.1, 0.2, 0.3], "pydoc": [-1.0, 1.0]}, ylabel="a − b\nnats")
+    assert ax.lines[0].get_ydata().tolist() == [0.1, 0.2, 0.3]
+    assert labels(ax.get_xticklabels()) == ["wiki", "pydoc"]
+    low, high = stats.t.interval(0.95, 2, 0.2, 0.1 / 3**0.5)
+    assert labels(ax.texts)[0] == f"+0.200 [{low:+.3f}, {high:+.3f}]"
+    assert alt_text(ax).startswith("a − b nats; with 95 % intervals: wiki mean +0.200 [-0.048,")
+    assert "; pydoc mean +0.000 [-12.706, +12.706], 2 differences from -1.000 to +1.000." in (
+        alt_text(ax)
+    )
 
 
 def test_a_crowd_of_blocks_stays_readable_and_its_correlation_has_an_interval():

@@ -270,6 +270,24 @@ def test_points_and_histograms_drawn_by_hand_are_described():
     )
 
 
+def test_lines_drawn_by_hand_are_described_by_ends_and_extremes():
+    _, (ax, other) = plt.subplots(1, 2, sharey=True)
+    ax.plot([64, 576, 16384], [0.87, 310, 0.38], label="ghost")
+    ax.plot([64, 576, 16384], [0.9, 0.91, 9.9], label="rising")
+    ax.plot([1, 2, 3], [0.2, -3.5, 9.25], "o", label="sets")
+    ax.axhline(1, label="no repair")
+    ax.axvline(576, label="width")
+    ax.set(xlabel="tokens", ylabel="error\n(lower is better)")
+    other.plot([1, 2], [1234, 2.5e9], label="far")
+    assert plotting.alt_text(ax) == (
+        "Error (lower is better) against tokens: ghost from 0.87 to 0.38, highest 310 at 576; "
+        "rising from 0.9 to 9.9; sets 3 points from -3.5 to 9.25; no repair 1 throughout; "
+        "width at 576."
+    )
+    text = "Error (lower is better) against position: far from 1,234 to 2.5e+09."
+    assert plotting.alt_text(other) == text
+
+
 def test_bars_drawn_by_hand_are_described():
     ax = plt.figure().subplots()
     ax.bar([0, 1], [0.25, 0.5], label="MLP")
