@@ -4,6 +4,7 @@ In come numbers that a notebook computed; out comes the `Axes`, with an alternat
 numbers. Nothing here knows a model. An operator looks the same in every notebook: see `style`.
 """
 
+from ghostlib.plotting.results import INCLUSIONS as INCLUSIONS
 from ghostlib.plotting.results import abilities as abilities
 from ghostlib.plotting.results import against_score as against_score
 from ghostlib.plotting.results import against_tokens as against_tokens
@@ -12,6 +13,7 @@ from ghostlib.plotting.results import differences as differences
 from ghostlib.plotting.results import front as front
 from ghostlib.plotting.results import grid as grid
 from ghostlib.plotting.results import lattice as lattice
+from ghostlib.plotting.results import operator_lattice as operator_lattice
 from ghostlib.plotting.results import perplexity_bars as perplexity_bars
 from ghostlib.plotting.results import published_and_measured as published_and_measured
 from ghostlib.plotting.results import ratios as ratios

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from ghostlib.operators.families import FAMILIES
+from ghostlib.operators.families import FAMILIES, Shape
 from ghostlib.plotting.style import (
     LOOKS,
     NEUTRAL,
@@ -35,6 +35,22 @@ from ghostlib.plotting.style import (
 
 PERPLEXITY = "perplexity (log scale, lower is better)"
 ERROR = "error relative to no repair (lower is better)"
+# (smaller, larger) of the sets of plain operators
+INCLUSIONS = (
+    ("identity", "scalar"),
+    ("scalar", "diagonal"),
+    ("scalar", "hadamard-diagonal"),
+    ("diagonal", "symmetric"),
+    ("hadamard-diagonal", "symmetric"),
+    ("symmetric", "ghost"),
+    ("identity", "orthogonal"),
+    ("orthogonal", "scaled-orthogonal"),
+    ("scalar", "scaled-orthogonal"),
+    ("scaled-orthogonal", "ghost"),
+    ("identity", "low-rank"),
+    ("low-rank", "ghost"),
+    ("ghost", "affine"),
+)
 _OUTSIDE: dict[str, Any] = {
     "loc": "upper left",
     "bbox_to_anchor": (1.0, 1.0),
@@ -453,6 +469,7 @@ def lattice(
     inclusions: Sequence[tuple[str, str]],
     notes: Mapping[str, str] | None = None,
     *,
+    members: Sequence[tuple[str, str]] = (),
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
@@ -462,11 +479,13 @@ def lattice(
         places: ``{operator: (x, y)}``, where its box stands.
         inclusions: (smaller, larger) pairs.
         notes: a second line for some of the boxes.
+        members: (operator, set) pairs, each a dashed line: not a set, but one element of it.
     """
     ax = ax or plt.gca()
-    for pair in inclusions:
-        (x0, y0), (x1, y1) = (places[name] for name in pair)
-        ax.plot([x0, x1], [y0, y1], color="#b0b0b0", linewidth=1.5, zorder=1)
+    for pairs, dash in ((inclusions, "-"), (members, "--")):
+        for pair in pairs:
+            (x0, y0), (x1, y1) = (places[name] for name in pair)
+            ax.plot([x0, x1], [y0, y1], dash, color="#b0b0b0", linewidth=1.5, zorder=1)
     for name, (x, y) in places.items():
         text = "\n".join(filter(None, [name, (notes or {}).get(name, "")]))
         box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": color(name), "linewidth": 2.5}
@@ -474,8 +493,39 @@ def lattice(
     xs, ys = zip(*places.values(), strict=True)
     ax.set(xlim=(min(xs) - 0.6, max(xs) + 0.6), ylim=(min(ys) - 0.5, max(ys) + 0.5), title=title)
     ax.set_axis_off()
-    steps = ", ".join(f"{smaller} within {larger}" for smaller, larger in inclusions)
-    return describe(ax, f"Sets of operators: {steps}.")
+    steps = [f"{smaller} within {larger}" for smaller, larger in inclusions]
+    steps += [f"{name} one member of {holder}" for name, holder in members]
+    return describe(ax, f"Sets of operators: {', '.join(steps)}.")
+
+
+def operator_lattice(width: int, rank: int, *, title: str = "", ax: Axes | None = None) -> Axes:
+    """The sets of plain operators as a Hasse diagram, each with its number of free parameters.
+
+    Args:
+        width: of the stream.
+        rank: bound on the rank of ``low-rank``.
+    """
+    places: dict[str, tuple[float, float]] = {
+        "identity": (1.5, 0),
+        "scalar": (1, 1),
+        "diagonal": (0, 2),
+        "hadamard-diagonal": (1, 2),
+        "orthogonal": (2, 2),
+        "symmetric": (0.5, 3),
+        "scaled-orthogonal": (2, 3),
+        "low-rank": (3.2, 3),
+        "ghost": (1.5, 4),
+        "affine": (1.5, 5),
+    }
+    notes = {}
+    for name in places:
+        bound = rank if name == "low-rank" else 0
+        free = FAMILIES[name].dof(Shape(width, width, bound, name == "affine"))
+        notes[name] = f"rank {rank}: {free:,}" if bound else f"{free:,}"
+    members = (("linearpatch-d", "diagonal"), ("linearpatch-r", "hadamard-diagonal"))
+    notes |= {name: "one member" for name, _ in members}
+    places |= {"linearpatch-d": (-0.8, 1), "linearpatch-r": (0.1, 1)}
+    return lattice(places, INCLUSIONS, notes, members=members, title=title, ax=ax)
 
 
 def train_and_held_out(

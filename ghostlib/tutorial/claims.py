@@ -82,8 +82,8 @@ CLAIMS: dict[int, Claim] = {
         "the best symmetric operator",
     ),
     17: Claim(
-        "No weighting of the output channels changes the unconstrained optimum; the constrained "
-        "ones all change",
+        "No weighting of the output channels changes the unconstrained optimum; it can change a "
+        "constrained one",
     ),
     18: Claim(
         "In blocks where it is born, the first token's massive activation owns the objective",

@@ -237,6 +237,23 @@ def test_lattice_draws_a_line_for_each_inclusion_and_a_box_for_each_set():
         plotting.lattice({"nonsense": (0, 0)}, [])
 
 
+def test_lattice_dashes_the_line_from_a_single_member_to_its_set():
+    places = {"scalar": (0, 0), "diagonal": (0, 1), "linearpatch-d": (1, 0)}
+    ax = plotting.lattice(places, [("scalar", "diagonal")], members=[("linearpatch-d", "diagonal")])
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "--"]
+    assert "scalar within diagonal, linearpatch-d one member of diagonal" in alt_text(ax)
+
+
+def test_the_lattice_of_operators_counts_parameters_and_leads_upwards():
+    ax = plotting.operator_lattice(576, 64)
+    boxes = {name: note for name, _, note in (text.partition("\n") for text in labels(ax.texts))}
+    assert boxes["ghost"] == "331,776" and boxes["affine"] == "332,352"
+    assert boxes["low-rank"] == "rank 64: 69,632" and boxes["linearpatch-r"] == "one member"
+    assert all(np.diff(line.get_ydata()).item() > 0 for line in ax.lines)
+    assert [line.get_linestyle() for line in ax.lines].count("--") == 2
+    assert {name for pair in plotting.INCLUSIONS for name in pair} < set(boxes)
+
+
 def test_train_and_held_out_bars_carry_both_errors():
     ax = plotting.train_and_held_out({"scalar": (0.99, 1.0), "ghost": (0.35, 0.38)})
     drawn = [bar.get_width() for bar in ax.patches if np.isfinite(bar.get_width())]
