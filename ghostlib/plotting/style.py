@@ -6,6 +6,7 @@ dense model is always the same line without markers.
 """
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -159,7 +160,7 @@ def alt_text(drawn: Axes | FigureBase) -> str:
     """What a figure, or one of its axes, shows: titles, and the numbers in words.
 
     Axes drawn by hand are described by their labels, the ends and the extremes of their lines, the
-    range of their points and that of their bars.
+    range of their points, and their bars.
     """
     if isinstance(drawn, FigureBase):
         figure: Any = drawn
@@ -175,17 +176,69 @@ def _by_hand(ax: Axes) -> str:
         return ""
     labelled = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
     lines = [f"{line.get_label()} {reach}" for line in labelled if (reach := _reach(ax, line))]
-    for bars in ax.containers:
-        if isinstance(bars, BarContainer):
-            heights = [bar.get_height() for bar in bars]
-            named = (bars, *bars[:1])  # a histogram's label is its first bar's
-            labels = (str(part.get_label()) for part in named)
-            name = next((label for label in labels if not label.startswith("_")), "bars")
-            lines.append(f"{name} from {min(heights):.3g} to {max(heights):.3g}")
-    shared = [ax, *ax.get_shared_y_axes().get_siblings(ax)]
-    ylabel = next((label for one in shared if (label := one.get_ylabel())), "values")
-    axes = f"{ylabel} against {ax.get_xlabel() or 'position'}".replace("\n", " ")
+    along, bars = _bars(ax)
+    across = [ax, *ax.get_shared_x_axes().get_siblings(ax)]
+    upward = [ax, *ax.get_shared_y_axes().get_siblings(ax)]
+    labels = {
+        "x": next((label for one in across if (label := one.get_xlabel())), "position"),
+        "y": next((label for one in upward if (label := one.get_ylabel())), "values"),
+    }
+    measured, place = labels["x" if along == "y" else "y"], labels[along]
+    against = f" against {place}" if along == "x" else ""  # bars that lie are named by their rows
+    axes = f"{measured}{against}".replace("\n", " ")
+    lines += bars
     return f"{axes[0].upper()}{axes[1:]}{': ' if lines else ''}{'; '.join(lines)}."
+
+
+def _bars(ax: Axes) -> tuple[str, list[str]]:
+    """The axis that bars stand side by side on, and what they are, in words.
+
+    Bars on named places are told one by one, of others the shortest and the longest; those without
+    a legend together, stacked ones as their sum.
+    """
+    along = "x"
+    groups: dict[str, dict[float, float]] = {}
+    hatched: dict[str, set[float]] = {}
+    for bars in ax.containers:
+        if not isinstance(bars, BarContainer):
+            continue
+        along = "y" if bars.orientation == "horizontal" else "x"
+        names = (str(part.get_label()) for part in (bars, *bars[:1]))  # a histogram's is a bar's
+        name = next((label for label in names if not label.startswith("_")), "")
+        group = groups.setdefault(name, {})
+        for bar in bars:
+            box = bar.get_bbox()
+            (foot, end), sides = (box.intervalx, box.intervaly)[:: 1 if along == "y" else -1]
+            at, value = round(float(np.mean(sides)), 6), float(end - foot if name else end)
+            if np.isfinite(value):
+                group[at] = max(value, group.get(at, value), key=abs)
+                if bar.get_hatch():
+                    hatched.setdefault(name, set()).add(at)
+    axis = ax.xaxis if along == "x" else ax.yaxis
+    places = [float(at) for at in axis.get_majorticklocs()]
+    ticks = zip(places, axis.get_major_formatter().format_ticks(places), strict=True)
+    named = {round(at, 6): label for at, label in ticks if _is_name(label)}
+    texts = []
+    for name, group in groups.items():
+        if not group:
+            continue
+        if set(group) <= set(named):
+            told = ", ".join(f"{named[at]} {_number(value)}" for at, value in group.items())
+        else:
+            ends = sorted(group, key=group.__getitem__)
+            ends = ends[:1] if len(ends) == 1 else [ends[0], ends[-1]]
+            told = " to ".join(f"{_number(group[at])} at {_number(at)}" for at in ends)
+            told = f"{len(group)} bars from {told}" if len(group) > 1 else told
+            if 0 < len(marks := hatched.get(name, set())) < len(group):
+                marked = (f"{_number(group[at])} at {_number(at)}" for at in sorted(marks))
+                told = f"{told}, hatched {', '.join(marked)}"
+        texts.append(f"{name} {told}".strip())
+    return along, texts
+
+
+def _is_name(label: str) -> bool:
+    """Whether a tick label is no number."""
+    return re.search(r"[^\W\d_]", label.partition("$")[0]) is not None
 
 
 def _reach(ax: Axes, line: Line2D) -> str:

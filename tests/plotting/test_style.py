@@ -266,7 +266,8 @@ def test_points_and_histograms_drawn_by_hand_are_described():
     right.hist([1, 1, 2], bins=2, label="push")
     right.set(xlabel="push", ylabel="tokens")
     assert plotting.alt_text(figure) == (
-        "Perplexity against cost: pruned 44.3. Tokens against push: push from 1 to 2."
+        "Perplexity against cost: pruned 44.3. "
+        "Tokens against push: push 2 bars from 1 at 1.75 to 2 at 1.25."
     )
 
 
@@ -291,7 +292,29 @@ def test_lines_drawn_by_hand_are_described_by_ends_and_extremes():
 def test_bars_drawn_by_hand_are_described():
     ax = plt.figure().subplots()
     ax.bar([0, 1], [0.25, 0.5], label="MLP")
-    ax.bar([0, 1], [0.5, 2.0])
+    ax.bar([0, 1, 2], [0.5, 2.0, 1.0], hatch=["", "//", ""])
     ax.set(xlabel="layer", ylabel="norm")
-    text = plotting.alt_text(ax)
-    assert text == "Norm against layer: MLP from 0.25 to 0.5; bars from 0.5 to 2."
+    assert plotting.alt_text(ax) == (
+        "Norm against layer: MLP 2 bars from 0.25 at 0 to 0.5 at 1; "
+        "3 bars from 0.5 at 0 to 2 at 1, hatched 2 at 1."
+    )
+
+
+def test_bars_on_named_places_are_told_one_by_one_and_stacked_ones_as_their_sum():
+    _, (ax, other) = plt.subplots(1, 2, sharey=True)
+    for name, width, foot in (
+        ("dense", 3, 0),
+        ("ghost", 2, 0),
+        ("dense", 350, 3),
+        ("ghost", 270, 2),
+    ):
+        other.barh(name, width, left=foot)
+    other.set(title="Prefill", xlabel="million\noperations")
+    assert plotting.alt_text(other) == "Prefill. Million operations: dense 353, ghost 272."
+    ax = plt.figure().subplots()
+    for x, height in enumerate((1.0, 0.75)):
+        ax.bar(x, height, yerr=0.1)
+    ax.set(ylabel="time", xlabel="model")
+    assert plotting.alt_text(ax) == "Time against model: 2 bars from 0.75 at 1 to 1 at 0."
+    ax.set_xticks(range(2), ["dense", "7 layers less"])
+    assert plotting.alt_text(ax) == "Time against model: dense 1, 7 layers less 0.75."
