@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,6 +189,26 @@ def _mean_interval(part: pd.DataFrame, prefix: str) -> dict[str, float]:
     low, high = part[f"{prefix}low"].to_numpy(), part[f"{prefix}high"].to_numpy()
     centre, half = (low + high).mean() / 2, np.linalg.norm(high - low) / len(part) / 2
     return {f"{prefix}low": centre - half, f"{prefix}high": centre + half}
+
+
+def pooled(rows: pd.DataFrame, operator: str) -> Score:
+    """The items of all tasks as those of one, such as to compare two models by `paired`.
+
+    Args:
+        rows: `scores`, in which the operator has one accuracy a task.
+
+    Raises:
+        ValueError: no accuracy of this operator, or several of a task.
+    """
+    found = rows[(rows["measure"] == ACCURACY) & (rows["operator"] == operator)]
+    if not len(found) or found["dataset"].duplicated().any():
+        raise ValueError(f"{operator} must have one accuracy for each task, in {len(found)} rows")
+    parts: list[Score] = found.sort_values("dataset")["evidence"].tolist()
+    correct = [answer for part in parts for answer in part.correct]
+    items = " ".join(part.items for part in parts)
+    unknown: dict[str, Any] = dict.fromkeys(("acc_se", "acc_norm", "acc_norm_se", "correct_norm"))
+    acc = sum(correct) / len(correct)
+    return replace(parts[0], task="all", acc=acc, correct=correct, items=items, **unknown)
 
 
 def wide(rows: pd.DataFrame, form: Callable[[Any], str]) -> pd.DataFrame:

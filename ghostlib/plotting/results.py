@@ -141,7 +141,7 @@ def published_and_measured(
         errors: half widths of the measured values' 95 % intervals.
         labels: titles of the panels, which say the models.
         ylabel: what a bar means, its unit, and whether lower or higher is better.
-        log: logarithmic axes, for perplexities.
+        log: points on logarithmic axes, for perplexities.
         chance: accuracy of guessing, drawn as a line in the measured panel.
         axes: two of them; None to make them in the current figure.
     """
@@ -152,7 +152,10 @@ def published_and_measured(
     for ax, label, table in ((left, labels[0], published), (right, labels[1], measured)):
         for name, value in table.items():
             x, half = names.index(name), (errors or {}).get(name) if ax is right else None
-            ax.bar(x, value, color=color(name))
+            if log:  # a bar's foot would be arbitrary
+                ax.plot(x, value, look(name).marker or "_", color=color(name), ms=10, mew=2)
+            else:
+                ax.bar(x, value, color=color(name))
             if half is not None:
                 ax.errorbar(x, value, half, color="#242424", capsize=4)
             top = value + (half or 0)

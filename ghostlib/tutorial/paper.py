@@ -4,6 +4,7 @@ They stand in ``data/paper_results.csv`` as published; those read second hand ar
 """
 
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -44,3 +45,36 @@ def published(**wanted: Any) -> pd.DataFrame:
             )
         rows = rows[rows[column].isin(listed)]
     return rows.reset_index(drop=True)
+
+
+_RENAMED = {"Meta-Llama-3-8B": "LLaMA-3-8B"}  # the paper's spelling of a name on the hub
+_DEFAULT = "Llama-3.1-8B"
+
+
+def main_table(
+    metric: str, *, model: str = _DEFAULT, criterion: str = "cosine", removed: int = 7
+) -> tuple[dict[str, float], str]:
+    """A column of the paper's tables 2 and 3: an average, by operator; and what it is of, in words.
+
+    Args:
+        metric: as in `published`, an average over tasks or corpora.
+        model: a name or path on the hub; of one that the paper has not, Llama-3.1-8B's numbers.
+        criterion: that the layers are chosen by; cosine's where there is none of another.
+        removed: how many layers; those for 7 where there are none of another number.
+
+    Returns:
+        ``({operator: value}, label)``; no values where none were published for the model.
+
+    >>> main_table("accuracy mean of 9 tasks %", model="meta-llama/Llama-3.1-8B")[1]
+    'Llama-3.1-8B, 7 of 32, cosine'
+    """
+    rows = published(metric=metric)
+    name = Path(model).name
+    name = _RENAMED.get(name, name)
+    name = name if name in set(published()["model"]) else _DEFAULT
+    rows = rows[(rows["model"] == name) & rows["section"].isin(["Table 2", "Table 3"])]
+    criterion = criterion if criterion in set(rows["criterion"]) else "cosine"
+    depth = removed if removed in set(rows["removed"]) - {0} else 7
+    rows = rows[rows["criterion"].isin([criterion, "-"]) & rows["removed"].isin([0, depth])]
+    values = {str(k): float(v) for k, v in rows.set_index("operator")["value"].items()}
+    return values, f"{name}, {depth} of 32, {criterion}"

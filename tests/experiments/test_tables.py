@@ -14,6 +14,7 @@ from ghostlib.experiments.results import Results
 from ghostlib.experiments.tables import (
     choices,
     mean_interval,
+    pooled,
     ratio,
     relative_text,
     report,
@@ -127,6 +128,25 @@ def test_means_over_tasks_and_their_errors(results: Results) -> None:
     assert normed.loc[("ghost", "a"), "value"] == own.loc["a", "value"]
     assert normed.loc[("ghost", "b"), "value"] == pytest.approx(np.mean(hits["norm"][1]))
     assert "mean" in report(results) and "nan" not in report(results).lower()
+
+
+def test_the_items_of_all_tasks_are_those_of_one(results: Results) -> None:
+    quiz(results, "ghost", {"b": ([1, 0, 1], None)})
+    quiz(results, "ghost", {"a": ([0, 0], None)})
+    quiz(results, "pruned", {"a": ([1, 0], None), "b": ([1, 0, 1], None)})
+    rows = scores(results)
+    every = pooled(rows, "ghost")
+    assert (every.correct, every.acc, every.task, every.acc_se) == (
+        [0, 0, 1, 0, 1],
+        0.4,
+        "all",
+        None,
+    )
+    by = paired(every, pooled(rows, "pruned"))
+    assert (by.first_only, by.second_only, by.n) == (0, 1, 5)
+    for wrong in (rows, pd.concat([rows, rows])):
+        with pytest.raises(ValueError, match="must have one accuracy for each task"):
+            pooled(wrong, "dense" if wrong is rows else "ghost")
 
 
 def test_a_model_that_is_not_scored_everywhere_has_no_mean(results: Results) -> None:

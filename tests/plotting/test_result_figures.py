@@ -125,6 +125,8 @@ def test_published_and_measured_keep_places_colours_and_scale():
     axes = plt.figure().subplots(1, 2)
     drawn = plotting.published_and_measured(published, {}, ylabel="y", log=True, axes=axes)
     assert drawn == tuple(axes) and axes[0].get_yscale() == "log"
+    assert not axes[0].patches, "points: a bar has no foot on a logarithmic axis"
+    assert [line.get_ydata()[0] for line in axes[0].lines] == [42.6, 50.5, 60.0]
     assert labels(axes[1].texts) == [] and "95 %" not in axes[1].get_ylabel()
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ghostlib.plotting import color
-from ghostlib.tutorial.paper import published
+from ghostlib.tutorial.paper import main_table, published
 
 
 def test_every_number_has_its_source_and_a_known_operator() -> None:
@@ -30,3 +30,15 @@ def test_what_is_not_there_is_named() -> None:
         published(layers=7)
     with pytest.raises(ValueError, match=r"model = 'SmolLM2' here: there is LLaMA-3-8B, Llama-3"):
         published(model="SmolLM2")
+
+
+def test_a_column_of_the_main_tables_is_of_the_model_or_says_of_which_other() -> None:
+    accuracy, perplexity = "accuracy mean of 9 tasks %", "perplexity mean of WikiText-2 PTB C4"
+    values, label = main_table(perplexity, model="smollm2", criterion="residual", removed=3)
+    assert label == "Llama-3.1-8B, 7 of 32, cosine"
+    assert (values["pruned"], len(values)) == (2398.41, 6)
+    values, label = main_table(accuracy, model="meta-llama/Meta-Llama-3-8B", removed=11)
+    assert (label, len(values)) == ("LLaMA-3-8B, 11 of 32, cosine", 4)
+    values, label = main_table(perplexity, criterion="block-influence")
+    assert label == "Llama-3.1-8B, 7 of 32, block-influence" and "dense" in values
+    assert main_table(perplexity, model="DeepSeek-R1-Distill-Llama-8B")[0] == {}
