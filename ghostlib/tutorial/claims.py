@@ -88,7 +88,7 @@ CLAIMS: dict[int, Claim] = {
     18: Claim(
         "In blocks where it is born, the first token's massive activation owns the objective",
     ),
-    19: Claim("Moments accumulated in float32 lose the operator where float64 keeps it"),
+    19: Claim("Moments accumulated in float32 ruin the operator where float64 keeps it"),
     20: Claim("Streaming memory does not grow with the number of tokens"),
     21: Claim("The gap of any operator to the optimum is ‖X (W − W*)‖² exactly"),
     22: Claim(
