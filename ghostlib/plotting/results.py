@@ -159,7 +159,8 @@ def published_and_measured(
             if half is not None:
                 ax.errorbar(x, value, half, color="#242424", capsize=4)
             top = value + (half or 0)
-            ax.annotate(short(value), (x, top), (0, 5), textcoords="offset points", ha="center")
+            above = (0, 9 if log else 5)  # points
+            ax.annotate(short(value), (x, top), above, textcoords="offset points", ha="center")
         if chance is not None and ax is right:
             ax.axhline(chance, color=NEUTRAL.color, linestyle=":")
             beside = ax.get_yaxis_transform()  # a fraction of the width, a value
@@ -171,7 +172,8 @@ def published_and_measured(
         plain_numbers(ax.yaxis)
         ax.margins(y=0.12)
         row = [f"{name} {short(table[name])}" for name in names if name in table]
-        texts.append(f"{ylabel}: {', '.join(row) or 'none'}.")
+        words = ylabel.replace("\n", " ")
+        texts.append(f"{words}: {', '.join(row) or 'none'}.")
     limits = [ax.get_ylim() for ax, table in ((left, published), (right, measured)) if table]
     for ax, text in zip((left, right), texts, strict=True):
         ax.set_xlim(-0.6, len(names) - 0.4)
