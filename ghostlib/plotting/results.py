@@ -601,10 +601,9 @@ def against_tokens(
             if len(values) > 1:
                 ax.plot([n] * len(values), values, ".", color=color(name), alpha=0.5, markersize=5)
         highest = int(np.argmax(middle))
-        texts.append(
-            f"{label} {middle[0]:.3g} at {tokens[0]:,} tokens, at most {middle[highest]:.3g} at "
-            f"{tokens[highest]:,}, {middle[-1]:.3g} at {tokens[-1]:,}"
-        )
+        places = dict.fromkeys((0, highest, len(tokens) - 1))
+        reach = [f"{middle[i]:.3g} at {tokens[i]:,}" for i in places]
+        texts.append(f"{label} {', '.join(reach)}")
     if width is not None:
         ax.axvline(width, color="#404040", linewidth=1, linestyle="-.", label=f"width {width}")
     ax.set(xscale="log", yscale="log", xlabel="calibration tokens", ylabel=ylabel, title=title)
@@ -613,7 +612,8 @@ def against_tokens(
     if ylim is not None:
         clip(ax, *ylim)
     ax.legend(**_OUTSIDE)
-    return describe(ax, f"{ylabel} against calibration tokens: {'; '.join(texts)}.")
+    ends = "first, highest, last"
+    return describe(ax, f"{ylabel} against calibration tokens ({ends}): {'; '.join(texts)}.")
 
 
 # ---------------------------------------------------------------- choices of layers
@@ -647,9 +647,7 @@ def start_by_length(
         table,
         norm=LogNorm() if log else None,
         cmap="viridis_r" if best == "min" else "viridis",
-        cbar_kws={
-            "label": f"{label}\n(light: {better}; dot: {best}imum of a row,\nframe: its layers)"
-        },
+        cbar_kws={"label": f"{label}\n(light: {better}; dot: {best}imum of a row)"},
         ax=ax,
     )
     _plain_colour_bar(ax)
@@ -664,7 +662,8 @@ def start_by_length(
         layers = "layer" if length == 1 else "layers"
         texts.append(f"{length} {layers}: {row[start]:.3g} from layer {start}")
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
-    ax.set(xlabel="first removed layer", ylabel="layers removed", title=title)
+    xlabel = "first removed layer (frame: the layers of the best block)"
+    ax.set(xlabel=xlabel, ylabel="layers removed", title=title)
     return describe(ax, f"{label} of every block. Best: {'; '.join(texts)}.")
 
 
