@@ -97,7 +97,8 @@ class Explorer:
         shade = color(family)
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
         left.bar([PRUNED, family], [1.0, share], color=[color(PRUNED), shade])
-        left.set(title="Error on held-out text", ylabel="of the error without repair")
+        left.set(title="Error on held-out text")
+        left.set_ylabel("error ÷ error without repair\n(lower is better)")
         left.annotate(f"{share:.2f}", (1, share), (0, 4), textcoords="offset points", ha="center")
         describe(left, f"Without repair 1, {family} {share:.2f}.")
         values = torch.zeros(1) if op is None else torch.linalg.svdvals(op.W - torch.eye(len(op.W)))
@@ -105,13 +106,16 @@ class Explorer:
         middle.set(title="Spectrum of W − I", xlabel="index", ylabel="singular value")
         describe(middle, f"Singular values from {float(values[0]):.3g} down.")
         right.loglog(before, after, ".", color=shade, markersize=3)
-        ends = [float(before.min()), float(before.max())]
+        both = torch.cat([before, after])
+        ends = float(both.min()) / 1.1, float(both.max()) * 1.1
         right.plot(ends, ends, color="#808080", linewidth=1)
-        right.set(title="Each token's error", xlabel="without repair", ylabel=f"with {family}")
+        right.set(xlim=ends, ylim=ends, aspect="equal", title="Each token's error")
+        right.set(xlabel="error without repair", ylabel=f"error with {family}")
         better = float((after < before).double().mean())
         describe(right, f"{better:.0%} of {len(after):,} tokens have a smaller error.")
+        steps = (1, 2, 3, 5, 7) if ends[1] < 10 * ends[0] else (1, 3)  # ticks of a decade
         for axis in (right.xaxis, right.yaxis):
-            axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.set_major_locator(LogLocator(base=10, subs=steps))
             plain_numbers(axis)
         removed = spell(range(start, start + n))
         figure.suptitle(

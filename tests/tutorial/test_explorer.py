@@ -35,6 +35,11 @@ def test_the_figure_shows_the_held_out_error(model, explorer):
     held_out = gl.calibrate(model, tiny_windows(2, seed=1), [(2, 4)])[gl.Boundary(2, 4)]
     bars = [bar.get_height() for bar in figure.axes[0].patches]
     assert bars == pytest.approx([1.0, held_out.error(op) / held_out.pruned_error], rel=1e-3)
+    tokens = figure.axes[2]
+    assert tokens.get_xlim() == tokens.get_ylim() and tokens.get_aspect() == 1
+    low, high = tokens.get_xlim()
+    dots = tokens.lines[0].get_xydata()
+    assert low < dots.min() < dots.max() < high
     plt.close(figure)
     assert explorer.html(2, 2, "pruned", 8, 0.0).startswith('<img alt="')
     assert not plt.get_fignums()
