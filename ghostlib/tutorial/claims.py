@@ -133,7 +133,10 @@ CLAIMS: dict[int, Claim] = {
         "The block that cosine chooses takes copying from the context away, and ghost leaves less "
         "than half of it",
     ),
-    34: Claim("There none of seven repairs of one token at a time returns a tenth of the copying that is lost"),
+    34: Claim(
+        "There none of seven repairs of one token at a time returns a tenth of the copying that is "
+        "lost",
+    ),
     35: Claim("Other layers, as many, keep more than half of copying once repaired"),
 }
 
