@@ -2,9 +2,9 @@
 
 A recovered model belongs to a subclass of its model's own class, made here for each architecture:
 ``GhostedLlamaForCausalLM`` is a ``LlamaForCausalLM`` whose ``config.ghost`` lists the operators, so
-they are saved, loaded, moved and cast like any other parameter. Importing this module registers a
-name for each with transformers, and imports none of their files: the class is made when a model is
-recovered or loaded. Without this module, loading fails for want of the model type.
+they are saved, loaded, moved and cast like any other parameter. The class is made, and registered
+with transformers, when a model is recovered or loaded (`ghostlib.surgery.registration`). Without
+this package, loading fails for want of the model type.
 """
 
 import os
@@ -26,10 +26,8 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
 from ghostlib.common import GHOSTED
@@ -363,25 +361,3 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
     AutoConfig.register(GHOSTED + model_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return model_class
-
-
-def _announce(model_type: str) -> None:
-    """Register a name, whose class is made when a configuration of that type is read."""
-
-    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        made: Any = ghosted_class(model_type).config_class
-        return made.from_dict(config_dict, **kwargs)
-
-    method: Any = from_dict
-    settings = {
-        "model_type": GHOSTED + model_type,
-        "from_dict": classmethod(method),
-        "__module__": __name__,
-    }
-    AutoConfig.register(
-        GHOSTED + model_type, type(f"Ghosted_{model_type}", (PretrainedConfig,), settings)
-    )
-
-
-for _model_type in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *_INSIDE):
-    _announce(_model_type)

@@ -20,7 +20,7 @@ from ghostlib.surgery import ghosted, previous
 
 FILE = "modeling_ghosted"
 _FEATURES = ("_wide", "_divide", "rms_norm", "standardise", "_same", "Feature")
-_REGISTRATION = ("ghosted_class", "_announce", "_INSIDE", "save_stock")
+_REGISTRATION = ("ghosted_class", "_INSIDE", "save_stock")
 
 _HEADER = '''"""A {base} without some decoder layers, repaired at the gap by a linear operator.
 

@@ -1,11 +1,12 @@
 """Registration: transformers' Auto classes find recovered models, though nothing is imported yet.
 
 `import ghostlib` promises that ``AutoModelForCausalLM.from_pretrained`` reads a recovered model. To
-keep that import cheap, transformers is only told whom to ask: the first question for a recovered
-model's type imports `ghostlib.surgery.ghosted`, which registers all of them.
+keep that import cheap, transformers is only told whom to ask: the first question for the type of a
+recovered model imports `ghostlib.surgery.ghosted`, which makes and registers its class.
 """
 
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -22,9 +23,11 @@ class _Registered(dict[str, Any]):
     """Configurations that were registered, by model type."""
 
     def __contains__(self, model_type: object) -> bool:
-        if str(model_type).startswith(GHOSTED):
-            import_module("ghostlib.surgery.ghosted")
-        return super().__contains__(model_type)
+        name = str(model_type)
+        if name.startswith(GHOSTED) and not super().__contains__(name):
+            with suppress(KeyError):  # of a type that transformers does not know
+                import_module("ghostlib.surgery.ghosted").ghosted_class(name.removeprefix(GHOSTED))
+        return super().__contains__(name)
 
 
 class _Finder(MetaPathFinder):
