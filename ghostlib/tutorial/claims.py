@@ -192,31 +192,6 @@ def interval(values: Any) -> tuple[float, tuple[float, float]]:
     return mean, (low, high)
 
 
-class _Entry:
-    """Shows as the claim and its verdict; carries its facts under `MIME`."""
-
-    def __init__(self, facts: Mapping[str, Any]) -> None:
-        self.facts = dict(facts)
-
-    def __repr__(self) -> str:
-        claim = CLAIMS[self.facts["claim"]].text
-        heading = f"Claim {self.facts['claim']} ({claim}): {self.facts['verdict']}"
-        return f"{heading}\n{self.facts['figure']}\n({self._detail()})"
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        number = self.facts["claim"]
-        claim = CLAIMS[number]
-        markdown = (
-            f"**[Claim {number}](../docs/claims.md#claim-{number}): {self.facts['verdict']}.** "
-            f"*{claim.text}* ({claim.source})\n\n{self.facts['figure']}\n\n"
-            f"<small>{self._detail()}</small>"
-        )
-        return {"text/plain": repr(self), "text/markdown": markdown, MIME: self.facts}
-
-    def _detail(self) -> str:
-        return "; ".join(filter(None, (self.facts["rule"], self.facts["condition"])))
-
-
 def record(
     number: int,
     figure: str,
@@ -268,6 +243,7 @@ def record(
     """
     if number not in CLAIMS:
         raise ValueError(f"no claim {number}: the ledger has 1 … {max(CLAIMS)}")
+    claim = CLAIMS[number]
     if (holds is None) == (estimate is None):
         raise ValueError("give holds= for an exact check, or estimate= and interval=, and not both")
     if threshold and holds is None:
@@ -294,7 +270,14 @@ def record(
             "value": value,
             "rule": f"holds if the 95 % interval lies {wanted}; {', '.join(sizes)}",
         }
-    display(_Entry(facts))  # type: ignore[no-untyped-call]
+    detail = "; ".join(filter(None, (facts["rule"], condition)))
+    plain = f"Claim {number} ({claim.text}): {facts['verdict']}\n{facts['figure']}\n({detail})"
+    markdown = (
+        f"**[Claim {number}](../docs/claims.md#claim-{number}): {facts['verdict']}.** "
+        f"*{claim.text}* ({claim.source})\n\n{facts['figure']}\n\n<small>{detail}</small>"
+    )
+    shown = {"text/plain": plain, "text/markdown": markdown, MIME: facts}
+    display(shown, raw=True)  # type: ignore[no-untyped-call]
 
 
 class Measurement(NamedTuple):

@@ -15,11 +15,11 @@ from ghostlib.tutorial.claims import CLAIMS, MIME, Measurement, ledger, record, 
 def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`record`, which then returns what the cell's output holds."""
     seen: list[Any] = []
-    monkeypatch.setattr(claims, "display", seen.append)
+    monkeypatch.setattr(claims, "display", lambda bundle, raw: seen.append(bundle))
 
     def recorded(*args: Any, **kwargs: Any) -> dict[str, Any]:
         record(*args, **kwargs)
-        bundle: dict[str, Any] = seen.pop()._repr_mimebundle_()
+        bundle: dict[str, Any] = seen.pop()
         return bundle
 
     return recorded
