@@ -254,9 +254,7 @@ class GhostedMixin:
             super().save_pretrained(folder, **options)  # type: ignore[misc]
             return
         training = "is_main_process" in kwargs or "state_dict" in kwargs
-        _check_no_file(folder)
-        if not training and folder.is_dir() and any(folder.iterdir()):
-            raise FileExistsError(f"output folder {folder} exists and is not empty: name a new one")
+        check_new(folder, empty=not training)
         if kwargs.get("push_to_hub"):
             options.setdefault("repo_id", folder.name)
         with whole(folder) as fresh:
@@ -281,9 +279,12 @@ class GhostedMixin:
         return (model, info) if wants_info else model
 
 
-def _check_no_file(folder: Path) -> None:
+def check_new(folder: Path, *, empty: bool = True) -> None:
+    """Refuse, by `FileExistsError`, a folder that is a file, or that holds something already."""
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output {folder} is a file: name a new folder")
+        raise FileExistsError(f"output folder {folder} is a file: name a folder")
+    if empty and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"output folder {folder} exists and is not empty: name a new one")
 
 
 def save_stock(
@@ -294,7 +295,7 @@ def save_stock(
     Raises:
         FileExistsError: there is a file of that name.
     """
-    _check_no_file(Path(save_directory))
+    check_new(Path(save_directory), empty=False)
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ghostlib.common import checked, existing, one_line, versions
 from ghostlib.models.architectures import check_model, weight_bytes
 from ghostlib.models.boundaries import spell
-from ghostlib.surgery.ghosted import GhostedMixin, whole
+from ghostlib.surgery.ghosted import GhostedMixin, check_new, whole
 from ghostlib.surgery.portable import write_portable
 
 _ROOM = 64 * 2**20  # bytes beside the weights: tokenizer, card, configuration
@@ -85,10 +85,7 @@ def check_output(folder: str | os.PathLike[str], *, bytes_needed: int = 0) -> No
         OSError: the disk has less room than is needed; the message has both numbers.
     """
     target = Path(folder)
-    if target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"output folder {target} exists and is not empty: name a new one")
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"output folder {target} is a file: name a folder")
+    check_new(target)
     above = existing(target.absolute().parent)
     if not above.is_dir():
         raise NotADirectoryError(f"output folder {target}: {above} is a file")

@@ -174,7 +174,7 @@ def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("keep me")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match="file is a file: name a new folder"):
+    with pytest.raises(FileExistsError, match="file is a file: name a folder"):
         recovered.save_pretrained(tmp_path / "file")
     with pytest.raises(FileExistsError, match="exists and is not empty: name a new one"):
         recovered.save_pretrained(tmp_path / "full")
@@ -343,7 +343,7 @@ def test_a_stock_class_is_not_saved_onto_a_file(name: str, tmp_path: Path) -> No
     (tmp_path / "file").write_text("keep me")
     for each in (recovered, copy.deepcopy(recovered), pickle.loads(pickle.dumps(recovered))):
         assert type(each) is type(model)
-        with pytest.raises(FileExistsError, match="file is a file: name a new folder"):
+        with pytest.raises(FileExistsError, match="file is a file: name a folder"):
             each.save_pretrained(tmp_path / "file")
         each.config.recovery["note"] = "its own"
         each.save_pretrained(tmp_path / "folder", max_shard_size="10KB")
