@@ -220,17 +220,11 @@ def scored_text(
     """The windows of a corpus that `corpus_perplexity` scores; its arguments and errors."""
     published_split, published_count = PUBLISHED.get(str(corpus), ("test", None))
     split = split or published_split
+    count = published_count if count is None else count
     first = bos_token(tokenizer, bos)
+    reading: dict[str, Any] = {"split": split, "seed": seed, "text_column": text_column, "bos": bos}
     windows, text = tokenised(
-        corpus,
-        tokenizer,
-        split=split,
-        length=length,
-        count=published_count if count is None else count,
-        seed=seed,
-        text_column=text_column,
-        bos=bos,
-        special_tokens=first is None,
+        corpus, tokenizer, length=length, count=count, special_tokens=first is None, **reading
     )
     added: list[str] = []
     if first is None:
@@ -270,8 +264,7 @@ def corpus_perplexity(
             whole of a local file.
         length: tokens of a window; 2,048 by default.
         count: the first so many windows; by default as in `PUBLISHED`, and all of other corpora.
-        seed: see `ghostlib.documents`.
-        text_column: see `ghostlib.documents`.
+        seed, text_column: see `ghostlib.documents`.
         bos: whether every window begins with BOS, which a model trained with one needs; by default
             if the tokenizer adds one. False as published: what the tokenizer adds (a BOS for Llama,
             nothing for SmolLM2) stands once, at the beginning of the corpus.

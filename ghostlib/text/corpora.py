@@ -180,13 +180,10 @@ def token_windows(
     give the same windows, and fewer windows are the first of more.
 
     Args:
-        corpus: see `documents`.
+        corpus, split, seed, text_column: see `documents`.
         tokenizer: a Hugging Face tokenizer.
-        split: see `documents`.
         length: tokens per window, BOS included.
         count: number of windows; None for all that the split has.
-        seed: see `documents`.
-        text_column: see `documents`.
         bos: whether every window begins with the tokenizer's BOS token, which a model trained with
             one needs for its attention sink. By default as the tokenizer does it; `bos_token` says
             what that is. False cuts the windows from one long stream without special tokens.
@@ -204,17 +201,8 @@ def token_windows(
     >>> token_windows("pydoc", tokenizer, split="test", length=512, count=None).shape[1]
     512
     """
-    windows, _ = tokenised(
-        corpus,
-        tokenizer,
-        split=split,
-        length=length,
-        count=count,
-        seed=seed,
-        text_column=text_column,
-        bos=bos,
-    )
-    return windows
+    reading: dict[str, Any] = {"split": split, "seed": seed, "text_column": text_column}
+    return tokenised(corpus, tokenizer, length=length, count=count, bos=bos, **reading)[0]
 
 
 def tokenised(
@@ -224,10 +212,9 @@ def tokenised(
     split: str,
     length: int,
     count: int | None,
-    seed: int = 0,
-    text_column: str = "text",
     bos: bool | None = False,
     special_tokens: bool = False,
+    **reading: Any,
 ) -> tuple["torch.Tensor", str]:
     """`token_windows`, by default those of published protocols, and a text that begins with theirs.
 
@@ -235,8 +222,9 @@ def tokenised(
         bos: whether every window begins with BOS; in published protocols none does.
         special_tokens: what the tokenizer adds to a text stands once, where the first window
             begins, as published protocols have it.
+        reading: ``seed`` and ``text_column``, see `documents`.
     """
-    texts = documents(corpus, split=split, seed=seed, text_column=text_column)
+    texts = documents(corpus, split=split, **reading)
     at_least(1, length=length, count=count)
     if not callable(tokenizer):
         raise ValueError(
