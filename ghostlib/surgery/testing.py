@@ -78,10 +78,6 @@ def _close(logits: Tensor, expected: Tensor) -> None:
     assert off <= _TOLERANCE * scale, f"logits are off by {off:.3g}, the largest is {scale:.3g}"
 
 
-def _cache_of(out: Any) -> Any:
-    return out["cache"] if "cache" in out else out["past_key_values"]
-
-
 CHECKS: Registry[Callable[[Subject], None]] = Registry("check")
 """What is checked, by name; each raises `AssertionError` where the model is wrong."""
 
@@ -97,9 +93,7 @@ def _check(name: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject
 # ---------------------------------------------------------------- caches
 
 
-@_check("dynamic cache")
-def _dynamic(subject: Subject) -> None:
-    subject.follow(subject.ids)
+CHECKS["dynamic cache"] = lambda subject: subject.follow(subject.ids)
 
 
 @_check("static cache")
@@ -146,10 +140,9 @@ def _pieces(subject: Subject) -> None:
 @_check("a cache taken up again")
 def _again(subject: Subject) -> None:
     first = subject.generate(subject.ids)
+    held = first["cache"] if "cache" in first else first["past_key_values"]
     more = torch.cat([first.sequences, subject.ids], 1)
-    known = cached(subject.model, _cache_of(first))
-    out = subject.generate(more, attention_mask=torch.ones_like(more), **known)
-    _close(torch.stack(out.logits, 1), subject.whole(out.sequences)[:, more.shape[1] - 1 : -1])
+    subject.follow(more, **cached(subject.model, held))
 
 
 @_check("sequences in turn")
@@ -167,6 +160,13 @@ def _interleaved(subject: Subject) -> None:
 
 # ---------------------------------------------------------------- ways to decode
 
+CHECKS["assisted by another model"] = lambda subject: subject.follow(
+    subject.ids[:1], assistant_model=subject.partner
+)
+CHECKS["prompt lookup"] = lambda subject: subject.follow(
+    subject.ids[:1].repeat(1, 3), prompt_lookup_num_tokens=2
+)
+
 
 @_check("beams")
 def _beams(subject: Subject) -> None:
@@ -178,11 +178,6 @@ def _beams(subject: Subject) -> None:
         assert torch.equal(cached, plain), "other tokens than without cache"
 
 
-@_check("assisted by another model")
-def _assisted(subject: Subject) -> None:
-    subject.follow(subject.ids[:1], assistant_model=subject.partner)
-
-
 @_check("assisting another model")
 def _assisting(subject: Subject) -> None:
     ids, partner = subject.ids[:1], subject.partner
@@ -190,11 +185,6 @@ def _assisting(subject: Subject) -> None:
     assisted = subject.generate(ids, assistant_model=subject.model, **settings).sequences
     alone = subject.generate(ids, use_cache=False, **settings).sequences
     assert torch.equal(assisted, alone), "other tokens than the model alone"
-
-
-@_check("prompt lookup")
-def _prompt_lookup(subject: Subject) -> None:
-    subject.follow(subject.ids[:1].repeat(1, 3), prompt_lookup_num_tokens=2)
 
 
 @_check("chunked prefill")
@@ -237,15 +227,8 @@ def _threads(subject: Subject) -> None:
 
 # ---------------------------------------------------------------- copies
 
-
-@_check("deep copy")
-def _copied(subject: Subject) -> None:
-    _same(subject, copy.deepcopy(subject.model))
-
-
-@_check("pickle")
-def _pickled(subject: Subject) -> None:
-    _same(subject, pickle.loads(pickle.dumps(subject.model)))
+CHECKS["deep copy"] = lambda subject: _same(subject, copy.deepcopy(subject.model))
+CHECKS["pickle"] = lambda subject: _same(subject, pickle.loads(pickle.dumps(subject.model)))
 
 
 @_check("saved and loaded")
