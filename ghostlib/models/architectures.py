@@ -333,10 +333,7 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int], original: PreTraine
 
 
 def check_layers(model: PreTrainedModel, original: PreTrainedModel) -> None:
-    """Refuse a pruned model whose configuration cannot say what its layers are.
-
-    Args:
-        model: ``original`` after `keep_layers`.
+    """Refuse ``original`` after `keep_layers` where no configuration can say what its layers are.
 
     Raises:
         ValueError: a model made from the configuration would differ; the message shows where.
@@ -363,8 +360,6 @@ def layer_kinds(model: PreTrainedModel) -> list[int]:
 _KINDS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 # Numbers of layers left of a model whose layers are the same that have been found to agree.
 _PASSED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
-
-
 _PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 

@@ -33,12 +33,9 @@ _NUMBER = re.compile(r"_?(layer_?(idx|id|index|number|num)|idx|index|block_idx)$
 
 
 def follow(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
-    """Keep the modules at ``path`` with the indices ``kept``, and let all that counts them follow.
+    """Keep, of the decoder layers at ``path``, those with the ascending indices ``kept``, in place.
 
-    Args:
-        model: changed in place; weights stay as they are.
-        path: of the list of decoder layers.
-        kept: ascending.
+    All that counts the layers follows; weights stay as they are.
     """
     layers: Any = model.get_submodule(path)
     total = len(layers)
@@ -243,12 +240,9 @@ def _parts(model: PreTrainedModel, path: str) -> dict[str, dict[str, Any]]:
 def differences(model: PreTrainedModel, path: str) -> list[str]:
     """Where ``model`` is not its `twin`.
 
-    Compared by name, from what holds the layers down: classes of modules, shapes and dtypes of
-    parameters and buffers, every plain setting of a module, and the values of buffers that no file
-    holds.
-
-    Args:
-        path: of the list of decoder layers.
+    Compared by name, from what holds the layers at ``path`` down: classes of modules, shapes and
+    dtypes of parameters and buffers, every plain setting of a module, and the values of buffers
+    that no file holds.
 
     Returns:
         One line a difference, such as ``layers.3.self_attn.sliding_window: 8, not None``: what the
@@ -348,13 +342,10 @@ _NUMBERS = re.compile(r"\.\d+\.")
 
 
 def check_agreement(model: PreTrainedModel, path: str, original: PreTrainedModel) -> None:
-    """Refuse a model that would not come back from a file, because its configuration describes
-    another one.
+    """Refuse a model that would not come back from a file: its configuration describes another.
 
-    Args:
-        path: of the list of decoder layers.
-        original: the model before layers were removed; in what it differs from its own
-            configuration already, ``model`` may differ too.
+    In what ``original``, the model before layers were removed, differs from its own configuration
+    already, ``model`` may differ too. ``path`` is that of the decoder layers.
 
     Raises:
         ValueError: it shows up to three `differences`.

@@ -32,12 +32,7 @@ def check_source(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | dict[str, Any] | None = None,
 ) -> None:
-    """Refuse what `load_model` cannot load, before it is tried.
-
-    Args:
-        name: as for `load_model`.
-        dtype: likewise.
-        device: likewise, or a ``device_map``.
+    """Refuse what `load_model` cannot load, before it is tried; ``device`` may be a ``device_map``.
 
     Raises:
         FileNotFoundError: a name that is spelt as a path, and no such folder.

@@ -64,8 +64,7 @@ def write_portable(model: PreTrainedModel, folder: Path) -> None:
         _table(),
         *_definitions(features, only=["previous"]),
         *_definitions(previous),
-        *_definitions(architectures, only=["to_stream"]),
-        *_definitions(architectures, only=["to_state"]),
+        *_definitions(architectures, only=["to_stream", "to_state"]),
         *_definitions(ghosted, leave_out=_REGISTRATION),
     ]
     imports = sorted({line for m in (features, previous, ghosted) for line in _imports(m)})
