@@ -66,17 +66,9 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused(prompts: list[str]) -> 
 def test_bad_prompts_are_named() -> None:
     model, tokenizer = tiny_model("llama"), words_tokenizer(pad_token="<pad>")
     message: Message = {"role": "user", "content": "w50"}
-    for wrong in ([message], [[message]], ["w50", [message]]):
+    for wrong in ([[message]], ["w50", [message]]):
         with pytest.raises(ValueError, match=r"need chat=True|prompts must be text or a list"):
             gl.generate(model, tokenizer, wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no prompt to continue"):
-        gl.generate(model, tokenizer, [])
-    with pytest.raises(ValueError, match="no chat template: use chat=False, or set"):
-        gl.generate(model, tokenizer, "w50", chat=True)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        gl.generate(model, tokenizer, "w50", max_new_tokens=0)
-    with pytest.raises(ValueError, match="a prompt has no token"):
-        gl.generate(model, tokenizer, ["w50", ""])
 
 
 def test_a_model_in_training_mode_generates_without_dropout(prompts: list[str]) -> None:

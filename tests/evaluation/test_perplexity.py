@@ -46,16 +46,6 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity():
     assert gl.perplexity(model, tiny_windows()) == pytest.approx(VOCABULARY, rel=1e-6)
 
 
-def test_bad_windows_are_named():
-    model = tiny_model("llama")
-    with pytest.raises(ValueError, match="length of at least 2"):
-        gl.perplexity(model, tiny_windows(2, 1))
-    with pytest.raises(ValueError, match="vocabulary of 97"):
-        gl.perplexity(model, torch.full((1, 5), 200))
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        gl.perplexity(model, tiny_windows(), batch_size=0)
-
-
 def test_gap_closed():
     assert gl.gap_closed(10, 40, 10) == pytest.approx(1)
     assert gl.gap_closed(10, 40, 40) == pytest.approx(0)
@@ -63,8 +53,6 @@ def test_gap_closed():
     assert gl.gap_closed(10, 40, 80) < 0
     with pytest.raises(ValueError, match="no gap to close"):
         gl.gap_closed(10, 10, 12)
-    with pytest.raises(ValueError, match="recovered must be a perplexity, positive and finite"):
-        gl.gap_closed(10, 40, math.nan)
 
 
 def test_a_model_in_training_mode_is_scored_without_dropout():

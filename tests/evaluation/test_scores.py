@@ -69,5 +69,3 @@ def test_normed_scores_and_errors() -> None:
         paired(a, score([1], items="others"))
     with pytest.raises(ValueError, match="task 'quiz' is scored without acc_norm"):
         paired(score([1]), score([1]), normed=True)
-    with pytest.raises(ValueError, match=r"confidence must lie between 0 and 1, got 95"):
-        paired(a, b, confidence=95)
