@@ -158,7 +158,9 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def _find(model: PreTrainedModel) -> Structure:
-    decoder = _decoder(model)
+    decoder = model.get_decoder()
+    if not isinstance(decoder, nn.Module) or not _layer_lists(decoder):
+        decoder = model  # transformers does not know
     prefix = _path(model, decoder)
     lists = _layer_lists(decoder)
     if not lists:
@@ -176,12 +178,6 @@ def _find(model: PreTrainedModel) -> Structure:
             "configuration)"
         )
     return Structure(_join(prefix, layers), _behind(model, _join(prefix, layers)))
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    """What holds the decoder layers; the model itself where transformers does not know."""
-    found = model.get_decoder()
-    return found if isinstance(found, nn.Module) and _layer_lists(found) else model
 
 
 def _layer_lists(module: nn.Module) -> list[str]:

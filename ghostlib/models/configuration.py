@@ -102,14 +102,11 @@ def _configs(owners: Sequence[nn.Module], layers: nn.Module, total: int) -> list
     found: dict[int, PretrainedConfig] = {}
     for module in (*owners, *layers.modules()):
         config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig) and _describes(config, total):
-            found[id(config)] = config
+        if isinstance(config, PretrainedConfig):
+            counts = [value for name, value in vars(config).items() if _COUNT.fullmatch(name)]
+            if total in (getattr(config, "num_hidden_layers", None), *counts):
+                found[id(config)] = config
     return list(found.values())
-
-
-def _describes(config: PretrainedConfig, total: int) -> bool:
-    counts = (value for name, value in vars(config).items() if _COUNT.fullmatch(name))
-    return getattr(config, "num_hidden_layers", None) == total or total in counts
 
 
 def _follow_settings(owner: Any, total: int, kept: Sequence[int]) -> None:

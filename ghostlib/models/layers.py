@@ -302,7 +302,9 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
         ValueError: scaling what they return does more than scaling the stream, or what receives the
             stream after the last layer is no norm.
     """
-    found = _lookups(model)
+    inside = set(decoder_layers(model).modules())
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    found: list[nn.Module] = [table for table in tables if table not in inside]
     ids = torch.arange(3, 3 + _TOKENS, device=input_device(model))[None]
     plain = _entering(model, ids, [])
     if not found or not _close(plain * _FACTOR, _entering(model, ids, found)):
@@ -322,16 +324,6 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
             "its stream would scale its logits; use an operator at the gap, such as scalar or ghost"
         )
     return found
-
-
-def _lookups(model: PreTrainedModel) -> list[nn.Module]:
-    """The tables of embeddings outside the layers."""
-    inside = {id(part) for part in decoder_layers(model).modules()}
-    return [
-        part
-        for part in model.modules()
-        if isinstance(part, nn.Embedding) and id(part) not in inside
-    ]
 
 
 def _entering(model: PreTrainedModel, ids: Tensor, scaled: Iterable[nn.Module]) -> Tensor:
