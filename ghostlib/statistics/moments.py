@@ -384,17 +384,6 @@ class Moments:
             raise ValueError("X_post equals X_pre: the removed layers did nothing to recover")
         return self.error(repair) / self.pruned_error
 
-    @checked
-    def effective_rank(self, rcond: float = 1e-6) -> int:
-        """Singular values of ``F``, in its features' units, above ``rcond`` times the largest.
-
-        They are square roots of the eigenvalues of ``G``, so ratios below about 1e-8 drown in
-        float64 rounding.
-        """
-        if not 0 < rcond < 1:
-            raise ValueError(f"rcond must lie between 0 and 1, got {rcond}")
-        return int(self.gram.spectrum.seen(rcond).sum())
-
     def part(self, regressor: Regressor | str) -> "Moments":
         """The moments of some of these features, as the blocks they are here.
 

@@ -378,7 +378,6 @@ ROWS = [
         )
         for name in ("error", "relative_error")
     ],
-    row("Moments.effective_rank", STATS.effective_rank, rcond=number("rcond", 0, 1, -1, INF)),
     row(
         "Moments.part",
         STATS.part,

@@ -365,7 +365,7 @@ def test_rank_and_condition_are_those_of_the_matrix_inverted() -> None:
     moments = Moments(WIDTH).update(X, Y)
     for name in ("ghost", "symmetric", "low-rank"):
         op = solve(moments, name, **options(name))
-        assert op.rank == WIDTH == moments.effective_rank()
+        assert op.rank == WIDTH
         assert op.condition == pytest.approx(float(torch.linalg.cond(X)) ** 2)
     centred = float(torch.linalg.cond(X - X.mean(0))) ** 2
     assert solve(moments, "affine").condition == pytest.approx(centred)

@@ -190,23 +190,6 @@ def test_any_precision_is_summed_in_float64(dtype: torch.dtype) -> None:
     torch.testing.assert_close(moments.cross, X.double().T @ (Y.double() - X.double()))
 
 
-def test_effective_rank_counts_singular_values() -> None:
-    X, Y = pair(40)
-    X = X[:, :5] @ torch.randn(5, 8, dtype=torch.float64)
-    moments = Moments(8).update(X, Y)
-    assert moments.effective_rank() == 5
-    Q = torch.linalg.qr(torch.randn(40, 8, dtype=torch.float64))[0]
-    moments = Moments(8).update(Q * 10.0 ** -torch.arange(8), Y)
-    assert [moments.effective_rank(rcond) for rcond in (0.5, 1.5e-2, 1.5e-5)] == [1, 2, 5]
-    assert Moments(8).effective_rank() == 0
-
-
-@pytest.mark.parametrize("rcond", [0.0, 1.0, -1.0, float("nan")])
-def test_effective_rank_needs_a_fraction(rcond: float) -> None:
-    with pytest.raises(ValueError, match="rcond must lie between 0 and 1"):
-        Moments(8).effective_rank(rcond)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
