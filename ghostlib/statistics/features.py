@@ -7,7 +7,7 @@ the stream as ``X + F M``. With one weight of tokens the moments of many feature
 of them as blocks, so that a pass collects the widest regressors alone.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -339,10 +339,3 @@ def _shifted(X: Tensor, real: Tensor | None) -> Tensor:
     flat = X.reshape(-1, *X.shape[-2:])
     mask = None if real is None else real.reshape(flat.shape[:2]).to(X.device, torch.bool)
     return previous(flat, mask)[0].view(X.shape)
-
-
-def places(wide: Sequence[Feature], narrow: Sequence[Feature], widths: Sequence[int]) -> Tensor:
-    """Columns of the features ``narrow`` among those of ``wide``, whose widths are given."""
-    starts = dict(zip(wide, torch.tensor([0, *widths[:-1]]).cumsum(0).tolist(), strict=True))
-    sizes = dict(zip(wide, widths, strict=True))
-    return torch.cat([torch.arange(starts[f], starts[f] + sizes[f]) for f in narrow])

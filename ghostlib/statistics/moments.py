@@ -28,7 +28,7 @@ from ghostlib.linalg.gram import Gram, gram
 from ghostlib.linalg.hadamard import has_hadamard, rotate
 from ghostlib.models.boundaries import Boundary, check_boundary
 from ghostlib.models.placement import check_device
-from ghostlib.statistics.features import STREAM, Regressor, Sources, places
+from ghostlib.statistics.features import STREAM, Regressor, Sources
 
 _FORMAT = "ghostlib-moments-2"
 _TENSORS = ("G", "cross", "f1", "d1", "d2", "x_abs", "y_abs", "ratio", "ratio_rotated")
@@ -400,9 +400,11 @@ class Moments:
         chosen = self.replaced({}, {})
         chosen.regressor = narrow
         chosen.bias = self.bias and narrow.reads_mlp
-        widths = dict(zip(self.regressor.features, self.blocks, strict=True))
-        chosen.blocks = tuple(widths[feature] for feature in narrow.features)
-        columns: Any = places(self.regressor.features, narrow.features, self.blocks)
+        every = torch.arange(len(self.G)).split(list(self.blocks))
+        columns_of = dict(zip(self.regressor.features, every, strict=True))
+        picked = [columns_of[feature] for feature in narrow.features]
+        chosen.blocks = tuple(map(len, picked))
+        columns: Any = torch.cat(picked)
         if columns.tolist() == list(range(len(columns))):
             columns = slice(len(columns))
         chosen.G = self.G[columns][:, columns]

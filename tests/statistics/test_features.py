@@ -17,7 +17,6 @@ from ghostlib.statistics.features import (
     Feature,
     Regressor,
     Sources,
-    places,
     previous,
     rms_norm,
     standardise,
@@ -300,13 +299,3 @@ def test_to_contain_is_to_have_the_features_and_the_weight() -> None:
         assert not Regressor.parse(name).contains(wide)
     for name in ("x", "x, n(x)", "x, z(x); 1/|y|", "h; 1/|y|"):
         assert not wide.contains(Regressor.parse(name))
-
-
-@settings(max_examples=25)
-@given(st.permutations(["x", "n(x)", "h", "f"]), st.integers(1, 4))
-def test_places_are_where_the_columns_are(order: list[str], count: int) -> None:
-    wide, widths = Regressor.parse("f, h, x, n(x)"), (6, 4, 6, 6)
-    narrow = Regressor.parse(", ".join(order[:count]))
-    sources = Sources(randn(3, 6), randn(3, 4, seed=1), randn(3, 6, seed=2))
-    columns = places(wide.features, narrow.features, widths)
-    assert torch.equal(wide.design(sources)[:, columns], narrow.design(sources))
