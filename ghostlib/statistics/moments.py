@@ -269,10 +269,6 @@ class Moments:
                 continue
             if values.is_complex():
                 raise ValueError(f"{name} is complex ({values.dtype}): activations are real")
-            if len(values) != len(X_pre):
-                raise ValueError(
-                    f"{name} must have as many tokens as X_pre, {len(X_pre)}, got {len(values)}"
-                )
             if not torch.isfinite(values).all():
                 raise ValueError(
                     f"{name} has NaN or infinite activations: they would spoil every moment"
