@@ -83,8 +83,8 @@ class Trials:
     @checked
     def rebase(self, layers: tuple[int, ...], operators: Operators | None = None) -> None:
         """Make the variant without ``layers`` the base: its streams are computed and kept."""
-        self.base = gaps_without(layers, self.total)
-        variant = self._variant(layers, operators or {})
+        self.base, self.repairs = gaps_without(layers, self.total), operators or {}
+        variant = self._variant(layers, self.repairs)
         keys = _entered(_survivors(layers, self.total))
         places = [place for place, key in enumerate(keys) if self._keeps(key)]
         self.streams: list[dict[int, Tensor]] = []
@@ -161,20 +161,12 @@ class Trials:
 
     def _first_change(self, layers: tuple[int, ...], operators: Operators) -> int:
         """Index of the first dense layer from which this variant differs from the base."""
-        gaps = gaps_without(layers, self.total)
-        # both begin with as many gaps as agree before the first that does not
-        pairs = zip(gaps, self.base, strict=False)
-        common = next((i for i, (ours, base) in enumerate(pairs) if ours != base), None)
-        if common is None:
-            common = min(len(gaps), len(self.base))
-        different = [*gaps[common : common + 1], *self.base[common : common + 1]]
-        if not different:
-            return self.total
-        first = min(gap.start for gap in different)
-        changed = operators.get(gaps[common]) if common < len(gaps) else None
+        different = set(gaps_without(layers, self.total)) ^ set(self.base)
+        first = min((gap.start for gap in different), default=self.total)
         # A repair that reads the last MLP before the gap is folded into it: that layer changes too.
-        folded = changed is not None and changed.regressor.reads_mlp
-        return first - 1 if folded and gaps[common].start == first else first
+        repairs = (*operators.items(), *self.repairs.items())
+        folded = any(gap.start == first and repair.regressor.reads_mlp for gap, repair in repairs)
+        return first - 1 if folded else first
 
 
 def _survivors(layers: tuple[int, ...], total: int) -> list[int]:

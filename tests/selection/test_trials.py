@@ -5,11 +5,12 @@ from functools import cache
 import pytest
 import torch
 from conftest import LAYERS, tiny_model, tiny_windows
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import ghostlib as gl
 from ghostlib.models.architectures import decoder_layers
+from ghostlib.models.boundaries import gaps_without
 from ghostlib.selection.trials import Trials
 from ghostlib.tutorial.cosine import fit_cosine, mlp_activations
 
@@ -19,34 +20,32 @@ SETS = st.sets(st.integers(0, LAYERS - 1), max_size=LAYERS - 1).map(lambda s: tu
 STARTS = st.none() | st.sets(st.integers(0, LAYERS))
 
 
-def whole(model, ids, layers, operators=None) -> torch.Tensor:
-    if not layers:
-        return gl.window_losses(model, ids)
-    variant = gl.install(model, operators) if operators else gl.prune(model, layers)
-    return gl.window_losses(variant, ids)
-
-
 @cache
 def calibrated():
     """A model, and its statistics for every gap."""
     model = tiny_model("llama")
     everything = [b for n in range(1, LAYERS) for b in gl.contiguous(n, LAYERS)]
-    return model, gl.calibrate(model, tiny_windows(), everything)
+    return model, gl.calibrate(model, tiny_windows(), everything, regressors=["h"])
 
 
-@settings(max_examples=15, suppress_health_check=list(HealthCheck))
-@given(base=SETS, layers=SETS, repaired=st.booleans(), starts=STARTS)
-def test_any_base_serves_any_trial(base, layers, repaired, starts):
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@given(base=SETS, layers=SETS, family=st.sampled_from([None, "ghost", "refit"]), starts=STARTS)
+@example(base=(2, 3), layers=(4,), family="refit", starts=None)  # layer 1 is as it was
+def test_any_base_serves_any_trial(base, layers, family, starts):
     (model, stats), ids = calibrated(), tiny_windows(3, 12)
 
     def repairs(chosen):
-        gaps = gl.runs(chosen, LAYERS) if chosen and repaired else []
-        return {gap: gl.solve(stats[gap], "ghost") for gap in gaps}
+        if not family or not chosen:
+            return {}
+        known = stats.of(gl.OPERATORS[family].regressor)
+        return {g: gl.solve(known[g], family) for g in gl.runs(chosen, LAYERS) if g in known}
 
+    operators = repairs(layers)
+    variant = gl.install(model, {g: operators.get(g) for g in gaps_without(layers, LAYERS)})
     trials = Trials(model, ids, batch_size=2, starts=starts)
     trials.rebase(base, repairs(base))
-    expected = whole(model, ids, layers, repairs(layers))
-    torch.testing.assert_close(trials.losses(layers, repairs(layers)), expected, rtol=1e-5, atol=0)
+    expected = gl.window_losses(variant, ids)
+    torch.testing.assert_close(trials.losses(layers, operators), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
