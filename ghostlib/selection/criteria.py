@@ -100,7 +100,6 @@ def select_layers(
     *,
     windows: Tensor | None = None,
     operator: str | Family = "ghost",
-    beam: int = 1,
     tries: int | None = None,
     keep: str = COPYING,
     weight: float = WEIGHT,
@@ -122,7 +121,6 @@ def select_layers(
             text.
         operator: the repair in place while ``residual``, ``greedy-recovered`` and ``abilities``
             score.
-        beam: how many of the best sets a greedy search keeps at every step.
         tries: layers that a greedy search considers after its first step, those that cost least
             alone; all of them by default.
         keep: the probe of random tokens that ``abilities`` asks beside the windows.
@@ -139,7 +137,7 @@ def select_layers(
     """
     rule, total = CRITERIA[criterion], num_layers(model)
     contiguous(n, total)  # checks n
-    at_least(1, beam=beam, tries=tries)
+    at_least(1, tries=tries)
     check_weight(weight)
     if windows is None and isinstance(calibration, Tensor):
         if "windows" in rule.needs and attention_mask is not None and not attention_mask.all():
@@ -167,7 +165,7 @@ def select_layers(
     evidence = Evidence(model, known, windows, operator=operator, batch_size=batch_size, **asked)
     if known is not None:
         _check(criterion, n, known, boundaries)
-    chosen, scores = _search(rule, evidence, n, total, (beam, tries or total), criterion)
+    chosen, scores = _search(rule, evidence, n, total, tries, criterion)
     return Selection(chosen, criterion, scores)
 
 
@@ -238,25 +236,21 @@ def _search(
     evidence: Evidence,
     n: int,
     total: int,
-    widths: tuple[int, int],
+    tries: int | None,
     criterion: str,
 ) -> tuple[Layers, dict[Layers, float]]:
     scores: dict[Layers, float] = {}
 
-    def score(candidates: list[Layers]) -> None:
-        for layers in candidates:
-            if layers not in scores:
-                # What cannot be removed is left out; what it would have scored is not asked.
-                refused = refusal(evidence.model, layers)
-                scores[layers] = math.inf if refused else rule.score(evidence, layers)
-                if scores[layers] != scores[layers]:
-                    raise ValueError(
-                        f"criterion {criterion!r} scores NaN without layers {layers}: try a wider "
-                        "dtype (bfloat16 or float32), or other windows"
-                    )
-
     def ranked(candidates: list[Layers]) -> list[Layers]:
-        score(candidates)
+        for layers in candidates:
+            # What cannot be removed is left out; what it would have scored is not asked.
+            refused = refusal(evidence.model, layers)
+            scores[layers] = math.inf if refused else rule.score(evidence, layers)
+            if math.isnan(scores[layers]):
+                raise ValueError(
+                    f"criterion {criterion!r} scores NaN without layers {layers}: try a wider "
+                    "dtype (bfloat16 or float32), or other windows"
+                )
         possible = [layers for layers in candidates if scores[layers] < math.inf]
         if not possible:
             raise ValueError(
@@ -268,26 +262,19 @@ def _search(
     if rule.search == "block":
         return ranked([tuple(b.removed) for b in contiguous(n, total)])[0], scores
     if rule.search == "each":
-        singles = ranked([(layer,) for layer in range(total)])
         chosen: Layers = ()
-        for (layer,) in singles:
+        for (layer,) in ranked([(layer,) for layer in range(total)]):
             more = tuple(sorted((*chosen, layer)))
             if len(chosen) < n and not refusal(evidence.model, more):
                 chosen = more
         if len(chosen) < n:
             raise ValueError(f"criterion {criterion!r} finds no {n} layers that can go together")
         return chosen, scores
-    beam, tries = widths
-    parents: list[Layers] = [()]
+    removed: Layers = ()
     for _ in track(range(n), "removing", unit="layer"):
-        children: set[Layers] = set()
-        for parent in parents:
-            evidence.grow_from(parent)
-            others = [layer for layer in range(total) if layer not in parent]
-            if parent:
-                others = sorted(others, key=lambda layer: scores[layer,])[:tries]
-            grown = [tuple(sorted((*parent, layer))) for layer in others]
-            score(grown)
-            children.update(grown)
-        parents = ranked(list(children))[:beam]
-    return parents[0], scores
+        evidence.grow_from(removed)
+        others = [layer for layer in range(total) if layer not in removed]
+        if removed:
+            others = sorted(others, key=lambda layer: scores[layer,])[:tries]
+        removed = ranked([tuple(sorted((*removed, layer))) for layer in others])[0]
+    return removed, scores

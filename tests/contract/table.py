@@ -565,7 +565,6 @@ ROWS = [
         n=[*count("n"), Bad(LAYERS, "between 1 and 5")],
         criterion=CRITERIA,
         tries=count("tries", optional=True),
-        beam=count("beam"),
         **PASS,
         weight=number("weight", -1.0, INF),
     ),

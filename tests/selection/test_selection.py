@@ -160,16 +160,6 @@ def test_greedy_criteria_equal_brute_force(model_type, criterion):
         assert score == pytest.approx(loss(layers), rel=1e-4)
 
 
-def test_a_wide_beam_is_exhaustive_search():
-    model, ids = tiny_model("llama", num_hidden_layers=5), tiny_windows(2, 16)
-    selection = gl.select_layers(model, ids, 3, "perplexity", beam=10)
-    triples = {layers: s for layers, s in selection.scores.items() if len(layers) == 3}
-    assert len(triples) == math.comb(5, 3)
-    assert selection == min(triples, key=by_hand(model, ids, repaired=False))
-    narrow = gl.select_layers(model, ids, 3, "perplexity")
-    assert selection.scores[tuple(selection)] <= narrow.scores[tuple(narrow)]
-
-
 def test_smaller_choices_lie_on_the_path_of_a_greedy_search():
     model, ids = tiny_model("llama"), tiny_windows(2, 16)
     long = gl.select_layers(model, ids, 3, "perplexity")
@@ -337,19 +327,16 @@ def by_its_number(**changes):
     return tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True, **changes)
 
 
-@pytest.mark.parametrize("beam", [1, 3, LAYERS])
 @pytest.mark.parametrize("criterion", ["perplexity", "greedy-recovered"])
-def test_a_beam_passes_by_what_cannot_be_removed(criterion, beam):
-    selection = gl.select_layers(by_its_number(), tiny_windows(), 3, criterion, beam=beam)
+def test_a_search_passes_by_what_cannot_be_removed(criterion):
+    selection = gl.select_layers(by_its_number(), tiny_windows(), 3, criterion)
     assert selection == (3, 4, 5)
     assert selection.scores[(0,)] == math.inf > selection.scores[(5,)]
 
 
-@pytest.mark.parametrize("beam", [1, 4])
-def test_a_repair_before_the_gap_never_chooses_the_first_layer(beam):
+def test_a_repair_before_the_gap_never_chooses_the_first_layer():
     model, ids = tiny_model("llama", num_hidden_layers=4), tiny_windows()
-    how = {"operator": "replaceme", "beam": beam}
-    selection = gl.select_layers(model, ids, 3, "greedy-recovered", **how)
+    selection = gl.select_layers(model, ids, 3, "greedy-recovered", operator="replaceme")
     assert selection == (1, 2, 3)
     assert selection.scores[(0,)] == math.inf
     block = gl.select_layers(model, ids, 3, "residual", operator="replaceme")
@@ -377,12 +364,9 @@ def test_windows_of_another_vocabulary_are_refused(criterion):
         gl.select_layers(tiny_model("llama"), tiny_windows() + 97, 2, criterion)
 
 
-def test_unknown_criterion_and_bad_beam_are_named():
-    model, ids = tiny_model("llama"), tiny_windows()
+def test_unknown_criterion_is_named():
     with pytest.raises(ValueError, match="unknown criterion 'cosin'; did you mean 'cosine'"):
-        gl.select_layers(model, ids, 2, "cosin")
-    with pytest.raises(ValueError, match="beam must be at least 1, got 0"):
-        gl.select_layers(model, ids, 2, "perplexity", beam=0)
+        gl.select_layers(tiny_model("llama"), tiny_windows(), 2, "cosin")
 
 
 def test_embedded_model_chooses_the_published_block(embedded, wiki):
