@@ -149,7 +149,10 @@ def select_layers(
     if "windows" in rule.needs and windows is None:
         raise ValueError(f"criterion {criterion!r} scores token windows: pass windows=…")
     boundaries = needed(criterion, n, total)
-    if isinstance(calibration, Tensor) and boundaries:
+    family = Family.of(operator)
+    if not boundaries:
+        calibration = Calibration("")  # of which nothing is asked
+    elif isinstance(calibration, Tensor):
         calibration = calibrate(
             model,
             calibration,
@@ -158,13 +161,11 @@ def select_layers(
             skip_leading=skip_leading,
             batch_size=batch_size,
             moments="moments" in rule.needs,
-            regressors=[Family.of(operator).regressor] if "moments" in rule.needs else (),
+            regressors=[family.regressor] if "moments" in rule.needs else (),
         )
-    known = calibration if isinstance(calibration, Calibration) else None
-    asked: dict[str, Any] = {"keep": keep, "weight": weight} if "probes" in rule.needs else {}
-    evidence = Evidence(model, known, windows, operator=operator, batch_size=batch_size, **asked)
-    if known is not None:
-        _check(criterion, n, known, boundaries)
+    _check(criterion, n, calibration, boundaries)
+    probe = keep if "probes" in rule.needs else None
+    evidence = Evidence(model, calibration, windows, family, batch_size, probe, weight)
     chosen, scores = _search(rule, evidence, n, total, tries, criterion)
     return Selection(chosen, criterion, scores)
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -32,42 +33,37 @@ def check_weight(weight: float) -> None:
         raise ValueError(f"weight must not be negative or infinite, got {weight}")
 
 
+@dataclass
 class Evidence:
     """Facts about removing layers of ``model``.
 
-    Args:
+    Attributes:
         model: the dense model.
-        calibration: similarities and moments, or None where the criterion needs none.
+        calibration: similarities and moments; an empty one where the criterion needs none.
         windows: (windows, length) token ids to score, or None.
-        operator: the repair whose residual and loss are asked for.
+        family: the repair whose residual and loss are asked for.
         batch_size: windows per forward pass.
         keep: a probe of random tokens that is asked beside the windows, or None.
         weight: of its score, beside the loss on the windows.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        calibration: Calibration | None,
-        windows: Tensor | None,
-        *,
-        operator: str | Family = "ghost",
-        batch_size: int = 1,
-        keep: str | None = None,
-        weight: float = WEIGHT,
-    ) -> None:
-        self.model, self.calibration, self.windows = model, calibration, windows
-        check_weight(weight)
-        self.keep, self.weight = keep, weight
-        self.family, self.batch_size = Family.of(operator), batch_size
-        self.total = num_layers(model)
+    model: PreTrainedModel
+    calibration: Calibration
+    windows: Tensor | None
+    family: Family
+    batch_size: int
+    keep: str | None
+    weight: float
+
+    def __post_init__(self) -> None:
+        self.total = num_layers(self.model)
         self._operators: dict[Boundary, Operator] = {}
         self._base: tuple[Layers, bool] = ((), False)
         self._parent: Layers = ()
 
     def similarity(self, layers: Layers) -> Similarity:
         """How alike the stream is before and after the block ``layers``."""
-        return self._statistics.similarities[self._block(layers)]
+        return self.calibration.similarities[self._block(layers)]
 
     def residual(self, layers: Layers) -> float:
         """Squared error that the repair of a block leaves, relative to ``||X_post||^2``.
@@ -78,7 +74,7 @@ class Evidence:
         gap = self._block(layers)
         if self.family.regressor.reads_mlp and gap.start == 0:
             return math.inf  # no layer is left before the gap to repair it in
-        return self._repair(gap).residual / self._statistics[gap].t
+        return self._repair(gap).residual / self.calibration[gap].t
 
     def importance(self, layers: Layers) -> float:
         """Summed first-order importance of the weights of ``layers``."""
@@ -115,14 +111,8 @@ class Evidence:
             self._trials.rebase(self._parent, self._repairs(self._parent) if repaired else None)
             self._base = wanted
 
-    @property
-    def _statistics(self) -> Calibration:
-        assert self.calibration is not None, "the criterion declares that it needs a calibration"
-        return self.calibration
-
     @cached_property
     def _trials(self) -> Trials:
-        assert self.windows is not None, "the criterion declares that it needs windows"
         probes = None if self.keep is None else to_keep(self.model, self.keep)
         return Trials(self.model, self.windows, batch_size=self.batch_size, probes=probes)
 
@@ -140,7 +130,7 @@ class Evidence:
 
     def _repair(self, gap: Boundary) -> Operator:
         if gap not in self._operators:
-            moments = self._statistics.of(self.family.regressor)[gap]
+            moments = self.calibration.of(self.family.regressor)[gap]
             with warnings.catch_warnings():
                 # A candidate that is not chosen need not trouble anyone.
                 warnings.simplefilter("ignore", SingularGramWarning)
