@@ -29,7 +29,7 @@ from ghostlib.linalg.gram import Gram, Regularisation, Regularised, SingularGram
 from ghostlib.linalg.hadamard import rotate
 from ghostlib.models.boundaries import Boundary
 from ghostlib.statistics.features import FEATURES, STREAM, Regressor
-from ghostlib.statistics.moments import Moments
+from ghostlib.statistics.moments import Moments, ratio
 
 
 class Fit(NamedTuple):
@@ -153,14 +153,14 @@ def identity(moments: Moments) -> Fit:
 def scalar(moments: Moments) -> Fit:
     """``W = a I`` with ``a = tr(B)/tr(G)``."""
     size = moments.G.trace()[None]
-    a = _ratio(moments.B.trace(), size)
+    a = ratio(moments.B.trace(), size)
     return Fit((a - 1) * _eye(moments), seen=size)
 
 
 def diagonal(moments: Moments) -> Fit:
     """``W = diag(d)`` with ``d_j = B_jj / G_jj``; 1 for a channel that is always zero."""
     G, B = moments.G.diagonal(), moments.B.diagonal()
-    return Fit(torch.diag(_ratio(B, G) - 1), seen=G)
+    return Fit(torch.diag(ratio(B, G) - 1), seen=G)
 
 
 def linearpatch_d(moments: Moments, *, pooled: bool = False) -> Fit:
@@ -170,7 +170,7 @@ def linearpatch_d(moments: Moments, *, pooled: bool = False) -> Fit:
         pooled: take the ratio over all tokens at once (weighted where the tokens are) instead of
             averaging the ratios of the sequences, as the published code does.
     """
-    pool = _ratio(moments.y_abs, moments.x_abs)
+    pool = ratio(moments.y_abs, moments.x_abs)
     return Fit(torch.diag((pool if pooled else moments.ratio / moments.sequences) - 1))
 
 
@@ -191,7 +191,7 @@ def hadamard_diagonal(moments: Moments) -> Fit:
     """
     H = rotate(_eye(moments))
     g, b = ((H * rotate(A)).sum(0) for A in (moments.G, moments.B))  # diagonals of H'GH, H'BH
-    return Fit(_in_hadamard_basis(moments, _ratio(b, g)), seen=g)
+    return Fit(_in_hadamard_basis(moments, ratio(b, g)), seen=g)
 
 
 def magnitude(moments: Moments) -> Fit:
@@ -218,7 +218,7 @@ def scaled_orthogonal(moments: Moments) -> Fit:
     """Procrustes with a scale: ``W = (tr(S)/tr(G)) U V'`` from ``B = U S V'``."""
     Q, nuclear = _procrustes(moments.B)
     size = moments.G.trace()[None]
-    return Fit(_ratio(nuclear, size) * Q - _eye(moments), seen=size)
+    return Fit(ratio(nuclear, size) * Q - _eye(moments), seen=size)
 
 
 def symmetric(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
@@ -236,7 +236,7 @@ def symmetric(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
     # X v = 0 forces v' X' Delta = 0: on dropped directions both are rounding, and must go together.
     C = V.T @ (moments.cross / unit2) @ V * inverse.kept[:, None]
     s = (inverse.spectrum.values + inverse.shift) * inverse.kept
-    M = V @ _ratio(C + C.T, s[:, None] + s[None, :], empty=0.0) @ V.T
+    M = V @ ratio(C + C.T, s[:, None] + s[None, :], empty=0.0) @ V.T
     return Fit((M + M.T) / 2, inverse=inverse)
 
 
@@ -377,12 +377,6 @@ def whitened(inverse: Regularised, cross: Tensor) -> tuple[Tensor, Tensor]:
 
 def _eye(moments: Moments) -> Tensor:
     return torch.eye(moments.width, dtype=torch.float64, device=moments.G.device)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor, empty: float = 1.0) -> Tensor:
-    """``numerator / denominator``, and ``empty`` where the denominator is zero."""
-    safe = torch.where(denominator > 0, denominator, 1.0)
-    return torch.where(denominator > 0, numerator / safe, empty)
 
 
 def _in_hadamard_basis(moments: Moments, d: Tensor) -> Tensor:

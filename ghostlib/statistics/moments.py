@@ -240,9 +240,9 @@ class Moments:
         self.d2 = self.d2 + w @ delta.square()
         self.fourth += float(error.square().sum())
         self.x_abs, self.y_abs = self.x_abs + x.abs, self.y_abs + y.abs
-        self.ratio = self.ratio + _ratio(x.abs, y.abs)
+        self.ratio = self.ratio + ratio(y.abs, x.abs)
         if x.rotated is not None and y.rotated is not None:
-            self.ratio_rotated = self.ratio_rotated + _ratio(x.rotated, y.rotated)
+            self.ratio_rotated = self.ratio_rotated + ratio(y.rotated, x.rotated)
         self.tokens += len(delta)
         self.weight += float(w.sum())
         self.sequences += 1
@@ -522,9 +522,10 @@ class Moments:
             raise ValueError(f"{path} cannot be read as moments: {error}") from error
 
 
-def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    """``y / x`` by channel, 1 where ``x`` is zero: a channel without signal stays as it is."""
-    return torch.where(x > 0, y / x.clamp_min(torch.finfo(x.dtype).tiny), torch.ones_like(x))
+def ratio(numerator: Tensor, denominator: Tensor, empty: float = 1.0) -> Tensor:
+    """``numerator / denominator``; where that is zero 1, so that a channel without signal stays."""
+    safe = torch.where(denominator > 0, denominator, 1.0)
+    return torch.where(denominator > 0, numerator / safe, empty)
 
 
 def check_moments(moments: Moments) -> None:
