@@ -5,7 +5,6 @@ message names the rule that it breaks. A rule is a function of a `Trial`, the fa
 random streams in which a token is large, the change is partly linear and a bias is left.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ghostlib.common import Registry, checked
-from ghostlib.linalg.gram import SingularGramWarning
 from ghostlib.models.placement import check_device
 from ghostlib.operators.families import Family
-from ghostlib.operators.solve import Operator, solve
+from ghostlib.operators.solve import Operator, solve_quietly
 from ghostlib.statistics.moments import Moments
 
 _GIANT = 1e6
@@ -140,13 +138,6 @@ class Trial:
     def cuts(self) -> bool:
         """Whether a sequence may be cut or shuffled: not where the token before is read."""
         return not self.family.regressor.reads_previous
-
-
-def solve_quietly(moments: Moments, family: Family | str = "ghost", **options: Any) -> Operator:
-    """`solve`, where too few tokens are meant and no reason for a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SingularGramWarning)
-        return solve(moments, family, **options)
 
 
 def repaired(operator: Operator, tokens: Tokens) -> Tensor:

@@ -1,7 +1,6 @@
 """Evidence: what a criterion may ask about a set of layers, computed when it is first asked."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,13 +11,12 @@ from transformers import PreTrainedModel
 
 from ghostlib.common import track
 from ghostlib.evaluation.abilities import ProbeSet
-from ghostlib.linalg.gram import SingularGramWarning
 from ghostlib.models.architectures import decoder_layers, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without, runs
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
-from ghostlib.operators.solve import Operator, Operators, solve
+from ghostlib.operators.solve import Operator, Operators, solve_quietly
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, Similarity
 
@@ -131,10 +129,8 @@ class Evidence:
     def _repair(self, gap: Boundary) -> Operator:
         if gap not in self._operators:
             moments = self.calibration.of(self.family.regressor)[gap]
-            with warnings.catch_warnings():
-                # A candidate that is not chosen need not trouble anyone.
-                warnings.simplefilter("ignore", SingularGramWarning)
-                self._operators[gap] = solve(moments, self.family)
+            # A candidate that is not chosen need not trouble anyone.
+            self._operators[gap] = solve_quietly(moments, self.family)
         return self._operators[gap]
 
 

@@ -23,9 +23,9 @@ from ghostlib.operators.solve import (
     Operator,
     antisymmetric_share,
     solve,
+    solve_quietly,
     warn_of_massive_activations,
 )
-from ghostlib.operators.testing import solve_quietly
 from ghostlib.statistics.features import STREAM, Regressor
 from ghostlib.statistics.moments import Moments
 

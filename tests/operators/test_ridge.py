@@ -19,8 +19,7 @@ from ghostlib.operators.paths import (
     cross_validate,
     ridge_path,
 )
-from ghostlib.operators.solve import solve
-from ghostlib.operators.testing import solve_quietly
+from ghostlib.operators.solve import solve, solve_quietly
 from ghostlib.statistics.moments import Moments
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ghostlib.linalg.gram import SingularGramWarning
 from ghostlib.operators.families import FAMILIES
-from ghostlib.operators.solve import Operator, solve
-from ghostlib.operators.testing import solve_quietly
+from ghostlib.operators.solve import Operator, solve, solve_quietly
 from ghostlib.statistics.features import STREAM
 from ghostlib.statistics.moments import Moments
 
