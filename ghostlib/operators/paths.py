@@ -12,7 +12,6 @@ first ``r`` of the products ``p_i q_i'``, and the error of every rank a running 
 
 import itertools
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Unpack
@@ -258,7 +257,6 @@ def rank_path(train: Moments, held_out: Moments, **options: Unpack[Regularisatio
 def choose_rank(
     train: Moments,
     held_out: Moments,
-    ranks: Iterable[int] | None = None,
     *,
     tolerance: float = 0.0,
     **options: Unpack[Regularisation],
@@ -267,22 +265,16 @@ def choose_rank(
 
     Args:
         train, held_out, options: as in `rank_path`.
-        ranks: candidates; all by default.
-        tolerance: 0.01 accepts 1 % more error than the best candidate has.
+        tolerance: 0.01 accepts 1 % more error than the best rank has.
 
     Raises:
-        ValueError: no candidate, one outside 1 … width, or a negative tolerance.
+        ValueError: a negative or infinite tolerance, or as in `rank_path`.
     """
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must not be negative or infinite, got {tolerance}")
     errors = rank_path(train, held_out, **options).held_out_error
-    candidates = range(1, len(errors) + 1) if ranks is None else ranks
-    tried = sorted({operator.index(rank) for rank in candidates})
-    if not tried or not 1 <= tried[0] <= tried[-1] <= len(errors):
-        raise ValueError(f"ranks must lie between 1 and the width {len(errors)}, got {tried}")
-    scores = {rank: float(errors[rank - 1]) for rank in tried}
-    enough = min(scores.values()) * (1 + tolerance)
-    return next(rank for rank, score in scores.items() if score <= enough)
+    enough = errors <= errors.min() * (1 + tolerance)
+    return 1 + int(enough.nonzero()[0])
 
 
 def _rank_errors(P: Tensor, Q: Tensor, moments: Moments) -> Tensor:

@@ -540,7 +540,6 @@ ROWS = [
         TRAINED,
         train=MOMENTS,
         held_out=HELD,
-        ranks=bad("rank", [], [0], [WIDTH + 1], [2.5], ["3"], [None], 3, "3"),
         tolerance=number("tolerance", -0.1, INF),
         free="options",
     ),
