@@ -67,6 +67,10 @@ class Plan:
         """Bytes at once that have to fit on the device."""
         return sum(self.memory.values()) - (self.memory["weights"] if self.spread else 0)
 
+    @property
+    def _parts(self) -> str:
+        return ", ".join(f"{name} {readable(size)}" for name, size in self.memory.items())
+
     def check(self) -> None:
         """Refuse what cannot fit.
 
@@ -75,9 +79,8 @@ class Plan:
             OSError: the disk has less room than the download needs.
         """
         if self.peak > self.available:
-            parts = ", ".join(f"{name} {readable(size)}" for name, size in self.memory.items())
             raise MemoryError(
-                f"this needs about {readable(self.peak)} on {self.device} ({parts}) and "
+                f"this needs about {readable(self.peak)} on {self.device} ({self._parts}) and "
                 f"{readable(self.available)} are free: use --dtype bfloat16, a shorter --length, "
                 "or --offload FOLDER"
             )
@@ -90,7 +93,6 @@ class Plan:
 
     def rows(self) -> list[tuple[str, str]]:
         """What is expected, as rows of a table."""
-        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.memory.items())
         return [
             ("layers to remove", str(self.removed)),
             ("parameters", f"{self.parameters / 1e6:,.1f} million"),
@@ -99,7 +101,7 @@ class Plan:
                 f"memory on {self.device}",
                 f"about {readable(self.peak)} of {readable(self.available)}",
             ),
-            ("of which", parts),
+            ("of which", self._parts),
             ("time", f"about {minutes(sum(self.seconds.values()))}"),
         ]
 
@@ -130,6 +132,7 @@ def plan(
         ConnectionError: a hub id, and no hub.
     """
     model = _without_weights(name, dtype)
+    cuda = torch.device(device).type == "cuda"
     total, C = num_layers(model), hidden_size(model)
     width = int(getattr(text_config(model), "intermediate_size", None) or 4 * C)
     chosen = list(layers or range(n))
@@ -145,15 +148,14 @@ def plan(
         rules = SHORTLIST if operator == AUTO else (criterion,)
         searched = sorted({gap for name in rules for gap in needed(name, len(chosen), total)})
     with_moments = operator == AUTO or "moments" in rule.needs
-    sizes: dict[str, Any] = {"length": length}
-    calibration = calibration_bytes(C, gaps, hidden=width, regressors=regressors, **sizes).total
+    held = calibration_bytes(C, gaps, length=length, hidden=width, regressors=regressors).total
     if searched:
-        search = calibration_bytes(C, searched, moments=with_moments, **sizes).total
-        calibration = max(calibration, search)
+        search = calibration_bytes(C, searched, length=length, moments=with_moments)
+        held = max(held, search.total)
     item = model.dtype.itemsize
     memory = {
         "weights": weight_bytes(model),
-        "calibration": calibration,
+        "calibration": held,
         "activations": length * (8 * C + 4 * width) * item
         + 3 * _CHUNK * int(text_config(model).vocab_size) * 4,
         "repair": len(gaps) * 3 * C * C * 8,
@@ -179,7 +181,7 @@ def plan(
     return Plan(
         download=_download(str(name)),
         memory=memory,
-        available=_free(device),
+        available=int(torch.cuda.mem_get_info(device)[0]) if cuda else available_bytes(),
         seconds=seconds,
         spread=spread,
         device=device,
@@ -279,13 +281,6 @@ def _download(name: str) -> int:
             missing = [f for f in weights if not try_to_load_from_cache(name, f.rfilename)]
             return sum(f.size or 0 for f in missing)
     return 0
-
-
-def _free(device: str) -> int:
-    """Bytes free where the model will be."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return available_bytes()
 
 
 def _rate(rows: int, columns: int, dtype: torch.dtype, device: str) -> float:

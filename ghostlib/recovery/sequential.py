@@ -40,11 +40,8 @@ def dense_streams(
     an index for 16 windows of 2,048 tokens at width 576 in float32.
 
     Args:
-        model: the dense model; it is not changed.
-        windows: (windows, length) token ids.
         indices: from 0 to the number of layers, which stands for the final norm.
-        attention_mask: (windows, length), 0 at padding.
-        batch_size: windows per forward pass.
+        model, windows, attention_mask, batch_size: as in `calibrate`.
 
     Returns:
         ``{index: (windows, length, width)}``.

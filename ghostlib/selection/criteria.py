@@ -179,13 +179,8 @@ def select_several(
 ) -> dict[int, Selection]:
     """What `select_layers` chooses for each of ``ns``, by the fewest searches.
 
-    Args:
-        calibration: as there. Give a `Calibration` of what is `needed` for all of ``ns``: from
-            windows every search makes a pass of its own.
-        options: as there; so are the errors.
-
-    Returns:
-        ``{n: Selection}``; those of a greedy criterion have the scores of the one search.
+    Give a `Calibration` of what is `needed` for all of ``ns``: from windows every search makes a
+    pass of its own. Selections of a greedy criterion have the scores of the one search.
     """
     ns = list(ns)
     searches = {

@@ -148,17 +148,14 @@ def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
 
     To first order, setting the weight ``w`` to zero changes the loss ``L`` by ``-w dL/dw``. ``L``
     is the mean negative log-likelihood over ``windows``, one backward pass each; the gradients of a
-    weight are summed over windows before the absolute value, as the published code does.
-
-    Args:
-        model: the dense model; neither its weights nor their ``.grad`` are touched.
-        windows: (windows, length) token ids.
+    weight are summed over windows before the absolute value, as the published code does. Neither
+    weights nor their ``.grad`` are touched.
 
     Returns:
         One number a layer, in nats.
 
     Raises:
-        ValueError: windows that do not fit the model.
+        ValueError: ``windows`` (windows, length) do not fit the model.
     """
     check_windows(model, windows)
     layer_of = {
