@@ -136,12 +136,10 @@ def plan(
     total, C = num_layers(model), hidden_size(model)
     width = int(getattr(text_config(model), "intermediate_size", None) or 4 * C)
     chosen = list(layers or range(n))
-    if not 0 < len(chosen) < total:
-        raise ValueError(f"n = {len(chosen)}: of {total} layers 1 to {total - 1} can be removed")
     names = BUDGETS[budget] if operator == AUTO else (operator,)
     regressors = [Family.of(family).regressor for family in names]
     choices = len(SHORTLIST) if operator == AUTO else 1
-    gaps = runs(layers, total) if layers else contiguous(len(chosen), total)[:choices]
+    gaps = runs(chosen, total) if layers else contiguous(n, total)[:choices]
     rule = CRITERIA[criterion]
     searched: list[Boundary] = []  # what the choice of layers compares
     if not layers:

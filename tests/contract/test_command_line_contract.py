@@ -33,7 +33,7 @@ TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
             ("3-1", "layers '3-1' are not of the form"),
             ("2.5", "layers '2.5' are not"),
             ("2 2", "more than once"),
-            ("0-5", "n = 6"),
+            ("0-5", "leaves no layer"),
             ("", "expected at least one argument"),
             ("2 3 --n 2", "leave out --n and --criterion"),
             ("2 --criterion cosine", "leave out --n and --criterion"),

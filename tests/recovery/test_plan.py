@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("layers", [None, range(6)])
 def test_layers_that_cannot_go_are_refused(tmp_path, layers):
     tiny_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="of 6 layers 1 to 5 can be removed"):
+    with pytest.raises(ValueError, match=r"(n = 6 layers cannot|leaves no layer)"):
         plan(tmp_path, n=6, layers=layers)
 
 
