@@ -135,19 +135,18 @@ class Gram:
             # With one feature the unit is one number: the spectrum of every ridge is the same.
             scaling = self.unit if len(self.blocks) == 1 else torch.ones_like(self.unit)
             return Regularised(self, scaling, check_ridge(ridge) / float(scaling[0]) ** 2)
-        if isinstance(relative_ridge, Sequence):
-            if len(relative_ridge) not in (1, len(self.blocks)):
-                raise ValueError(
-                    f"relative_ridge has {len(relative_ridge)} values for {len(self.blocks)} "
-                    "features: give one, or one for each"
-                )
-            if len(set(relative_ridge)) > 1:
-                roots = [math.sqrt(check_ridge(ridge)) for ridge in relative_ridge]
-                parts = zip(roots, torch.split(self.unit, list(self.blocks)), strict=True)
-                return Regularised(self, torch.cat([root * part for root, part in parts]), 1.0)
-            relative_ridge = relative_ridge[0]
         if relative_ridge is not None:
-            return Regularised(self, self.unit, check_ridge(relative_ridge))
+            named = relative_ridge if isinstance(relative_ridge, Sequence) else [relative_ridge]
+            ridges = [check_ridge(ridge) for ridge in named]
+            if len(ridges) not in (1, len(self.blocks)):
+                raise ValueError(
+                    f"relative_ridge has {len(ridges)} values for {len(self.blocks)} features: "
+                    "give one, or one for each"
+                )
+            if len(set(ridges)) == 1:
+                return Regularised(self, self.unit, ridges[0])
+            parts = zip(ridges, torch.split(self.unit, list(self.blocks)), strict=True)
+            return Regularised(self, torch.cat([math.sqrt(r) * part for r, part in parts]), 1.0)
         rcond = RCOND if rcond is None else rcond
         if not 0 < rcond < 1:
             raise ValueError(f"rcond must lie between 0 and 1, got {rcond}")
