@@ -181,29 +181,11 @@ def test_a_generator_of_ridges_is_read_once() -> None:
     assert choose_ridge(folds, (float(r) for r in values)) in values
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
-def test_ridges_must_be_positive(bad: float) -> None:
-    with pytest.raises(ValueError, match="positive and finite"):
-        ridge_path(moments(0, 30), [1.0, bad])
-
-
 def test_refusals() -> None:
     train = moments(0, 30)
-    with pytest.raises(ValueError, match="no ridge to try"):
-        ridge_path(train, [])
-    with pytest.raises(ValueError, match="no tokens"):
-        ridge_path(Moments(WIDTH))
-    with pytest.raises(ValueError, match="no tokens"):
-        ridge_path(train, held_out=Moments(WIDTH))
-    with pytest.raises(ValueError, match=r"one width, got 8 and 4"):
-        ridge_path(train, held_out=Moments(4).update(torch.ones(3, 4), torch.ones(3, 4)))
     other = Moments(8, regressor="n(x)").update(torch.ones(3, 8), torch.ones(3, 8))
     with pytest.raises(ValueError, match=r"one regressor, got x and n\(x\)"):
         ridge_path(train, held_out=other)
-    with pytest.raises(ValueError, match="at least 2 folds, got 1"):
-        cross_validate([train])
-    with pytest.raises(ValueError, match="no ridge to try"):
-        cross_validate([train, train], [])
     with pytest.raises(ValueError, match="not both"):
         choose_ridge([train, train], held_out=train)
 

@@ -293,13 +293,6 @@ def test_padding_is_never_scored():
     assert chosen == gl.select_layers(model, stats, 1, "greedy-recovered", windows=other)
 
 
-@pytest.mark.parametrize("n", [0, -1, LAYERS, 99])
-@pytest.mark.parametrize("criterion", list(CRITERIA))
-def test_n_must_leave_a_layer(n, criterion):
-    with pytest.raises(ValueError, match=rf"n = {n} layers .* between 1 and {LAYERS - 1}"):
-        gl.select_layers(tiny_model("llama"), tiny_windows(), n, criterion)
-
-
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_a_model_of_one_layer_has_none_to_spare(criterion):
     model = tiny_model("llama", num_hidden_layers=1)
