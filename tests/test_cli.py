@@ -343,11 +343,6 @@ def test_json_is_finite(experiment, tmp_path):
         json.loads(line, parse_constant=pytest.fail)
 
 
-def test_a_budget_is_for_the_recipe_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recover", "smollm2", "nowhere", "--budget", "none"]) == 2
-    assert "--budget is for --operator auto, not for ghost" in capsys.readouterr().err
-
-
 @pytest.mark.embedded
 def test_inspect_says_what_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "smollm2"]) == 0

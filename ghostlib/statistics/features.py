@@ -98,12 +98,8 @@ class Feature:
         """The same feature for a model whose layers read through this norm."""
         if self.norm is None or self.norm == norm:
             return self
-        alike = ("source", "previous")
-        return next(
-            other
-            for other in FEATURES.values()
-            if other.norm == norm and all(getattr(other, a) == getattr(self, a) for a in alike)
-        )
+        asked = (norm, self.source, self.previous)
+        return next(f for f in FEATURES.values() if (f.norm, f.source, f.previous) == asked)
 
 
 def _same(X: Tensor) -> Tensor:
@@ -169,9 +165,7 @@ class Regressor:
     weight: Weight = UNIFORM
 
     def __post_init__(self) -> None:
-        if isinstance(self.features, tuple) and not self.features:
-            raise ValueError("a regressor needs at least one feature, such as x; got none")
-        if not fits(self.features, tuple[Feature, ...]):
+        if not self.features or not fits(self.features, tuple[Feature, ...]):
             raise ValueError(
                 f"a regressor needs a tuple of features, such as those of Regressor.parse('x'), "
                 f"got {told(self.features)}"

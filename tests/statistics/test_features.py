@@ -263,7 +263,7 @@ def test_bad_spellings_are_named(bad: Any, message: str) -> None:
 
 def test_a_regressor_made_by_hand_is_checked_too() -> None:
     x = FEATURES["x"]
-    with pytest.raises(ValueError, match="needs at least one feature, such as x"):
+    with pytest.raises(ValueError, match="needs a tuple of features, such as"):
         Regressor(())
     with pytest.raises(ValueError, match="names a feature twice"):
         Regressor((x, FEATURES["n(x)"], x))
