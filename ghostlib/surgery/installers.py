@@ -1,7 +1,7 @@
 """Installers: where the matrices of a repair go in a pruned model.
 
-A module at the boundary adds parameters and one matrix product; weights that are there already take
-what can be folded into them, and add nothing. A family names its installer, and nobody else asks
+A module at the boundary adds parameters and one matrix product; existing weights take what can be
+folded into them, and add nothing. A family names its installer, and nobody else asks
 which family it is.
 """
 
