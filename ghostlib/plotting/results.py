@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from ghostlib.evaluation.abilities import t_interval
 from ghostlib.operators.families import FAMILIES, Shape
 from ghostlib.plotting.style import (
     LOOKS,
@@ -172,8 +173,7 @@ def published_and_measured(
         plain_numbers(ax.yaxis)
         ax.margins(y=0.12)
         row = [f"{name} {short(table[name])}" for name in names if name in table]
-        words = ylabel.replace("\n", " ")
-        texts.append(f"{words}: {', '.join(row) or 'none'}.")
+        texts.append(f"{ylabel}: {', '.join(row) or 'none'}.")
     limits = [ax.get_ylim() for ax, table in ((left, published), (right, measured)) if table]
     for ax, text in zip((left, right), texts, strict=True):
         ax.set_xlim(-0.6, len(names) - 0.4)
@@ -224,7 +224,7 @@ def by_start(
         ends = f"{short(curve[low])} at start {low} to {short(curve[high])} at start {high}"
         widest = max((top - base for base, top in (ranges or {}).get(name, {}).values()), default=0)
         texts.append(f"{name} from {ends}" + f", seeds up to {short(widest)} apart" * (widest > 0))
-    measured = "Perplexity" if ylabel == PERPLEXITY else ylabel.replace("\n", " ")
+    measured = "Perplexity" if ylabel == PERPLEXITY else ylabel
     better = ", lower is better" if ylabel == PERPLEXITY else ""
     return describe(ax, f"{measured} by first removed layer{better}. {'; '.join(texts)}.")
 
@@ -321,20 +321,20 @@ def differences(
     texts = []
     for place, (label, values) in enumerate(table.items()):
         each = np.asarray(values, dtype=float)
-        mean, count = each.mean(), len(each)
-        half = float(stats.t.ppf(0.975, count - 1) * each.std(ddof=1) / np.sqrt(count))
-        ax.plot(np.full(count, place - 0.1), each, "o", color=NEUTRAL.color, mec="white")
-        ax.errorbar(place + 0.1, mean, half, fmt="_", color="#242424", capsize=5, markersize=14)
-        inside = f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+        mean, low, high = t_interval(each)
+        ax.plot(np.full(len(each), place - 0.1), each, "o", color=NEUTRAL.color, mec="white")
+        ax.errorbar(
+            place + 0.1, mean, (high - low) / 2, fmt="_", color="#242424", capsize=5, markersize=14
+        )
+        inside = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
         ax.annotate(inside, (place + 0.1, mean), (10, 0), textcoords="offset points", va="center")
-        spread = f"{count} differences from {each.min():+.3f} to {each.max():+.3f}"
+        spread = f"{len(each)} differences from {each.min():+.3f} to {each.max():+.3f}"
         texts.append(f"{label} mean {inside}, {spread}")
     ax.axhline(0, color="#404040", linewidth=1)
     ax.set_xticks(range(len(table)), list(table))
     ax.set(xlim=(-0.4, len(table) - 0.3), ylabel=ylabel, title=title)
     ax.grid(axis="x", visible=False)
-    words = ylabel.replace("\n", " ")
-    return describe(ax, f"{words}; with 95 % intervals: {'; '.join(texts)}.")
+    return describe(ax, f"{ylabel}; with 95 % intervals: {'; '.join(texts)}.")
 
 
 def ratios(

@@ -151,8 +151,8 @@ _DESCRIPTIONS: WeakKeyDictionary[Axes, str] = WeakKeyDictionary()
 
 
 def describe(ax: Axes, text: str) -> Axes:
-    """Attach to ``ax`` what it shows, in words made of its data; returns ``ax``."""
-    _DESCRIPTIONS[ax] = text
+    """Attach to ``ax`` what it shows, in one line made of its data; returns ``ax``."""
+    _DESCRIPTIONS[ax] = text.replace("\n", " ")
     return ax
 
 
