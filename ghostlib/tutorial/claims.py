@@ -68,14 +68,17 @@ CLAIMS: dict[int, Claim] = {
         "Perplexity still improves from 16 to 32 calibration sequences, and from 32 to 64",
         "paper, tables 4 and A3, which go on to 128; that accuracy saturates at 32 is not measured",
     ),
-    10: Claim("The calibration corpus hardly matters", "paper, appendix F, table A7"),
+    10: Claim(
+        "The calibration corpus hardly matters, also when it is another kind of text",
+        "paper, appendix F, table A7, of two corpora of English prose; extended by us",
+    ),
     11: Claim(
         "Inference costs what fused LinearPatch costs",
         "paper, tables 5, A8, A9",
     ),
     12: Claim("Tuning only the operator by distillation improves it further", "paper, appendix D"),
     13: Claim("Min-norm in M and min-norm in W differ exactly on directions calibration never saw"),
-    14: Claim("An absolute ridge of 1e-6 is no regularisation at any calibration size"),
+    14: Claim("An absolute ridge of 1e-6 does not remove the peak"),
     15: Claim("The held-out error of the pseudo-inverse peaks at tokens = width"),
     16: Claim(
         "LinearPatch's heuristic is not the best of its own family, and that family is far from "
