@@ -55,8 +55,9 @@ LOOKS |= {
     "ghost skip-leading": Look("#ced583", "X", ":"),
     "auto": Look("#e81b7f", "<", (0, (6, 1, 1, 1, 1, 1))),
     "auto matrix": Look("#ff65e6", "H", (0, (6, 1, 1, 1))),
-    "auto none": Look("#720c31", "8", (0, (2, 1, 1, 1))),
+    "auto none": Look("#720c31", "D", (0, (2, 1, 1, 1))),
 }
+_HOLLOW = {"auto matrix"}  # whose markers on lines are open
 NEUTRAL = Look("#808080", "o")  # what has no look of its own
 
 
@@ -89,7 +90,8 @@ def style(name: str) -> dict[str, Any]:
     """
     shade, marker, dash = look(name)
     width = 2.5 if name == "dense" else 1.5
-    return {"color": shade, "marker": marker, "linestyle": dash, "linewidth": width}
+    drawn = {"color": shade, "marker": marker, "linestyle": dash, "linewidth": width}
+    return drawn | {"markerfacecolor": "white"} if name in _HOLLOW else drawn
 
 
 def use_style() -> None:

@@ -51,8 +51,8 @@ CLAIMS: dict[int, Claim] = {
         "paper, section 3.2.3, eq. 8",
     ),
     5: Claim(
-        "Theorem 4.1: W* is the unconstrained optimum; LinearPatch's H D H' is symmetric and "
-        "cannot do better",
+        "Theorem 4.1: W* is the unconstrained optimum; LinearPatch's H diag(d) H⊤ is "
+        "symmetric and cannot do better",
         "paper, section 4, appendix A",
     ),
     6: Claim(
@@ -93,7 +93,9 @@ CLAIMS: dict[int, Claim] = {
     ),
     19: Claim("Moments accumulated in float32 ruin the operator where float64 keeps it"),
     20: Claim("Streaming memory does not grow with the number of tokens"),
-    21: Claim("The gap of any operator to the optimum is ‖X (W − W*)‖² exactly"),
+    21: Claim(
+        "On calibration tokens the gap of any operator to the optimum is ‖X (W − W*)‖² exactly"
+    ),
     22: Claim(
         "On calibration tokens one operator for a run of layers fits no worse than the composition "
         "of one per layer",
@@ -115,7 +117,7 @@ CLAIMS: dict[int, Claim] = {
     ),
     27: Claim(
         "A repair that reads the stream and its normalised copy, with errors weighted by 1 / norm, "
-        "beats ghost where ghost fails and where it does not",
+        "beats ghost at a block where ghost fails (9–15) and at one where it works (12–18)",
     ),
     28: Claim(
         "The recipe is never worse than the better of no repair and ghost, wherever the block is",
