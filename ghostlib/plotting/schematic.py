@@ -78,7 +78,7 @@ def schematic(layers: int, removed: Sequence[int], *, ax: Axes | None = None) ->
     ax.text(
         middle,
         _REPAIRED - 1.0,
-        f"boundary ({start}, {stop}): one matrix W = I + M stands in for the block",
+        f"boundary ({start}, {stop}): one matrix W stands in for the block",
         ha="center",
         va="top",
         color=color("ghost"),
@@ -109,6 +109,6 @@ def _layer(
         box.set(facecolor=fill, edgecolor=edge, linestyle=dash, linewidth=1.8)
         ax.add_patch(box)
     text = ax.text(x, y, name, ha="center", va="center", zorder=3)
-    text.set(color="white" if fill != "white" else edge, fontsize=9 if len(name) > 2 else 12)
+    text.set(color="white" if fill != "white" else edge, fontsize=8 if len(name) > 2 else 12)
     if name == "…":
         text.set(fontsize=16, backgroundcolor="white")
