@@ -515,10 +515,10 @@ def operator_lattice(width: int, rank: int, *, title: str = "", ax: Axes | None 
         "scalar": (1, 1),
         "diagonal": (0, 2),
         "hadamard-diagonal": (1, 2),
-        "orthogonal": (2, 2),
+        "orthogonal": (2.5, 2),
         "symmetric": (0.5, 3),
-        "scaled-orthogonal": (2, 3),
-        "low-rank": (3.2, 3),
+        "scaled-orthogonal": (2.5, 3),
+        "low-rank": (3.9, 3),
         "ghost": (1.5, 4),
         "affine": (1.5, 5),
     }
