@@ -260,7 +260,7 @@ _TITLES = {
 }
 
 
-_FORMS = {PERPLEXITY: (1, ".3g"), ACCURACY: (100, "+.1f"), ABILITY: (1, "+.2f")}
+_FORMS = {PERPLEXITY: (1, "#.3g"), ACCURACY: (100, "+.1f"), ABILITY: (1, "+.2f")}
 
 
 def _lines(table: pd.DataFrame) -> str:
@@ -287,10 +287,9 @@ def value_text(row: Any) -> str:
 def relative_text(row: Any) -> str:
     """Perplexity ÷ the dense model's, or accuracy less that, in points; and the interval."""
     scale, form = _FORMS[row.measure]
-    text = f"{scale * row.relative:{form}}"
-    if pd.isna(row.relative_low):
-        return text
-    return f"{text} [{scale * row.relative_low:{form}}, {scale * row.relative_high:{form}}]"
+    numbers = (row.relative, row.relative_low, row.relative_high)
+    text, low, high = (f"{scale * number:{form}}".removesuffix(".") for number in numbers)
+    return text if pd.isna(row.relative_low) else f"{text} [{low}, {high}]"
 
 
 def mean_interval(losses: Sequence[float] | np.ndarray) -> tuple[float, float, float]:

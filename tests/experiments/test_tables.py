@@ -84,7 +84,7 @@ def test_one_window_has_no_interval(results: Results) -> None:
     perplexity(results, "dense", "text", [2.0])
     perplexity(results, "ghost", "text", [2.0])
     row = scores(results).iloc[1]
-    assert row.relative == 1 and math.isnan(row.relative_low) and relative_text(row) == "1"
+    assert row.relative == 1 and math.isnan(row.relative_low) and relative_text(row) == "1.00"
     assert "7.39" in report(results) and "nan" not in report(results).lower()
 
 
