@@ -161,14 +161,17 @@ def published_and_measured(
                 ax.errorbar(x, value, half, color="#242424", capsize=4)
             top = value + (half or 0)
             above = (0, 9 if log else 5)  # points
-            ax.annotate(short(value), (x, top), above, textcoords="offset points", ha="center")
+            number = ax.annotate(
+                short(value), (x, top), above, textcoords="offset points", ha="center", zorder=1.5
+            )
+            number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # over grid
         if chance is not None and ax is right:
             ax.axhline(chance, color=NEUTRAL.color, linestyle=":")
             beside = ax.get_yaxis_transform()  # a fraction of the width, a value
             ax.text(1.01, chance, f"chance\n{short(chance)}", transform=beside, va="center")
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
         ax.grid(axis="x", visible=False)
-        interval = "\n(bars: 95 % interval)" if errors and ax is right else ""
+        interval = "\n(whiskers: 95 % interval)" if errors and ax is right else ""
         ax.set(title=label, ylabel=ylabel + interval, yscale="log" if log else "linear")
         plain_numbers(ax.yaxis)
         ax.margins(y=0.12)
