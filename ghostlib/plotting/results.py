@@ -325,7 +325,8 @@ def differences(
     for place, (label, values) in enumerate(table.items()):
         each = np.asarray(values, dtype=float)
         mean, low, high = t_interval(each)
-        ax.plot(np.full(len(each), place - 0.1), each, "o", color=NEUTRAL.color, mec="white")
+        side_by_side = place + np.linspace(-0.3, 0, len(each))  # in order: equal ones stay visible
+        ax.plot(side_by_side, each, "o", color=NEUTRAL.color, mec="white")
         ax.errorbar(
             place + 0.1, mean, (high - low) / 2, fmt="_", color="#242424", capsize=5, markersize=14
         )

@@ -345,6 +345,7 @@ def test_dots_carry_the_start_and_the_best_end_is_on_the_left():
 def test_paired_differences_have_a_mean_and_its_interval():
     ax = plotting.differences({"wiki": [0.1, 0.2, 0.3], "pydoc": [-1.0, 1.0]}, ylabel="a − b\nnats")
     assert ax.lines[0].get_ydata().tolist() == [0.1, 0.2, 0.3]
+    assert ax.lines[0].get_xdata() == pytest.approx([-0.3, -0.15, 0])
     assert labels(ax.get_xticklabels()) == ["wiki", "pydoc"]
     low, high = stats.t.interval(0.95, 2, 0.2, 0.1 / 3**0.5)
     assert labels(ax.texts)[0] == f"+0.200 [{low:+.3f}, {high:+.3f}]"
