@@ -227,7 +227,7 @@ def warn_of_massive_activations(moments: Mapping[Boundary, Moments], family: Fam
                 f"boundary {boundary}: {share:.0f} of {collected.tokens} tokens own the squared "
                 f"error that {family} minimises (massive activations born in the removed layers), "
                 "so the others may fare worse than without repair: use operator="
-                "'two-branch-relative', which weighs each token by 1/|y|, or operator='auto'",
+                "'two-branch-relative', which weights each token by 1/|y|, or operator='auto'",
                 MassiveActivationWarning,
             )
 

@@ -52,7 +52,7 @@ LOOKS |= {
     "replaceme-cosine": Look("#876e4f", "D", "-."),
     "refit-relative": Look("#955262", "v", "--"),
     "ghost sequential": Look("#50b4a3", "o", ":"),
-    "ghost skip-leading": Look("#ced583", "X", ":"),
+    "ghost skip-leading": Look("#ced583", "8", ":"),
     "auto": Look("#e81b7f", "<", (0, (6, 1, 1, 1, 1, 1))),
     "auto matrix": Look("#ff65e6", "H", (0, (6, 1, 1, 1))),
     "auto none": Look("#720c31", "D", (0, (2, 1, 1, 1))),
