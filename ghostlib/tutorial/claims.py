@@ -112,8 +112,8 @@ CLAIMS: dict[int, Claim] = {
         "far worse than no repair",
     ),
     26: Claim(
-        "There a normalised copy of the stream and weights by the inverse norm together bring "
-        "perplexity to less than a third of the optimum's",
+        "There a normalised copy of the stream and weights by the inverse norm together bring the "
+        "geometric mean perplexity of four corpora to less than a third of the optimum's",
     ),
     27: Claim(
         "A repair that reads the stream and its normalised copy, with errors weighted by 1 / norm, "
