@@ -89,9 +89,12 @@ CLAIMS: dict[int, Claim] = {
         "constrained one",
     ),
     18: Claim(
-        "In blocks where it is born, the first token's massive activation owns the objective",
+        "In blocks where it is born, the first token's massive activation owns the squared error",
     ),
-    19: Claim("Moments accumulated in float32 ruin the operator where float64 keeps it"),
+    19: Claim(
+        "With fewer tokens than channels and ε = 1e-6, moments summed in float32 multiply the "
+        "error by more than ten",
+    ),
     20: Claim("Streaming memory does not grow with the number of tokens"),
     21: Claim(
         "On calibration tokens the gap of any operator to the optimum is ‖X (W − W*)‖² exactly"
