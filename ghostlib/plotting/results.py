@@ -777,7 +777,8 @@ def grid(
     for name, row in table.iterrows():
         rows.setdefault(row.to_numpy(dtype=float).tobytes(), []).append(name)
     merged = table.loc[[names[0] for names in rows.values()]]
-    merged.index = pd.Index([" = ".join(map(str, names)) for names in rows.values()])
+    labels = [" = ".join(map(str, names)) for names in rows.values()]
+    merged.index = pd.Index([textwrap.fill(label, 28, break_on_hyphens=False) for label in labels])
     values = merged.to_numpy(dtype=float)
     if shares:
         values = values.round(1) + 0.0  # no "-0.0"
@@ -803,7 +804,7 @@ def grid(
     ax.set_xticklabels(ax.get_xticklabels(), rotation=30, ha="right")
     ax.set(xlabel="", ylabel="", title=title)
     lines = []
-    for name, row in zip(merged.index, texts, strict=True):
+    for name, row in zip(labels, texts, strict=True):
         cells = [f"{c} {t}" for c, t in zip(merged.columns, row, strict=True) if t]
         lines.append(f"{name}: {', '.join(cells)}")
     better = "higher" if shares else "lower"

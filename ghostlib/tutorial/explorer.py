@@ -97,8 +97,8 @@ class Explorer:
         shade = color(family)
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
         left.bar([PRUNED, family], [1.0, share], color=[color(PRUNED), shade])
-        left.set(title="Error on held-out text")
-        left.set_ylabel("error ÷ error without repair\n(lower is better)")
+        left.set(title="Squared error, held-out text")
+        left.set_ylabel("share of that without repair\n(lower is better)")
         left.annotate(f"{share:.2f}", (1, share), (0, 4), textcoords="offset points", ha="center")
         describe(left, f"Without repair 1, {family} {share:.2f}.")
         values = torch.zeros(1) if op is None else torch.linalg.svdvals(op.W - torch.eye(len(op.W)))
@@ -109,8 +109,9 @@ class Explorer:
         both = torch.cat([before, after])
         ends = float(both.min()) / 1.1, float(both.max()) * 1.1
         right.plot(ends, ends, color="#808080", linewidth=1)
-        right.set(xlim=ends, ylim=ends, aspect="equal", title="Each token's error")
-        right.set(xlabel="error without repair", ylabel=f"error with {family}")
+        right.set(xlim=ends, ylim=ends, aspect="equal", title="The error of each token")
+        right.set(xlabel="its length without repair")
+        right.set_ylabel(f"its length with {family}\n(lower is better)")
         better = float((after < before).double().mean())
         describe(right, f"{better:.0%} of {len(after):,} tokens have a smaller error.")
         steps = (1, 2, 3, 5, 7) if ends[1] < 10 * ends[0] else (1, 3)  # ticks of a decade
