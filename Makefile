@@ -45,21 +45,21 @@ test: ## lint, unit tests and all notebooks, from a fresh state
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
 
 test-all: test test-browser test-hour ## … the browser, the first hour, and every causal type through the contract of docs/models.md
-	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m contract_all tests/models/test_contract.py)
+	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --thorough -m contract_all tests/models/test_contract.py)
 
 test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
 	$(call phase,installing the lowest versions,$(ALIVE) python3.11 -m venv --clear $(LOWEST) && \
 	  $(LOWEST)/bin/python -m pip install -q uv && \
 	  $(LOWEST)/bin/python -m uv pip install --python $(LOWEST) --resolution lowest-direct -e '.[dev]')
-	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(LOWEST)/bin/python -m pytest -q $(TWICE) -m 'not embedded')
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(LOWEST)/bin/python -m pytest -q $(TWICE) --thorough -m 'not embedded')
 
 test-interop: $(DEV) ## a repaired checkpoint in lm-eval, PEFT and CTranslate2 (installs them)
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[interop]')
-	$(call phase,interoperability,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q -m interop tests/interop)
+	$(call phase,interoperability,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q --thorough -m interop tests/interop)
 
 test-hour: $(DEV) assets ## environment.yml afresh, binder/, memory and minutes of the short course
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[binder]')
-	$(call phase,first hour,GHOSTLIB_PROGRESS=0 $(PY) -m pytest -q -rsP -m first_hour --durations=0 tests/first_hour)
+	$(call phase,first hour,GHOSTLIB_PROGRESS=0 $(PY) -m pytest -q -rsP --thorough -m first_hour --durations=0 tests/first_hour)
 
 mutation: $(DEV) ## mutants of the mathematics that the tests do not notice (installs cosmic-ray); SAMPLE=60 for so many a folder
 	$(call phase,installing,$(PY) -m pip install -q $(CONSTRAINTS) -e '.[mutation]')
@@ -71,7 +71,7 @@ lint: $(DEV) ## formatting, style, types, and the house rules of the notebooks
 	$(call phase,house rules,$(PY) tools/rules.py)
 
 unit: $(DEV) ## unit tests and docstring examples, with coverage
-	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) -m 'not interop and not browser' --durations=10 --cov)
+	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --thorough -m 'not interop and not browser' --durations=10 --cov)
 
 nbval: $(DEV) ## every notebook, cell by cell
 	$(call phase,notebooks,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)

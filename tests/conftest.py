@@ -139,14 +139,20 @@ def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make test` asks for everything; without it the tests are a minute's."""
+    parser.addoption("--thorough", action="store_true", help="also what is marked thorough or slow")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what asks for the embedded model; what takes many minutes only runs when asked for."""
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker("embedded")
-    for marker in ("contract_all", "first_hour"):
-        if marker not in config.option.markexpr:
+    asked = config.option.markexpr + " thorough slow" * config.option.thorough
+    for marker in ("contract_all", "first_hour", "thorough", "slow"):
+        if marker not in asked:
             tail = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=tail)
             items[:] = [item for item in items if item not in tail]

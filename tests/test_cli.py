@@ -18,6 +18,8 @@ from ghostlib.cli import main
 from ghostlib.experiments.tables import scores
 from ghostlib.text import assets
 
+pytestmark = pytest.mark.thorough
+
 TOKENIZER = tiny_tokenizer()
 
 

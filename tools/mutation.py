@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("linalg", "statistics", "operators", "selection")
 # Decorators, annotations and kinds of exceptions; and what bits make of a float, always an error.
 ASIDE = ("Bit", "Shift", "RemoveDecorator", "ExceptionReplacer", "Variable")
-TESTS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not embedded and not slow"]
+TESTS = ["-x", "-q", "-p", "no:cacheprovider", "--thorough", "-m", "not embedded and not slow"]
 OPERATORS = OperatorProvider()
 # The first example that fails is enough: none is made smaller, or kept.
 hypothesis.settings.register_profile(

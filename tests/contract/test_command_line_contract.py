@@ -13,6 +13,8 @@ from conftest import tiny_model, tiny_tokenizer
 
 from ghostlib.cli import main, parser
 
+pytestmark = pytest.mark.thorough
+
 TOKENIZER = tiny_tokenizer()
 NUMBERS = ("0", "-1", "2.5", "nan", "x", "''")
 COUNTS = [(text, "is no whole number of at least 1") for text in NUMBERS]

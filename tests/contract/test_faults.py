@@ -159,6 +159,8 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch, ghostlib as gl
 from conftest import tiny_model, tiny_windows
+
+pytestmark = pytest.mark.thorough
 model, ids = tiny_model("llama").train(), tiny_windows()
 before = {{name: value.clone() for name, value in model.state_dict().items()}}
 def interrupt(index, stream): os.kill(os.getpid(), signal.SIGINT)

@@ -17,6 +17,8 @@ from ghostlib.common import Registry
 from ghostlib.experiments.run import run_experiment
 from ghostlib.experiments.tables import report
 
+pytestmark = pytest.mark.thorough
+
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_model("llama", vocab_size=len(TOKENIZER))
 NAMES = {

@@ -239,6 +239,7 @@ def test_bad_input_is_refused(model):
 # ---------------------------------------------------------------- chosen by abilities
 
 
+@pytest.mark.thorough
 def test_the_criterion_weighs_text_against_copying():
     model, ids = tiny_model("llama"), tiny_windows(4, 24)
     options = {"keep": "copying-16", "weight": 0.5, "windows": ids[:2]}

@@ -43,6 +43,7 @@ def variants(dense: PreTrainedModel) -> dict[str, PreTrainedModel]:
     return models
 
 
+@pytest.mark.thorough
 def test_flops_and_cache_are_what_pytorch_counts_and_keeps(any_tiny):
     for model in variants(any_tiny).values():
         ids, cache = tiny_windows(BATCH, TOKENS), DynamicCache(config=model.config)
@@ -54,6 +55,7 @@ def test_flops_and_cache_are_what_pytorch_counts_and_keeps(any_tiny):
         assert gl.flops(model, 1, context=TOKENS, batch_size=BATCH).total == counted
 
 
+@pytest.mark.thorough
 def test_a_boundary_costs_its_matrix_and_both_operators_cost_the_same(any_tiny):
     models = variants(any_tiny) | {"pruned": gl.prune(any_tiny, [1, 2, 4])}
     models["linearpatch-r"] = gl.recover(any_tiny, tiny_windows(), [1, 2, 4], "linearpatch-r")
@@ -67,6 +69,7 @@ def test_a_boundary_costs_its_matrix_and_both_operators_cost_the_same(any_tiny):
         assert kept * LAYERS == whole * (LAYERS - 3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("context", [0, 20])
 def test_every_part_is_what_the_sizes_of_its_matrices_say(any_tiny, context):
     """Each number of a matrix multiplies each token once, each query meets each key in reach."""
@@ -123,6 +126,7 @@ def test_nothing_but_shapes_is_needed():
     assert gl.cache_bytes(model, TOKENS) == gl.cache_bytes(real, TOKENS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_as_large_as_the_file(any_tiny, dtype, tmp_path):
     model = any_tiny.to(dtype)
@@ -154,6 +158,7 @@ def test_a_sliding_window_bounds_the_cache():
     assert gl.cache_bytes(sliding, 0) == 0
 
 
+@pytest.mark.thorough
 def test_latency_of_every_architecture(any_tiny):
     models = variants(any_tiny)
     before = {name: value.clone() for name, value in any_tiny.state_dict().items()}
@@ -197,6 +202,7 @@ def test_rounds_that_warm_up_are_left_out(delayed):
     assert first.prefill.least < first.prefill.median < 0.2 < first.prefill.most
 
 
+@pytest.mark.thorough
 def test_a_machine_that_slows_down_slows_all_models_alike(delayed):
     model, delays, _ = delayed
     delays += [0.01 * (step + 1) for step in range(20)]

@@ -40,6 +40,7 @@ def prompts() -> list[str]:
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("repaired", [False, True], ids=["dense", "recovered"])
 def test_a_padded_batch_is_continued_as_one_by_one(

@@ -39,6 +39,7 @@ def test_p_value_is_that_of_all_sign_flips(gained: int, lost: int) -> None:
     assert paired(score(a), score(b)).p_value == pytest.approx(extreme)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("table", [(0.5, 0.2, 0.1, 0.2), (0.7, 0.02, 0.02, 0.26)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(table: tuple[float, ...]) -> None:
     """Probabilities that both, only the first, only the second, or neither is right."""

@@ -78,6 +78,7 @@ def model() -> PreTrainedModel:
     return tiny_model("llama", vocab_size=300)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recovered", [False, True])
 def test_scores_are_those_of_the_log_likelihoods(
     model: PreTrainedModel, tmp_path: Path, recovered: bool
@@ -170,6 +171,7 @@ def test_limit_and_several_tasks(model: PreTrainedModel, tmp_path: Path) -> None
         zero_shot(model, TOKENIZER, [])
 
 
+@pytest.mark.thorough
 def test_the_harness_own_tasks_by_name(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def content(results: gl.Results) -> dict[Any, Any]:
     }
 
 
+@pytest.mark.thorough
 def test_every_cell_equals_the_public_functions(folder, tmp_path):
     plan = specification(folder, layers="1,3-4", operators=OPERATORS)
     rows = scores(run_experiment(plan, tmp_path / "a.jsonl")).set_index(["operator", "dataset"])
@@ -117,6 +118,7 @@ def test_every_cell_equals_the_public_functions(folder, tmp_path):
             assert row["size"] == found.tokens == 3 * 15
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("criterion", ["block-influence", "perplexity", "greedy-recovered"])
 def test_every_kind_of_criterion_chooses_as_alone(folder, tmp_path, criterion):
     plan = specification(folder, criteria=criterion, n=[1, 2], perplexity=[])
@@ -162,6 +164,7 @@ def test_abilities_are_scored_as_alone(folder, tmp_path):
     assert run_experiment(what, tmp_path / "a.jsonl").records == results.records
 
 
+@pytest.mark.thorough
 def test_the_recipes_choice_is_kept(done, folder):
     plan = whole(folder)
     model, tokenizer = plan.load()
@@ -200,6 +203,7 @@ def test_one_pass_serves_all_operators_and_one_all_criteria(folder, tmp_path, mo
     assert passes[0]["moments"] is False, "cosine needs similarities only"
 
 
+@pytest.mark.thorough
 def test_little_memory_has_the_moments_of_few_sets_at_a_time(folder, tmp_path, monkeypatch):
     plan = specification(folder, starts=2, operators=["pruned", "ghost", "refit", "auto"])
     passes: list[int] = []
@@ -228,6 +232,7 @@ def test_a_regressor_is_the_operator_of_its_name(folder, tmp_path):
     assert named == pytest.approx(spelt) and free != pytest.approx(pruned, rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_operators_that_read_a_layer_are_left_out_where_layer_0_is_removed(folder, tmp_path):
     plan = specification(folder, starts=2, operators=["pruned", "replaceme", "ghost", "auto"])
     results = run_experiment(plan, tmp_path / "a.jsonl")
@@ -257,6 +262,7 @@ def test_a_loss_that_is_not_finite_is_left_out_with_its_reason(folder, tmp_path,
     assert len(scores(run_experiment(plan, results.path))) == 2, "it would be so again"
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_resumes_at_the_first_missing_cell(done, folder, tmp_path, monkeypatch):
     original, calls, path = runner._Run._perplexity, [], tmp_path / "a.jsonl"
 

@@ -3,6 +3,8 @@
 import contract
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 # One of each kind: norms, positions, experts, state spaces, towers, several streams, tables by
 # layer, shared blocks, exceptions, refusals.
 SAMPLE = (

@@ -85,6 +85,7 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor)
     assert gl.perplexity(one, ids) == gl.perplexity(other, ids)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placer", PLACERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")

@@ -78,6 +78,7 @@ class PeftModel(nn.Module):
     def merge_and_unload(self) -> None: ...
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -24,6 +24,7 @@ from ghostlib.models.streams import (
 GAP = gl.Boundary(1, 4)
 
 
+@pytest.mark.thorough
 def test_threads_that_share_a_model_see_their_own_windows() -> None:
     model = tiny_model("llama")
     windows = [tiny_windows(8, 24, seed=seed) for seed in range(4)]

@@ -166,6 +166,7 @@ def test_ridge_and_rank_are_chosen_on_held_out_moments(name: str) -> None:
             gl.ridge_path(train, ridges, moments_of(other, streams()))
 
 
+@pytest.mark.thorough
 @settings(max_examples=15)
 @given(SEEDS, st.sampled_from(BRANCHED), st.floats(-3, 3))
 def test_no_choice_of_a_ridge_depends_on_scale_basis_or_order(

@@ -58,6 +58,7 @@ def options(name: str) -> dict[str, Any]:
     return {"rank": 3} if name == "low-rank" else {}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_keeps_the_rules(name: str) -> None:
     contains, exempt = CONTAINS.get(name, ()), EXEMPT.get(name)
@@ -75,6 +76,7 @@ def test_every_family_keeps_the_rules_on_a_gpu(name: str) -> None:
     check_family(name, exempt=EXEMPT.get(name), device="cuda", **options(name))
 
 
+@pytest.mark.thorough
 @settings(max_examples=25)
 @given(SEEDS, st.sampled_from(sorted(CONTAINS)))
 def test_nested_sets_have_ordered_errors_on_any_tokens(seed: int, name: str) -> None:
@@ -88,6 +90,7 @@ REGULARISED = [name for name, family in FAMILIES.items() if "relative_ridge" in 
 REGRESSORS = ["x, n(x), n(prev)", "n(x); 1/|y|^2", "n(prev), x; 1/|y|^0.5"]
 
 
+@pytest.mark.thorough
 @settings(max_examples=25)
 @given(
     SEEDS,
@@ -178,6 +181,7 @@ BROKEN: dict[str, list[Family]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", BROKEN)
 def test_a_broken_family_is_noticed_by_the_rule_it_breaks(rule: str) -> None:
     for family in BROKEN[rule]:
@@ -207,6 +211,7 @@ def test_a_repair_that_is_coarse_in_float32_is_noticed(monkeypatch: Any) -> None
         RULES["precision"](Trial(FAMILIES["ghost"]))
 
 
+@pytest.mark.thorough
 def test_the_message_names_family_rule_and_reason() -> None:
     short = replace(FAMILIES["diagonal"], dof=lambda s: 1)
     message = (

@@ -144,6 +144,7 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> float:
     return float(found.fun)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_low_rank_by_a_numerical_optimiser(rank: int) -> None:
     X, Y = activations(4)

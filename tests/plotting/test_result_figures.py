@@ -355,6 +355,7 @@ def test_paired_differences_have_a_mean_and_its_interval():
     )
 
 
+@pytest.mark.thorough
 def test_a_crowd_of_blocks_stays_readable_and_its_correlation_has_an_interval():
     rng = np.random.default_rng(0)
     starts = range(24)

@@ -166,6 +166,7 @@ def saved_line(path: Path) -> tuple[Path, Path]:
     return plotting.save(plotting.describe(ax, "A line that rises from 1 to 2."), path)
 
 
+@pytest.mark.thorough
 def test_a_figure_is_saved_twice_with_its_text_inside(tmp_path: Path):
     svg, png = saved_line(tmp_path / "line.v1")
     assert (svg.name, png.name) == ("line.v1.svg", "line.v1.png")
@@ -188,6 +189,7 @@ ax.set_title("Later given");
 """
 
 
+@pytest.mark.thorough
 def test_a_notebook_stores_the_text_with_the_picture(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -215,6 +217,7 @@ def test_a_notebook_stores_the_text_with_the_picture(
 # ---------------------------------------------------------------- labels and limits
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("crowd", [2, 24])
 def test_labels_cover_neither_points_nor_each_other(crowd: int):
     rng = np.random.default_rng(crowd)

@@ -148,10 +148,12 @@ def test_citation_names_the_paper():
 # ---------------------------------------------------------------- generated parts
 
 
+@pytest.mark.thorough
 def test_house_rules_and_generated_parts():
     assert rules.check(ROOT, SUITE) == []
 
 
+@pytest.mark.thorough
 def test_setting_the_address_brings_all_that_needs_it_and_taking_it_back_takes_it(tmp_path):
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
@@ -229,6 +231,7 @@ def test_commands_that_are_written_down_are_targets():
     assert {"run", "site", "fill"} <= mentioned <= targets()
 
 
+@pytest.mark.thorough
 @needs_make
 def test_the_classroom_has_no_solutions_and_no_outputs(tmp_path):
     for path in (ROOT / "Makefile", *SUITE[:1]):
@@ -322,6 +325,7 @@ print(gl.__file__, len(stored("grid").records), sep="\\n")
 """
 
 
+@pytest.mark.thorough
 def test_the_setup_cell_installs_the_wheel_as_on_colab(tmp_path):
     """PyTorch is there and stays, the folder has only the notebook's wheel, no index is asked."""
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
@@ -352,6 +356,7 @@ def site() -> dict[str, object]:
     return runpy.run_path(str(ROOT / "docs" / "conf.py"))
 
 
+@pytest.mark.thorough
 def test_every_public_name_is_on_one_page_of_the_reference(site):
     api = "\n".join(site["api"]().values())
     for name in gl.__all__:
@@ -381,6 +386,7 @@ def test_figures_of_the_site_have_the_stored_alternative_texts(site):
                 assert cell.metadata["mystnb"]["image"]["alt"] == " ".join(shown), path.name
 
 
+@pytest.mark.thorough
 def test_results_of_the_site_are_the_stored_ones(site):
     page = site["results"]()
     assert page.count('class="dataframe sortable"') == 5

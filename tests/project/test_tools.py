@@ -96,6 +96,7 @@ def put(root: Path, nb, name: str = "00_toy.ipynb") -> Path:
 # ---------------------------------------------------------------- execute and run
 
 
+@pytest.mark.thorough
 def test_a_filled_and_executed_notebook_keeps_the_rules(root, capsys):
     noisy = """\
 import os, sys
@@ -125,6 +126,7 @@ os.environ["GHOSTLIB_PROGRESS"]"""
     assert path.read_bytes() == before, "the same inputs must give the same file"
 
 
+@pytest.mark.thorough
 def test_a_failing_cell_is_named_and_nothing_is_stored(root, capsys):
     bad = put(root, good(new_code_cell("raise ValueError('no such layer')")))
     dead = put(root, good(new_code_cell("import os; os._exit(1)")), "01_dead.ipynb")
@@ -140,6 +142,7 @@ def test_a_failing_cell_is_named_and_nothing_is_stored(root, capsys):
     assert tool.read(fine).cells[3].execution_count == 2, "the others are executed all the same"
 
 
+@pytest.mark.thorough
 def test_run_writes_a_page_and_prints_the_table(root, capsys):
     table = new_code_cell("print('dense 33.8')", metadata=tags("results-table"))
     path = put(root, good(table))
@@ -151,6 +154,7 @@ def test_run_writes_a_page_and_prints_the_table(root, capsys):
     assert path.read_bytes() == before
 
 
+@pytest.mark.thorough
 def test_run_without_a_table_fails(root, capsys):
     path = put(root, good())
     with pytest.raises(SystemExit):
@@ -271,6 +275,7 @@ def test_the_figure_of_the_readme_comes_from_the_stored_output(root):
     assert [p.name for p in fill.stale(root)] == ["effect.png"]
 
 
+@pytest.mark.thorough
 def test_the_ledger_comes_from_the_stored_outputs(root):
     entry = 'from ghostlib.tutorial.claims import record\nrecord(1, "off by 1e-7", holds=1 < 2)'
     put(root, good(new_code_cell(entry)))
@@ -315,6 +320,7 @@ def source(index, text):
     return lambda nb: nb.cells[index].update(source=text)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

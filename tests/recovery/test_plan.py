@@ -10,6 +10,8 @@ import ghostlib as gl
 from ghostlib.recovery import plan as module
 from ghostlib.recovery.plan import Plan, minutes, plan
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def llama(tmp_path):

@@ -20,6 +20,8 @@ from ghostlib.recovery.recipe import BUDGETS, PRUNED, SHORTLIST, Choice, Recipe,
 from ghostlib.selection.criteria import needed
 from ghostlib.selection.trials import Trials
 
+pytestmark = pytest.mark.thorough
+
 CANDIDATES = BUDGETS["any"]
 LENGTH = 40
 KEPT_OUT = [1, 3, 5]  # of six short windows, half

@@ -29,6 +29,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 # --- what is recorded -------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("operator", "reads"),
     [
@@ -68,6 +69,7 @@ def test_what_was_not_repaired_and_what_was_folded_are_no_modules(model: PreTrai
     }
 
 
+@pytest.mark.thorough
 def test_a_sequential_fit_and_a_recipe_are_recorded(model: PreTrainedModel) -> None:
     ids = tiny_windows(6, 40)
     recovered = gl.recover(model, ids, REMOVED, fit="sequential", **RIDGE)
@@ -81,6 +83,7 @@ def test_a_sequential_fit_and_a_recipe_are_recorded(model: PreTrainedModel) -> N
 # --- what comes in ----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_windows_statistics_and_operators_give_the_same_model(model: PreTrainedModel) -> None:
     ids = tiny_windows()
     expected = logits(gl.recover(model, ids, REMOVED, **RIDGE))

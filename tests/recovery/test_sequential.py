@@ -41,6 +41,7 @@ def by_hand(model, ids) -> dict[Boundary, torch.Tensor]:
     return {gap: op.W for gap, op in found.items()}
 
 
+@pytest.mark.thorough
 def test_each_boundary_is_fitted_to_the_repaired_stream(any_tiny):
     ids = tiny_windows(4, 24)
     expected = by_hand(any_tiny, ids)
@@ -95,6 +96,7 @@ def design(name: str, kind: str, around: dict[str, Tensor]) -> Tensor:
     return F
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["replaceme", "refit", "ghost-refit", "three-branch"])
 def test_every_source_is_that_of_the_model_repaired_by_surgery(kind: str, name: str) -> None:
@@ -122,6 +124,7 @@ def test_every_source_is_that_of_the_model_repaired_by_surgery(kind: str, name: 
         assert left == pytest.approx(fitted[gap].residual, rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_spelling_fits_as_the_family_it_spells() -> None:
     model, ids = tiny_model("llama"), tiny_windows()
     how = {"relative_ridge": 1e-3}

@@ -29,6 +29,7 @@ READS_RAW = ("olmo2",)
 RIDGE = 1e-3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", BRANCHED)
 @pytest.mark.parametrize("layers", [(2, 3), (0, 3, LAYERS - 1)])
 def test_recovered_models_of_every_architecture(
@@ -48,6 +49,7 @@ def test_recovered_models_of_every_architecture(
     assert gl.flops(recovered, 7).boundary == 2 * 7 * added
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [{}, {"rank": 3}, {"bias": True}, {"rank": 3, "bias": True}])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_model_does_what_the_operator_does(kind: str, options: dict) -> None:
@@ -81,6 +83,7 @@ def test_an_operator_for_another_model_is_refused() -> None:
         gl.install(tiny_model("gpt2"), {GAP: replace(op, M=op.M[:, :8])})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["two-branch-relative", "three-branch-relative"])
 def test_trials_and_sequential_fits(name: str) -> None:
     model, ids, layers = tiny_model("llama"), tiny_windows(3, 16), (1, 3)

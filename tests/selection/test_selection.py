@@ -57,6 +57,7 @@ def greedy_by_hand(loss: Callable[[tuple[int, ...]], float], n: int) -> tuple[in
     return chosen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("n", [1, 2, LAYERS - 1])
 def test_cosine_equals_brute_force(any_tiny, n):
     ids = tiny_windows(2, 10)
@@ -71,6 +72,7 @@ def test_cosine_equals_brute_force(any_tiny, n):
     assert (selection.criterion, selection.n) == ("cosine", n)
 
 
+@pytest.mark.thorough
 def test_tries_limit_a_greedy_search_to_what_costs_least_alone():
     model, ids = tiny_model("llama"), tiny_windows(2, 12)
     whole = gl.select_layers(model, ids, 3, "perplexity")
@@ -117,6 +119,7 @@ def test_residual_equals_least_squares_on_stored_activations(n):
     assert selection[0] == min(expected, key=lambda start: expected[start])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
 def test_taylor_equals_gradients_by_backward(model_type):
     model, ids = tiny_model(model_type), tiny_windows(3, 12)
@@ -147,6 +150,7 @@ def test_taylor_counts_weights_that_no_token_meets_as_nothing():
     assert gl.select_layers(model, ids, 2, "taylor").scores == expected
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gemma3_text"])
 @pytest.mark.parametrize("criterion", ["perplexity", "greedy-recovered"])
 def test_greedy_criteria_equal_brute_force(model_type, criterion):
@@ -160,6 +164,7 @@ def test_greedy_criteria_equal_brute_force(model_type, criterion):
         assert score == pytest.approx(loss(layers), rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_smaller_choices_lie_on_the_path_of_a_greedy_search():
     model, ids = tiny_model("llama"), tiny_windows(2, 16)
     long = gl.select_layers(model, ids, 3, "perplexity")
@@ -175,6 +180,7 @@ def test_a_smaller_choice_is_the_best_of_its_own_size():
     assert [searched(c, (3, 1, 2)) for c in ("cosine", "perplexity")] == [[1, 2, 3], [3]]
 
 
+@pytest.mark.thorough
 def test_abilities_weigh_a_probe_beside_the_text():
     model, ids = tiny_model("llama", num_hidden_layers=3), tiny_windows(2, 20)
     stats = gl.calibrate(model, ids, needed("abilities", 1, 3))
@@ -193,6 +199,7 @@ def test_abilities_weigh_a_probe_beside_the_text():
         assert default[layer,] == pytest.approx(text[layer,] + 0.1 * copying, rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_greedy_search_keeps_the_streams_of_each_step_once(monkeypatch):
     model, ids, based = tiny_model("llama"), tiny_windows(2, 12), []
     rebase = Trials.rebase
@@ -206,6 +213,7 @@ def test_a_greedy_search_keeps_the_streams_of_each_step_once(monkeypatch):
     assert based == [(), selection.first(1), selection.first(2)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
     model, ids, ns = tiny_model("llama"), tiny_windows(3, 20), (2, 1)
@@ -231,6 +239,7 @@ def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
         assert scores == pytest.approx(alone[n].scores)
 
 
+@pytest.mark.thorough
 def test_selection_windows_may_differ_from_calibration_windows():
     model, ids, other = tiny_model("llama"), tiny_windows(), tiny_windows(3, 20, seed=1)
     stats = gl.calibrate(model, ids, needed("greedy-recovered", 2, LAYERS))
@@ -260,6 +269,7 @@ def test_a_calibration_serves_instead_of_windows():
         gl.select_layers(model, stats, 3)
 
 
+@pytest.mark.thorough
 def test_one_pass_serves_every_start_and_length():
     model, ids = tiny_model("llama"), tiny_windows()
     everything = [b for n in range(1, LAYERS) for b in gl.contiguous(n, LAYERS)]
@@ -281,6 +291,7 @@ def test_statistics_that_were_not_collected_are_named():
         gl.select_layers(model, only, 2, "taylor")
 
 
+@pytest.mark.thorough
 def test_padding_is_never_scored():
     model, ids = tiny_model("llama"), tiny_windows()
     mask = torch.ones_like(ids)
@@ -320,6 +331,7 @@ def by_its_number(**changes):
     return tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True, **changes)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("criterion", ["perplexity", "greedy-recovered"])
 def test_a_search_passes_by_what_cannot_be_removed(criterion):
     selection = gl.select_layers(by_its_number(), tiny_windows(), 3, criterion)
@@ -327,6 +339,7 @@ def test_a_search_passes_by_what_cannot_be_removed(criterion):
     assert selection.scores[(0,)] == math.inf > selection.scores[(5,)]
 
 
+@pytest.mark.thorough
 def test_a_repair_before_the_gap_never_chooses_the_first_layer():
     model, ids = tiny_model("llama", num_hidden_layers=4), tiny_windows()
     selection = gl.select_layers(model, ids, 3, "greedy-recovered", operator="replaceme")
@@ -336,6 +349,7 @@ def test_a_repair_before_the_gap_never_chooses_the_first_layer():
     assert block == (1, 2, 3) and block.scores[(0, 1, 2)] == math.inf
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_layers_that_cannot_go_are_named(criterion, monkeypatch):
     model, ids = tiny_model("llama"), tiny_windows()

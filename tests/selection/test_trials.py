@@ -28,6 +28,7 @@ def calibrated():
     return model, gl.calibrate(model, tiny_windows(), everything, regressors=["h"])
 
 
+@pytest.mark.thorough
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(base=SETS, layers=SETS, family=st.sampled_from([None, "ghost", "refit"]), starts=STARTS)
 @example(base=(2, 3), layers=(4,), family="refit", starts=None)  # layer 1 is as it was
@@ -48,6 +49,7 @@ def test_any_base_serves_any_trial(base, layers, family, starts):
     torch.testing.assert_close(trials.losses(layers, operators), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_windows_whose_streams_are_not_kept_score_alike(monkeypatch, share):
     model, ids = tiny_model("llama"), tiny_windows(5, 12)
@@ -61,6 +63,7 @@ def test_windows_whose_streams_are_not_kept_score_alike(monkeypatch, share):
         torch.testing.assert_close(trials.losses(layers), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["replaceme", "magnitude", "low-rank", "affine"])
 @pytest.mark.parametrize("layers", [(2, 3), (1, 3, 5)])
 def test_every_kind_of_repair(any_tiny, name, layers):

@@ -34,6 +34,7 @@ def hooks_left(model) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
+@pytest.mark.thorough
 def test_streamed_moments_equal_stored_activations(any_tiny):
     ids = tiny_windows(5, 20)
     asked = [(0, 2), (1, 4), (0, LAYERS), (3, 4), (LAYERS - 1, LAYERS)]
@@ -268,6 +269,7 @@ def stored_mlp(model: Any, ids: torch.Tensor, start: int) -> dict[str, torch.Ten
     return seen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("spelling", [PREVIOUS, "x, n(x)", "x, h", "f; 1/|y|^2"])
 def test_streamed_moments_of_features_equal_stored_activations(
     any_tiny: Any, spelling: str
@@ -299,6 +301,7 @@ def test_streamed_moments_of_features_equal_stored_activations(
     assert_same_moments(stats[GAP], gl.calibrate(any_tiny, ids, [GAP], batch_size=3)[GAP])
 
 
+@pytest.mark.thorough
 def test_the_norm_a_model_is_said_to_have_is_the_one_it_has(any_tiny: Any) -> None:
     if any_tiny.config.model_type in READS_RAW:
         with pytest.raises(ValueError, match="read their stream without a norm"):
@@ -334,6 +337,7 @@ GAPS = [Boundary(1, 2), Boundary(3, LAYERS), Boundary(3, 4)]
 NARROW = ["x; 1/|y|", "x, n(x); 1/|y|", "n(prev); 1/|y|", "n(prev), x; 1/|y|"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_narrower_moments_are_cut_from_the_widest(model_type: str) -> None:
     """With either kind of norm, padding and skipped tokens."""

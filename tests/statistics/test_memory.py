@@ -32,6 +32,7 @@ def distinct_bytes(tensors) -> int:
 REGRESSORS = [[], ["x, n(x)"], ["x; 1/|y|", "x, n(prev); 1/|y|"], ["x, h", "f; 1/|y|"]]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("regressors", REGRESSORS, ids=str)
 @pytest.mark.parametrize("boundaries", CASES.values(), ids=CASES)
 def test_moments_are_what_calibrate_returns(boundaries, regressors):
@@ -55,6 +56,7 @@ def test_memory_counts_the_widest_alone():
     assert apart.moments > plain.moments
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["similarities", "stream", "features"])
 @pytest.mark.parametrize("boundaries", CASES.values(), ids=CASES)
 def test_streams_are_what_waits_at_once(boundaries, kind, monkeypatch):

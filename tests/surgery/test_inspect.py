@@ -10,6 +10,7 @@ import ghostlib as gl
 from ghostlib.models.architectures import EXCEPTIONS, Structure, decoder_layers, structure
 
 
+@pytest.mark.thorough
 def test_a_configuration_tells_the_same_as_the_model() -> None:
     model = tiny_model("gemma3_text")
     found = gl.inspect(model.config)
@@ -22,6 +23,7 @@ def test_a_configuration_tells_the_same_as_the_model() -> None:
     assert found.fixed == {} and gl.inspect(model) == found
 
 
+@pytest.mark.thorough
 def test_repairs_that_do_not_fit_say_why() -> None:
     found = gl.inspect(tiny_model("gemma2").config).families
     assert found["ghost"] == found["magnitude"] == ""
@@ -38,6 +40,7 @@ def test_layers_that_cannot_go_say_why() -> None:
     assert "lambda_init" in found.fixed[0]
 
 
+@pytest.mark.thorough
 def test_a_table_is_printed() -> None:
     lines = str(gl.inspect(build("jamba").config)).splitlines()
     assert lines[0].startswith("jamba: 6 layers, stream of 32, vocabulary of 97")

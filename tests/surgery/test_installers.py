@@ -31,6 +31,7 @@ def state(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folded_scale_is_a_scale_at_the_gap(any_tiny, tied):
     kind = any_tiny.config.model_type
@@ -64,6 +65,7 @@ def test_a_folded_scale_is_a_scale_at_the_gap(any_tiny, tied):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tied", [True, False])
 def test_folded_models_survive_saving(tied, tmp_path):
     model, ids = tiny_model("llama", tie_word_embeddings=tied), tiny_windows()
@@ -76,6 +78,7 @@ def test_folded_models_survive_saving(tied, tmp_path):
         assert (head.weight is table.weight) == tied
 
 
+@pytest.mark.thorough
 def test_replaceme_is_least_squares_on_the_last_mlp(any_tiny):
     """The repaired stream behind the gap is R + F T, with T from lstsq on stored activations."""
     ids, gap = tiny_windows(4, 24), Boundary(2, 4)
@@ -214,6 +217,7 @@ def tied(model: PreTrainedModel) -> str:
     return r"model\.layers\.4\.mlp\.down_proj has the same"
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor creation")
 @pytest.mark.parametrize("change", [quantised, adapted, tied])
 @pytest.mark.parametrize("name", ["refit", "replaceme", "ghost-refit"])

@@ -123,6 +123,7 @@ def test_right_padding_is_skipped_by_the_next_token() -> None:
             torch.testing.assert_close(logits[0], alone, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "options",
     [

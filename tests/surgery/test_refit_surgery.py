@@ -44,6 +44,7 @@ def stream_after(model: Any, index: int, ids: Tensor) -> Tensor:
     return caught[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FOLDED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_installed_repair_is_the_one_that_was_solved(layout: str, name: str) -> None:
@@ -69,6 +70,7 @@ def test_the_installed_repair_is_the_one_that_was_solved(layout: str, name: str)
     assert len(new) == len(owned) + (1 if name.startswith("ghost") else 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["replaceme", "refit"])
 def test_a_free_repair_leaves_the_stock_class_and_its_size(name: str, tmp_path: Any) -> None:
     model = tiny_model("llama")
@@ -143,6 +145,7 @@ def test_a_fold_that_the_dtype_does_not_hold_is_refused() -> None:
 # --- the recipe's budget ----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("budget", list(BUDGETS))
 def test_a_budget_bounds_what_the_recipe_adds(budget: str) -> None:
     model, ids = tiny_model("llama"), tiny_windows(8, 32)

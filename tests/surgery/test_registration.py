@@ -32,6 +32,7 @@ BEFORE = (
 )
 
 
+@pytest.mark.thorough
 def test_transformers_reads_a_recovered_model_whoever_is_imported_first(tmp_path: Path) -> None:
     gl.recover(tiny_model("llama"), tiny_windows(), [2, 3]).save_pretrained(tmp_path)
     orders = [

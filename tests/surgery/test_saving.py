@@ -60,6 +60,7 @@ def repaired(name: str, model: Any = None, **options: Any) -> Any:
     return gl.recover(model, tiny_windows(24, 24), GAP.removed, name, **options)
 
 
+@pytest.mark.thorough
 def test_folded_repairs_load_as_the_stock_class_without_ghostlib(tmp_path: Path) -> None:
     models = {name: repaired(name) for name in ("refit", "replaceme", "magnitude")}
     folders = [save(model, tmp_path / name) for name, model in models.items()]
@@ -74,6 +75,7 @@ def test_folded_repairs_load_as_the_stock_class_without_ghostlib(tmp_path: Path)
         assert settings["recovery"]["removed"] == [2, 3]
 
 
+@pytest.mark.thorough
 def test_portable_folders_load_with_their_own_code(tmp_path: Path) -> None:
     models = {
         f"{layout}-{name}": repaired(name, tiny_model(layout), relative_ridge=1e-3)
@@ -98,6 +100,7 @@ def test_portable_folders_load_with_their_own_code(tmp_path: Path) -> None:
             assert torch.equal(again.state_dict()[key], value), f"{folder.name}: {key}"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("portable", [False, True])
 def test_without_ghostlib_or_trust_loading_fails_loudly(portable: bool, tmp_path: Path) -> None:
     folder = save(repaired("ghost"), tmp_path / "model", portable=portable)
@@ -106,6 +109,7 @@ def test_without_ghostlib_or_trust_loading_fails_loudly(portable: bool, tmp_path
     assert ("trust_remote_code" if portable else "ghosted_llama") in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_portable_folder_edited_by_hand_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = save(repaired("ghost"), tmp_path / "model", portable=True)
     edited(folder, lambda settings: settings["ghost"].pop())
@@ -115,6 +119,7 @@ def test_a_portable_folder_edited_by_hand_is_refused_in_one_line(tmp_path: Path)
     assert "lists its operators in config.ghost, got []" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     facts = {
         "base_model": "someone/model",
@@ -200,6 +205,7 @@ for folder in sys.argv[1:2] + sys.argv[3:]:
 """
 
 
+@pytest.mark.thorough
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     pytest.importorskip("resource")
     (tmp_path / "empty").mkdir()
@@ -293,6 +299,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("change", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
 def test_a_configuration_that_does_not_fit_the_weights_is_refused(
     change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path

@@ -20,6 +20,8 @@ from ghostlib.models.architectures import decoder_layers, num_layers, receiver
 from ghostlib.models.streams import share, tap
 from ghostlib.surgery.testing import check_repaired_model
 
+pytestmark = pytest.mark.thorough
+
 LAYERS_TO_REMOVE = {
     "first": [0],
     "middle": [2, 3],

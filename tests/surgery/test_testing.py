@@ -16,6 +16,8 @@ from ghostlib.surgery import previous
 from ghostlib.surgery.ghosted import BoundaryModule
 from ghostlib.surgery.testing import CHECKS, check_repaired_model
 
+pytestmark = pytest.mark.thorough
+
 SEVERAL = [0, 2, 3, LAYERS - 1]  # behind the embeddings, between layers, before the final norm
 LOOKING_BACK = "three-branch-relative"
 STREAM = {"ghost": {}, "affine": {}, "low-rank": {"rank": 4}, "two-branch-relative": {}}

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 import ghostlib as gl
 from ghostlib.recovery.recipe import Recipe
 
+pytestmark = pytest.mark.thorough
+
 LAYERS_REMOVED = [2, 3, 5]
 
 

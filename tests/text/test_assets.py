@@ -126,6 +126,7 @@ def test_fetched_once_then_found(tiny: Asset, cache: Path) -> None:
     assert visible(cache) == {"tiny.bin"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
@@ -310,6 +311,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Index]]:
         server.shutdown()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
 def test_the_real_pip_goes_on_where_it_broke_off_and_shows_its_progress(
     tiny: Asset,
@@ -328,6 +330,7 @@ def test_the_real_pip_goes_on_where_it_broke_off_and_shows_its_progress(
     assert "WARNING: Connection timed out" in shown or "WARNING: Attempting to resume" in shown
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
 def test_the_real_pip_finds_nothing(
     tiny: Asset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -413,6 +416,7 @@ def at_hand(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(assets, "_from_gguf", convert)
 
 
+@pytest.mark.thorough
 @forked
 @quietly
 @pytest.mark.filterwarnings("ignore:.*is damaged:UserWarning")
@@ -562,6 +566,7 @@ def test_conversion_is_plain_exact_and_complete(converted: Path, cache: Path) ->
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "in"
 
 
+@pytest.mark.thorough
 def test_conversion_happens_once_and_again_when_damaged(
     converted: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -611,6 +616,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.thorough
 @given(st.binary(max_size=40) | st.fixed_dictionaries({"files": JSON}) | JSON)
 @example(b"[" * 100_000)
 @example({"files": {"": None, "../x": "", "nul\0": "", "x" * 10_000: ""}})

@@ -235,6 +235,7 @@ def test_a_corpus_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None
     assert not train & test and train | test == {text for _, text in every}
 
 
+@pytest.mark.thorough
 def test_the_room_is_entered_without_heavy_libraries() -> None:
     """torch, transformers and datasets are imported by what needs them, when it does."""
     code = """

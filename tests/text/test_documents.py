@@ -202,6 +202,7 @@ FILES = st.one_of(
 )
 
 
+@pytest.mark.thorough
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(FILES, st.sampled_from(["train", "test", "all"]))
 @example((".jsonl", b"[" * 100_000), "all")

@@ -70,6 +70,7 @@ def fast(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     return TOKENIZERS[request.param]()
 
 
+@pytest.mark.thorough
 @settings(max_examples=60)
 @given(
     texts=st.lists(st.lists(PROSE, min_size=1, max_size=80).map("".join), max_size=12),

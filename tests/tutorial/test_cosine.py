@@ -33,6 +33,7 @@ def test_activations_are_those_of_the_streams(model_type):
     torch.testing.assert_close(F.T @ F, moments.G, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.thorough
 def test_the_fit_turns_the_stream_further_than_least_squares():
     activations = mlp_activations(tiny_model("llama"), tiny_windows(8, 24), GAP)
     op = fit_cosine(activations, steps=400, learning_rate=1e-2)
@@ -50,6 +51,7 @@ def test_the_fit_turns_the_stream_further_than_least_squares():
     assert squares.grad is None, "the start stays as it is"
 
 
+@pytest.mark.thorough
 def test_a_turn_that_exists_is_found():
     generator = torch.Generator().manual_seed(0)
     F, R = torch.randn(2, 400, 6, generator=generator)

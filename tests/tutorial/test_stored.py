@@ -11,6 +11,8 @@ from ghostlib.models.boundaries import spell
 from ghostlib.recovery.recipe import SHORTLIST
 from ghostlib.tutorial.stored import stored
 
+pytestmark = pytest.mark.thorough
+
 OPERATORS = ("pruned", "magnitude", "linearpatch-d", "linearpatch-r", "replaceme", "ghost")
 REFITS = ("refit", "ghost-refit", "ghost-refit-relative")
 BLOCKS = {spell(range(start, start + 7)) for start in range(24)}
