@@ -144,9 +144,19 @@ def test_the_items_of_all_tasks_are_those_of_one(results: Results) -> None:
     )
     by = paired(every, pooled(rows, "pruned"))
     assert (by.first_only, by.second_only, by.n) == (0, 1, 5)
+    assert every.correct_norm is None  # one task is scored without
     for wrong in (rows, pd.concat([rows, rows])):
         with pytest.raises(ValueError, match="must have one accuracy for each task"):
             pooled(wrong, "dense" if wrong is rows else "ghost")
+
+
+def test_the_items_of_all_tasks_keep_the_normed_answers(results: Results) -> None:
+    quiz(results, "ghost", {"b": ([1, 0, 1], [0, 0, 1]), "a": ([0, 0], [1, 0])})
+    quiz(results, "pruned", {"b": ([1, 0, 1], [0, 0, 0]), "a": ([0, 1], [0, 0])})
+    every, other = (pooled(scores(results), name) for name in ("ghost", "pruned"))
+    assert every.correct_norm == [1, 0, 0, 0, 1]
+    by = paired(every, other, normed=True)
+    assert (by.first_only, by.second_only, by.n) == (2, 0, 5)
 
 
 def test_a_model_that_is_not_scored_everywhere_has_no_mean(results: Results) -> None:
