@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 import ghostlib as gl
 from ghostlib.experiments.run import run_experiment
 
+pytestmark = pytest.mark.thorough
 TOKENIZER = tiny_tokenizer()
 MODEL = tiny_model("llama", vocab_size=len(TOKENIZER))
 IDS = tiny_windows(3, 16)
@@ -159,8 +160,6 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch, ghostlib as gl
 from conftest import tiny_model, tiny_windows
-
-pytestmark = pytest.mark.thorough
 model, ids = tiny_model("llama").train(), tiny_windows()
 before = {{name: value.clone() for name, value in model.state_dict().items()}}
 def interrupt(index, stream): os.kill(os.getpid(), signal.SIGINT)
