@@ -140,7 +140,7 @@ def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make test` asks for everything; without it the tests are a minute's."""
+    """`make test` asks for everything; without it the tests take a minute or two."""
     parser.addoption("--thorough", action="store_true", help="also what is marked thorough or slow")
 
 
@@ -151,7 +151,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker("embedded")
     asked = config.option.markexpr + " thorough slow" * config.option.thorough
-    for marker in ("contract_all", "first_hour", "thorough", "slow"):
+    for marker in ("contract_all", "first_hour", "interop", "browser", "thorough", "slow"):
         if marker not in asked:
             tail = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=tail)
