@@ -205,16 +205,18 @@ def pooled(rows: pd.DataFrame, operator: str) -> Score:
         raise ValueError(f"{operator} must have one accuracy for each task, in {len(found)} rows")
     parts: list[Score] = found.sort_values("dataset")["evidence"].tolist()
     correct = [answer for part in parts for answer in part.correct]
-    norms = [part.correct_norm for part in parts]
-    normed = None if None in norms else [answer for norm in norms for answer in norm or ()]
-    unknown: dict[str, Any] = dict.fromkeys(("acc_se", "acc_norm", "acc_norm_se"))
-    known: dict[str, Any] = {
-        "acc": sum(correct) / len(correct),
-        "correct": correct,
-        "correct_norm": normed,
-        "items": " ".join(part.items for part in parts),
-    }
-    return replace(parts[0], task="all", **known, **unknown)
+    normed = [answer for part in parts for answer in part.correct_norm or ()]
+    return replace(
+        parts[0],
+        task="all",
+        acc=sum(correct) / len(correct),
+        acc_se=None,
+        acc_norm=None,
+        acc_norm_se=None,
+        correct=correct,
+        correct_norm=normed if len(normed) == len(correct) else None,  # else one has none
+        items=" ".join(part.items for part in parts),
+    )
 
 
 def wide(rows: pd.DataFrame, form: Callable[[Any], str]) -> pd.DataFrame:

@@ -371,7 +371,7 @@ def ratios(
             if not len(values):
                 continue
             name = (names or {}).get(label, label)
-            shade, marker, _ = look(name) if name in {*LOOKS, *FAMILIES} else NEUTRAL
+            shade, marker, *_ = look(name) if name in {*LOOKS, *FAMILIES} else NEUTRAL
             means[label] = mean = float(np.exp(np.log(values).mean()))
             ax.plot([mean, mean], [row - 0.3, row + 0.3], color=shade, linewidth=3)
             ax.plot(values, np.full(len(values), row), marker, color=shade, alpha=0.7, mec="white")

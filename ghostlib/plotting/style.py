@@ -37,11 +37,13 @@ class Look(NamedTuple):
         color: of lines, bars and markers.
         marker: of points; empty for none.
         dash: of lines.
+        hollow: whether markers on lines are open.
     """
 
     color: str
     marker: str
     dash: Any = "-"
+    hollow: bool = False
 
 
 LOOKS: Registry[Look] = Registry("operator or model with a look")
@@ -54,10 +56,9 @@ LOOKS |= {
     "ghost sequential": Look("#50b4a3", "o", ":"),
     "ghost skip-leading": Look("#ced583", "8", ":"),
     "auto": Look("#e81b7f", "<", (0, (6, 1, 1, 1, 1, 1))),
-    "auto matrix": Look("#ff65e6", "H", (0, (6, 1, 1, 1))),
+    "auto matrix": Look("#ff65e6", "H", (0, (6, 1, 1, 1)), hollow=True),
     "auto none": Look("#720c31", "D", (0, (2, 1, 1, 1))),
 }
-_HOLLOW = {"auto matrix"}  # whose markers on lines are open
 NEUTRAL = Look("#808080", "o")  # what has no look of its own
 
 
@@ -88,10 +89,10 @@ def style(name: str) -> dict[str, Any]:
     >>> style("ghost-relative")
     {'color': '#629947', 'marker': 'p', 'linestyle': '--', 'linewidth': 1.5}
     """
-    shade, marker, dash = look(name)
+    shade, marker, dash, hollow = look(name)
     width = 2.5 if name == "dense" else 1.5
     drawn = {"color": shade, "marker": marker, "linestyle": dash, "linewidth": width}
-    return drawn | {"markerfacecolor": "white"} if name in _HOLLOW else drawn
+    return drawn | {"markerfacecolor": "white"} if hollow else drawn
 
 
 def use_style() -> None:
