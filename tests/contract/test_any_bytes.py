@@ -79,6 +79,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.thorough
 @settings(FEW, max_examples=40)
 @given(json_values)
 def test_any_list_of_operators_in_a_configuration(saved: Path, ghost: Any) -> None:
@@ -94,6 +95,7 @@ def test_any_list_of_operators_in_a_configuration(saved: Path, ghost: Any) -> No
         path.write_text(before)
 
 
+@pytest.mark.thorough
 @settings(FEW, max_examples=40)
 @given(st.data())
 def test_any_field_of_an_operator_in_a_configuration(saved: Path, data: st.DataObject) -> None:

@@ -82,6 +82,7 @@ def test_a_file_is_made_by_the_first_record_and_says_what_it_is_of(tmp_path: Pat
     assert cells(read_results(path)) == {"2": math.sqrt(2)}, "a cell that is there is not written"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_any_moment_and_resumed(tmp_path: Path, seed: int) -> None:
     """With nothing, a part or all of the line that is being written."""
@@ -216,6 +217,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.thorough
 @given(st.dictionaries(st.text(), json_values, max_size=4))
 def test_every_finite_value_survives_and_no_other_is_kept(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]

@@ -130,6 +130,7 @@ def test_every_kind_of_criterion_chooses_as_alone(folder, tmp_path, criterion):
         assert chosen[n] == spell(alone)
 
 
+@pytest.mark.thorough
 def test_tasks_are_scored_as_alone(folder, tmp_path):
     tasks = [str(folder / f"quiz-{name}.jsonl") for name in ("one", "two")]
     plan = specification(folder, layers="2", operators="ghost", perplexity=[], tasks=tasks)
@@ -145,6 +146,7 @@ def test_tasks_are_scored_as_alone(folder, tmp_path):
     assert "Zero-shot accuracy" in report(results) and "mean" in report(results)
 
 
+@pytest.mark.thorough
 def test_abilities_are_scored_as_alone(folder, tmp_path):
     changes = {"layers": ["2", "1-2"], "probes": ("copying-16", "brackets"), "perplexity": ()}
     what = specification(folder, **changes, probe_items=5)
@@ -174,6 +176,7 @@ def test_the_recipes_choice_is_kept(done, folder):
     assert f"auto without {row.layers}: {row.operator}" in report(done)
 
 
+@pytest.mark.thorough
 def test_the_file_is_json_and_names_no_folder_of_this_machine(done, folder):
     text = done.path.read_text()
     records = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
@@ -184,6 +187,7 @@ def test_the_file_is_json_and_names_no_folder_of_this_machine(done, folder):
     assert [p.name for p in done.path.parent.iterdir()] == ["whole.jsonl"], "no lock file is left"
 
 
+@pytest.mark.thorough
 def test_one_pass_serves_all_operators_and_one_all_criteria(folder, tmp_path, monkeypatch):
     passes = []
 
@@ -290,6 +294,7 @@ def test_a_finished_run_computes_nothing(done, folder, monkeypatch):
     assert done.path.read_bytes() == before
 
 
+@pytest.mark.thorough
 def test_more_operators_depths_and_texts_are_added(folder, tmp_path, monkeypatch):
     path, one = tmp_path / "a.jsonl", str(folder / "one.txt")
     run_experiment(specification(folder, n=1, perplexity=one), path)

@@ -26,11 +26,12 @@ SAMPLE = (
     "llama",
     "mamba",
     "minicpm3",
+    "mistral",
     "mixtral",
     "nanochat",
     "nemotron_h",
+    "qwen2",
     "qwen3_next",
-    "smollm3",
     "xlm",
     "zamba2",
 )

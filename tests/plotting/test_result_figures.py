@@ -340,6 +340,10 @@ def test_dots_carry_the_start_and_the_best_end_is_on_the_left():
     other = plotting.against_score(score, perplexity, xlabel="residual", ax=plt.figure().gca())
     assert not other.xaxis_inverted() and labels(other.texts)[0].startswith("Spearman -1.00 [")
     assert "removed first: start 8, perplexity 30.0." in alt_text(other)
+    given = plotting.against_score(
+        score, perplexity, xlabel="residual", interval=(-1.0, 0.25), ax=plt.figure().gca()
+    )
+    assert labels(given.texts)[0] == "Spearman -1.00 [-1.00, 0.25]"
 
 
 def test_paired_differences_have_a_mean_and_its_interval():

@@ -363,6 +363,7 @@ def test_every_public_name_is_on_one_page_of_the_reference(site):
         assert len(re.findall(rf"^\.\. (?:auto|py:)\w+:: ghostlib\.{name}$", api, re.M)) == 1, name
 
 
+@pytest.mark.thorough
 def test_the_site_has_the_course_and_every_page_of_the_documentation(site):
     staged = {str(p.relative_to(site["SOURCE"])) for p in site["SOURCE"].rglob("*")}
     for path in [*SUITE, *(ROOT / "docs").rglob("*.md")]:

@@ -65,8 +65,8 @@ def test_windows_whose_streams_are_not_kept_score_alike(monkeypatch, share):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["replaceme", "magnitude", "low-rank", "affine"])
-@pytest.mark.parametrize("layers", [(2, 3), (1, 3, 5)])
-def test_every_kind_of_repair(any_tiny, name, layers):
+def test_every_kind_of_repair(any_tiny, name):
+    layers = (1, 3, 4)  # one alone, two together
     if any_tiny.config.model_type in UNFOLDABLE.get(name, ()):
         pytest.skip("refused for this architecture: see test_installers.py")
     ids = tiny_windows(2, 12)

@@ -22,12 +22,7 @@ from ghostlib.surgery.testing import check_repaired_model
 
 pytestmark = pytest.mark.thorough
 
-LAYERS_TO_REMOVE = {
-    "first": [0],
-    "middle": [2, 3],
-    "last": [LAYERS - 1],
-    "several": [0, 2, 3, LAYERS - 1],
-}
+LAYERS_TO_REMOVE = {"middle": [2, 3], "several": [0, 2, 3, LAYERS - 1]}
 EMBEDDED_LAYERS = {"block": range(12, 19), "several": [0, 9, 10, 20, 29]}
 
 

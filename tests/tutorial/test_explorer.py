@@ -40,9 +40,24 @@ def test_the_figure_shows_the_held_out_error(model, explorer):
     low, high = tokens.get_xlim()
     dots = tokens.lines[0].get_xydata()
     assert low < dots.min() < dots.max() < high
+    assert figure.get_suptitle().startswith("Layers 2–3 removed, ghost, ridge 0.01, ")
     plt.close(figure)
     assert explorer.html(2, 2, "pruned", 8, 0.0).startswith('<img alt="')
     assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize(
+    ("family", "ridge", "told"),
+    [
+        ("ghost", 0.0, "ghost, no ridge, 8"),
+        ("diagonal", 0.1, "diagonal, 8"),
+        ("pruned", 0.1, "pruned, 8"),
+    ],
+)
+def test_the_title_names_a_ridge_where_the_family_takes_one(explorer, family, ridge, told):
+    figure = explorer.figure(2, 2, family, 8, ridge)
+    assert f"removed, {told} tokens" in figure.get_suptitle()
+    plt.close(figure)
 
 
 def test_the_sentence_is_that_of_the_repaired_model(model, explorer):
