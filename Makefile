@@ -74,7 +74,7 @@ unit: $(DEV) ## unit tests and docstring examples, with coverage
 	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --thorough -m 'not interop and not browser' --durations=10 --cov)
 
 nbval: $(DEV) ## every notebook, cell by cell
-	$(call phase,notebooks,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)
+	$(call phase,notebooks,PYTHONPATH=tests GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -p forked $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)
 
 lab: $(STAMP)-notebooks ## open JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks
