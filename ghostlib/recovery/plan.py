@@ -159,8 +159,9 @@ def plan(
         "repair": len(gaps) * 3 * C * C * 8,
         "process": _PROCESS,
     }
-    forward = flops(model, length, logits=0).total
-    scored = flops(model, length, logits=length).total
+    counted = flops(model, length)  # with the logits of one position
+    forward = counted.total - counted.head
+    scored = forward + length * counted.head
     products = max(sum(r.widths(C, width)) for r in regressors)
     accumulated = 2 * length * products * (products + C) * len(gaps)
     fast, double = _rate(C, width, model.dtype, device), _rate(C, C, torch.float64, device)
