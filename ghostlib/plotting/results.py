@@ -701,12 +701,13 @@ def against_score(
     *,
     xlabel: str,
     best: str = "min",
+    interval: tuple[float, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Perplexity of the model repaired by ghost against a criterion's score, one dot a block.
 
-    In a corner stands Spearman's rank correlation, with an interval that takes the blocks as
-    independent (overlapping ones are not: it is too narrow, if anything).
+    In a corner stands Spearman's rank correlation with ``interval``, or else with one that takes
+    the blocks as independent (overlapping ones are not: it is too narrow, if anything).
 
     Args:
         score: ``{first removed layer: value}``; the dots are labelled by the layer.
@@ -714,6 +715,7 @@ def against_score(
         xlabel: the criterion, and the unit of its score.
         best: ``"min"`` or ``"max"``: the end of the axis from which the criterion removes first.
             It stands on the left.
+        interval: low and high end for the rank correlation, such as a bootstrap's.
     """
     ax = ax or plt.gca()
     starts = list(score)
@@ -728,6 +730,7 @@ def against_score(
     plain_numbers(ax.yaxis)
     sign = 1 if best == "min" else -1
     rho, low, high = _rank_correlation(np.multiply(sign, x), y)
+    low, high = interval or (low, high)
     text = f"Spearman {rho:.2f} [{low:.2f}, {high:.2f}]"
     ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=10)
     label_points(ax, [(a, b, str(start)) for a, b, start in zip(x, y, starts, strict=True)])

@@ -79,8 +79,7 @@ class Explorer:
             )
         if family == PRUNED:
             return None, ""
-        takes_ridge = ridge > 0 and "relative_ridge" in Family.of(family).options
-        options = {"relative_ridge": ridge} if takes_ridge else {}
+        options = {"relative_ridge": ridge} if ridge > 0 and _takes_ridge(family) else {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             op = solve(self.moments(Boundary(start, start + n), tokens), family, **options)
@@ -118,10 +117,10 @@ class Explorer:
         for axis in (right.xaxis, right.yaxis):
             axis.set_major_locator(LogLocator(base=10, subs=steps))
             plain_numbers(axis)
-        removed = spell(range(start, start + n))
-        figure.suptitle(
-            f"Layers {removed} removed, {family}, {tokens:,} tokens {warned}", x=0.01, ha="left"
-        )
+        priced = f"ridge {ridge:g}" if ridge > 0 else "no ridge"
+        repair = f"{family}, {priced}" if _takes_ridge(family) else family
+        told = f"Layers {spell(range(start, start + n))} removed, {repair}, {tokens:,} tokens"
+        figure.suptitle(f"{told} {warned}", x=0.01, ha="left")
         return figure
 
     def html(self, start: int, n: int, family: str, tokens: int, ridge: float) -> str:
@@ -141,3 +140,7 @@ class Explorer:
         op, _ = self.solve(start, n, family, tokens, ridge)
         repaired = install(self.model, {Boundary(start, start + n): op})
         return generate(repaired, self.tokenizer, prompt, max_new_tokens=24)[0]
+
+
+def _takes_ridge(family: str) -> bool:
+    return family != PRUNED and "relative_ridge" in Family.of(family).options
