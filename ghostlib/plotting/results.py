@@ -375,7 +375,7 @@ def ratios(
             means[label] = mean = float(np.exp(np.log(values).mean()))
             ax.plot([mean, mean], [row - 0.3, row + 0.3], color=shade, linewidth=3)
             ax.plot(values, np.full(len(values), row), marker, color=shade, alpha=0.7, mec="white")
-            text = short(mean) if mean < 0.1 else f"{mean:.2f}"
+            text = f"{mean:#.2g}" if mean < 0.1 else f"{mean:.2f}"
             beside = ax.get_yaxis_transform()  # a fraction of the width, a row
             ax.text(1.02, row, text, transform=beside, va="center", fontsize=10)
         ax.axvline(1.0, color=color("ghost"), linewidth=1.5, zorder=0)

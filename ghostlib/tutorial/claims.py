@@ -126,12 +126,14 @@ CLAIMS: dict[int, Claim] = {
         "The recipe is never worse than the better of no repair and ghost, wherever the block is",
     ),
     29: Claim(
-        "With layers of its own choice the recipe is below ghost on the block by cosine",
+        "The recipe, layers included, is below cosine with ghost; over three seeds only where it "
+        "keeps cosine's layers",
     ),
     30: Claim("A boundary with branches has less than a third of a layer's parameters"),
     31: Claim(
-        "Solved for whole, the down-projection before the gap comes within 10 % of ghost's "
-        "perplexity, without a parameter or an operation more than the pruned model",
+        "At the block that cosine chooses the down-projection before the gap, solved for whole, "
+        "comes within 10 % of ghost's perplexity, without a parameter or an operation more than "
+        "the pruned model",
     ),
     32: Claim(
         "Solved for together, that projection and the boundary matrix are below ghost's "

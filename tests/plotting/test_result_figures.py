@@ -176,7 +176,7 @@ def test_ratios_have_a_panel_a_corpus_every_seed_and_their_geometric_mean():
     assert near.get_xscale() == "linear"
     plt.figure()
     (tiny,) = plotting.ratios({"ghost": {"wiki": [0.00432]}})
-    assert labels(tiny.texts) == ["0.00432"]
+    assert labels(tiny.texts) == ["0.0043"]
 
 
 # ---------------------------------------------------------------- the residual stream
