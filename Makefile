@@ -15,6 +15,8 @@ QUICK  := notebooks/00_quickstart.ipynb
 export GHOSTLIB_PROGRESS ?= 1
 # Threads that wait do not spin: where other work shares the cores, spinning makes tiny models 50 times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Images of Python set it; then every process compiles torch and transformers again, ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Two at a time, each with half of the cores: less waiting than one after the other with all of them.
 PAIR   := OMP_NUM_THREADS=$(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$(( n > 1 ? n / 2 : 1 )))

@@ -15,7 +15,6 @@ from ghostlib.models.architectures import decoder_layers, fingerprint, receiver,
 from ghostlib.models.placement import compute_device, input_device
 
 REMOVED = [0, 2, 3, LAYERS - 1]
-KINDS = ["llama", "gpt2", "gemma3_text", "opt", "gpt_neox"]
 
 
 def device_map(model: PreTrainedModel, near: int | str, far: int | str) -> dict[str, int | str]:
@@ -64,14 +63,16 @@ def checkpoint_dispatched(model: PreTrainedModel, folder: Path) -> PreTrainedMod
     )
 
 
-PLACERS = [pretrained, everything_on_disk, dispatched, checkpoint_dispatched]
 Placer = Callable[[PreTrainedModel, Path], PreTrainedModel]
+PLACERS: list[Placer] = [pretrained, everything_on_disk, dispatched, checkpoint_dispatched]
+# Every way of placing a plain model, and every structure placed in one way. (Of GPT-NeoX's head
+# accelerate does not know that it has another name in files.)
+PAIRS = [("llama", placer) for placer in PLACERS]
+PAIRS += zip(["gpt_neox", "gpt2", "gemma3_text", "opt"], PLACERS, strict=True)
 
 
 def pair(kind: str, placer: Placer, folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same model at home and placed."""
-    if kind == "gpt_neox" and placer is checkpoint_dispatched:
-        pytest.skip("accelerate does not know that its head has another name in files")
     tiny_model(kind).save_pretrained(folder / "model")
     home = AutoModelForCausalLM.from_pretrained(folder / "model")
     placed = placer(home, folder)
@@ -86,8 +87,7 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("placer", PLACERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "placer"), PAIRS)
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 def test_offloaded_models_are_calibrated_and_repaired(
     kind: str, placer: Placer, tmp_path: Path

@@ -42,7 +42,7 @@ def test_another_type_gives_the_same_perplexities(model_type, embedded, wiki) ->
     model, _ = embedded
     other = rewritten(model, model_type)
     calibration, held_out = wiki[:2, :256], wiki[2:3, :256]
-    for operator in ("ghost", "refit"):
+    for operator in ("ghost", "refit") if model_type == "qwen2" else ("ghost",):
         one, two = (
             gl.perplexity(
                 gl.recover(m, calibration, LAYERS, operator, relative_ridge=1e-3), held_out
