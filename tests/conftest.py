@@ -138,6 +138,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker("embedded")
+        if item.get_closest_marker("thorough"):  # tracing costs half as much again
+            item.add_marker("no_cover")
     asked = config.option.markexpr + " thorough slow" * config.option.thorough
     for marker in ("contract_all", "first_hour", "interop", "browser", "thorough", "slow"):
         if marker not in asked:
