@@ -373,6 +373,14 @@ def test_another_specification_is_refused_before_and_after_the_model_is_loaded(
     assert [p.name for p in done.path.parent.iterdir()] == ["whole.jsonl"]
 
 
+def test_a_model_comes_with_its_tokenizer(folder, tmp_path):
+    # The specification's would be loaded in its place.
+    for alone in ({"model": tiny_model("llama")}, {"tokenizer": TOKENIZER}):
+        with pytest.raises(ValueError, match="give model and tokenizer together, or neither"):
+            run_experiment(specification(folder), tmp_path / "a.jsonl", **alone)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_the_model_does_not_have_is_refused_and_nothing_is_left(folder, tmp_path):
     path = tmp_path / "a.jsonl"
     for changes in ({"n": LAYERS}, {"layers": f"2-{LAYERS}"}, {"starts": LAYERS}):
