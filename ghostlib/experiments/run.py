@@ -83,9 +83,9 @@ def run_experiment(
             in every process; the files of all shards are joined by ``cat``.
 
     Raises:
-        ValueError: a file of another specification (the message names the difference), a model
-            without its tokenizer, layers that the model does not have, a shard that is none, and
-            what the steps refuse.
+        ValueError: a file of another specification (the message names the difference), or of other
+            text in a local file of that name, a model without its tokenizer, layers that the model
+            does not have, a shard that is none, and what the steps refuse.
         OSError: the file cannot be written.
         ConnectionError: a hub corpus or task that cannot be reached.
 
@@ -105,7 +105,7 @@ def run_experiment(
         check_tasks(specification.tasks)  # not after hours
         if model is None or tokenizer is None:
             model, tokenizer = specification.load()
-        results.begin(specification.identity(model))
+        results.begin(specification.identity(model), specification.files())
         _Run(specification, results, model, tokenizer).run(*part)
     finally:
         results.close()

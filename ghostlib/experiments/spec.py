@@ -4,6 +4,8 @@ Neither torch nor transformers is imported here: the command line, whose options
 fields, answers at once.
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -128,8 +130,11 @@ class Specification:
             raise ValueError(f"windows = {self.windows}: the recipe needs at least 2 in all")
 
     def _set(self, name: str, values: Sequence[Any]) -> None:
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise ValueError(f"{name} has {twice[0]!r} twice: name each once")
+        known = [base_name(value) if isinstance(value, str) else value for value in values]
+        if twice := [value for value in known if known.count(value) > 1]:
+            raise ValueError(
+                f"{name} has {twice[0]!r} twice: name each once, and files by different last names"
+            )
         object.__setattr__(self, name, tuple(values))
 
     def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -162,6 +167,21 @@ class Specification:
             dtype = str(model.dtype).removeprefix("torch.")
             known |= {"fingerprint": fingerprint(model), "dtype": dtype}
         return known
+
+    def files(self) -> list[dict[str, str]]:
+        """The local files that are read, by their last names, and digests of what they hold."""
+        from ghostlib.text.corpora import CORPORA
+        from ghostlib.text.documents import text_files
+
+        read = [("calibration", name) for name in self.calibration if name not in CORPORA]
+        read += [("perplexity", name) for name in self.perplexity if name not in CORPORA]
+        read += [("tasks", name) for name in self.tasks if name.endswith(".jsonl")]
+        found = []
+        for field, name in read:
+            if parts := text_files(Path(name).expanduser()):
+                digest = hashlib.sha256(b"".join(map(_digest, parts))).hexdigest()[:12]
+                found.append({"field": field, "name": base_name(name), "digest": digest})
+        return found
 
     def draw_calibration(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """(corpora x windows, length) token ids, corpus after corpus."""
@@ -199,7 +219,12 @@ class Specification:
 
 def base_name(name: str) -> str:
     """A local path by its last part, any other name as it is."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    return Path(name).name if os.path.exists(os.path.expanduser(name)) else name
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def whole_number(value: Any, name: str = "n", least: int = 1) -> int:
