@@ -172,7 +172,7 @@ def recover(options: argparse.Namespace) -> None:
     solver = _solver_options(options, auto)
     import torch
 
-    from ghostlib.evaluation.abilities import BRIEF
+    from ghostlib.evaluation.abilities import BRIEF, COPYING, PROBES
     from ghostlib.evaluation.abilities import abilities as profile_model
     from ghostlib.evaluation.cost import count_parameters
     from ghostlib.evaluation.perplexity import gap_closed, perplexity
@@ -204,6 +204,7 @@ def recover(options: argparse.Namespace) -> None:
     BUDGETS["any" if options.budget is None else options.budget]
     documents(options.corpus)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    PROBES[COPYING if options.keep is None else options.keep]
     check_source(options.model, options.dtype, device)
     layers: Any = read_layers(",".join(options.layers)) if options.layers else None
     expected = plan(
@@ -215,6 +216,7 @@ def recover(options: argparse.Namespace) -> None:
         budget=options.budget or "any",
         windows=options.windows,
         length=options.length,
+        keep=options.keep,
         test_windows=options.test_windows,
         dtype=options.dtype,
         device=device,
