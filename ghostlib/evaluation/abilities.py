@@ -537,7 +537,7 @@ class Profile:
 
     def to_json(self) -> str:
         """The profile as JSON, items included; what is not finite becomes null."""
-        plain = {name: _finite(asdict(ability)) for name, ability in self.abilities.items()}
+        plain = {name: finite(asdict(ability)) for name, ability in self.abilities.items()}
         content = {"seed": self.seed, "left_out": dict(self.left_out), "abilities": plain}
         return json.dumps(content, ensure_ascii=False, allow_nan=False)
 
@@ -551,7 +551,7 @@ class Profile:
         return "\n".join(lines)
 
 
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
     """``record`` with None in place of numbers that JSON does not have."""
     odd = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
     return {**record, **dict.fromkeys(odd)}
