@@ -142,7 +142,8 @@ def _bigrams(repeated: bool) -> Generator:
 
     def items(rng: random.Random, language: Language) -> Iterator[Item]:
         language.encode("")  # refuses to do without a tokenizer
-        drawn: dict[str, Any] = {"split": "test", "seed": rng.randrange(2**31)}
+        # without BOS, which is put before every item
+        drawn: dict[str, Any] = {"split": "test", "seed": rng.randrange(2**31), "bos": False}
         for window in token_windows("wiki", language.tokenizer, length=256, count=8, **drawn):
             ids, seen, places = window.tolist(), set(), []
             for place, pair in enumerate(pairwise(ids)):
