@@ -142,7 +142,8 @@ def ratio(first: pd.DataFrame, second: pd.DataFrame) -> Ratio:
         second: the same of another model.
 
     Raises:
-        ValueError: seeds and corpora that differ, or several models in one of the two.
+        ValueError: seeds, corpora or windows that differ, several models in one of the two, or
+            corpora that do not weigh the same in windows, where these decide the interval.
 
     >>> rows = pd.DataFrame({"seed": 0, "dataset": "wiki", "evidence": [[2.0, 3.0]]})
     >>> other = rows.assign(evidence=[[2.1, 3.3]])
@@ -151,15 +152,20 @@ def ratio(first: pd.DataFrame, second: pd.DataFrame) -> Ratio:
     """
     keys = ["seed", "dataset"]
     evidence = [rows.set_index(keys)["evidence"].sort_index() for rows in (first, second)]
-    if not all(one.index.is_unique for one in evidence) or set(evidence[0].index) != set(
-        evidence[1].index
-    ):
-        raise ValueError("give one model each, on the same seeds and corpora")
+    counts, others = (one.map(len) for one in evidence)
+    if not counts.index.is_unique or not counts.equals(others):
+        raise ValueError("give one model each, on the same seeds and corpora, by the same windows")
     gaps = evidence[0].combine(evidence[1], np.subtract)
     by_seed = gaps.map(np.mean).groupby("seed").mean()
     windows = np.concatenate(gaps.tolist())
     _, low, high = mean_interval(by_seed.to_numpy() if len(by_seed) > 2 else windows)
     return Ratio(float(np.exp(by_seed.mean())), low, high, len(by_seed), len(windows))
+    shares = counts * counts.groupby("seed").transform("size")  # those of windows, inverted
+    if len(by_seed) < 3 and shares.nunique() > 1:
+        raise ValueError(
+            f"corpora of {sorted(counts)} windows: the interval would weigh windows and the "
+            "estimate corpora; compare each corpus alone, or give three seeds"
+        )
 
 
 def with_means(rows: pd.DataFrame) -> pd.DataFrame:
