@@ -1,6 +1,7 @@
 """Tables compare models on the same windows and items, and are typed whatever is in them."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
