@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     add("fetch", "fetch and check the embedded model and corpus")
-    add("names", "list operators, criteria, corpora and tasks by name")
+    add("names", "list operators, criteria, budgets, corpora, tasks and probes by name")
     make = add("inspect", "what is found of a model, without its weights")
     make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
     make = add("abilities", "what a model can do: copying, names, brackets, facts …")
@@ -204,9 +204,9 @@ def recover(options: argparse.Namespace) -> None:
     n = 7 if options.n is None else options.n
     CRITERIA[criterion]
     BUDGETS["any" if options.budget is None else options.budget]
+    PROBES[COPYING if options.keep is None else options.keep]
     documents(options.corpus)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    PROBES[COPYING if options.keep is None else options.keep]
     check_source(options.model, options.dtype, device)
     layers: Any = read_layers(",".join(options.layers)) if options.layers else None
     expected = plan(
@@ -216,9 +216,9 @@ def recover(options: argparse.Namespace) -> None:
         criterion=criterion,
         operator=options.operator,
         budget=options.budget or "any",
+        keep=options.keep,
         windows=options.windows,
         length=options.length,
-        keep=options.keep,
         test_windows=options.test_windows,
         dtype=options.dtype,
         device=device,
@@ -343,6 +343,7 @@ def names(options: argparse.Namespace) -> None:
     from ghostlib.evaluation.abilities import PROBES
     from ghostlib.evaluation.tasks import EMBEDDED, PAPER_TASKS
     from ghostlib.operators.families import FAMILIES
+    from ghostlib.recovery.recipe import BUDGETS
     from ghostlib.selection.criteria import CRITERIA
     from ghostlib.text.corpora import CORPORA
 
@@ -350,6 +351,8 @@ def names(options: argparse.Namespace) -> None:
         print(f"operator   {family.name:<24} {family.searches}")
     for criterion in CRITERIA:
         print(f"criterion  {criterion}")
+    for budget, families in BUDGETS.items():
+        print(f"budget     {budget:<24} {', '.join(families)}")
     for corpus, source in CORPORA.items():
         print(f"corpus     {corpus:<24} {source.description}")
     for task in (*EMBEDDED, *PAPER_TASKS):

@@ -16,6 +16,7 @@ import ghostlib as gl
 from ghostlib import common
 from ghostlib.cli import main
 from ghostlib.experiments.tables import scores
+from ghostlib.recovery.recipe import BUDGETS
 from ghostlib.text import assets
 
 pytestmark = pytest.mark.thorough
@@ -118,7 +119,6 @@ def test_a_dry_run_says_what_it_takes_and_does_nothing(recover, tiny, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_fit_is_refused_with_both_numbers(recover, tmp_path, capsys, monkeypatch):
 def test_an_ability_to_keep_is_planned_and_checked_beforehand(recover, capsys):
     plans = []
     for keep in ([], ["--keep", "copying-16"]):
@@ -175,6 +175,7 @@ def test_perplexities_beyond_all_numbers_are_told_and_saved(tiny, tmp_path, caps
     assert "| dense | inf |" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_what_cannot_fit_is_refused_with_both_numbers(recover, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ghostlib.recovery.plan.available_bytes", lambda: 5_000_000)
     assert recover("--n", "2", "--dry-run") == 3
     error = capsys.readouterr().err
@@ -356,7 +357,8 @@ def test_fetch_names_the_files(capsys, monkeypatch, tmp_path):
 def test_names_lists_what_options_may_name(capsys):
     assert main(["names"]) == 0
     printed = capsys.readouterr().out
-    for name in (*gl.OPERATORS, *gl.CRITERIA, *gl.CORPORA, *gl.PROBES, "wiki-topic", "arc_easy"):
+    known = (*gl.OPERATORS, *gl.CRITERIA, *BUDGETS, *gl.CORPORA, *gl.PROBES)
+    for name in (*known, "wiki-topic", "arc_easy"):
         assert re.search(rf"^\w+ +{re.escape(name)}\b", printed, re.MULTILINE)
 
 

@@ -8,6 +8,8 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +53,8 @@ class Specification:
         tasks: zero-shot tasks that are scored: embedded, of lm-eval, or .jsonl files.
         probes: abilities that are scored, such as copying.
         probe_items: items of each probe at most.
-        bos: whether every window of a corpus begins with BOS; by default as the tokenizer does it,
-            False as published.
+        bos: whether every window of a corpus begins with BOS, yes or no; by default as the
+            tokenizer does it. Published protocols have none.
         limit: the first so many items of each task; by default all.
         batch_size: sequences in a forward pass of a task.
         seed: which windows are drawn.
@@ -303,24 +305,17 @@ def _layers(layers: Any) -> tuple[int, ...]:
     return whole
 
 
-def _criterion(name: str) -> str:
-    from ghostlib.selection.criteria import CRITERIA
-
-    CRITERIA[name]
+def _known(module: str, registry: str, name: str) -> str:
+    """``name``, if a registry has it; its module is imported when it is first asked."""
+    getattr(import_module(module), registry)[name]
     return name
-
-
-def _probe(name: str) -> str:
-    from ghostlib.evaluation.abilities import PROBES
-
-    return PROBES[name].name
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
     "n": whole_number,
     "layers": _layers,
-    "criteria": _criterion,
+    "criteria": partial(_known, "ghostlib.selection.criteria", "CRITERIA"),
     "operators": lambda name: canonical(str(name)),
-    "probes": _probe,
+    "probes": partial(_known, "ghostlib.evaluation.abilities", "PROBES"),
 }
 _LEAST = {"test_length": 2, "selection_length": 2, "seed": 0}
