@@ -6,10 +6,12 @@ answered at once.
 
 import argparse
 import json
+import math
 import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from inspect import getdoc
@@ -75,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     add("fetch", "fetch and check the embedded model and corpus")
-    add("names", "list operators, criteria, corpora and tasks by name")
+    add("names", "list operators, criteria, budgets, corpora, tasks and probes by name")
     make = add("inspect", "what is found of a model, without its weights")
     make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
     make = add("abilities", "what a model can do: copying, names, brackets, facts …")
@@ -172,7 +174,7 @@ def recover(options: argparse.Namespace) -> None:
     solver = _solver_options(options, auto)
     import torch
 
-    from ghostlib.evaluation.abilities import BRIEF
+    from ghostlib.evaluation.abilities import BRIEF, COPYING, PROBES, finite
     from ghostlib.evaluation.abilities import abilities as profile_model
     from ghostlib.evaluation.cost import count_parameters
     from ghostlib.evaluation.perplexity import gap_closed, perplexity
@@ -202,6 +204,7 @@ def recover(options: argparse.Namespace) -> None:
     n = 7 if options.n is None else options.n
     CRITERIA[criterion]
     BUDGETS["any" if options.budget is None else options.budget]
+    PROBES[COPYING if options.keep is None else options.keep]
     documents(options.corpus)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_source(options.model, options.dtype, device)
@@ -213,6 +216,7 @@ def recover(options: argparse.Namespace) -> None:
         criterion=criterion,
         operator=options.operator,
         budget=options.budget or "any",
+        keep=options.keep,
         windows=options.windows,
         length=options.length,
         test_windows=options.test_windows,
@@ -249,23 +253,30 @@ def recover(options: argparse.Namespace) -> None:
     else:
         recovered = recover_model(model, calib, layers, options.operator, fit=options.fit, **solver)
     steps.begin("scoring")
-    scored = {"dense": model, PRUNED: prune(model, layers), options.operator: recovered}
-    perplexities = {name: perplexity(variant, test) for name, variant in scored.items()}
+    perplexities = {"dense": math.nan, PRUNED: math.nan}
     asked: dict[str, Any] = {"probes": BRIEF, "seed": options.seed}
-    whole = profile_model(model, tokenizer, **asked)
+    whole = None
+    with suppress(ValueError):  # of a loss that is not finite: the repair is saved all the same
+        perplexities["dense"] = perplexity(model, test)
+        whole = profile_model(model, tokenizer, **asked)
+    with suppress(ValueError):
+        perplexities[PRUNED] = perplexity(prune(model, layers), test)
+    perplexities[options.operator] = perplexity(recovered, test)
     profile = profile_model(recovered, tokenizer, **asked, reference=whole)
     facts = {"base_model": base_name(options.model), "text": base_name(options.corpus), **drawn}
     facts |= {"windows": options.windows, "perplexity": perplexities, "abilities": profile}
     save(recovered, options.output, tokenizer, portable=options.portable, facts=facts)
-    dense, pruned, repaired = perplexities.values()
-    closed = gap_closed(dense, pruned, repaired) if pruned > dense else None
+    closed = None
+    with suppress(ValueError):
+        closed = gap_closed(*perplexities.values())
+    none_lost = "none of those probed" if whole else "not known, the dense model's are not finite"
     before, after = count_parameters(model), count_parameters(recovered)
     rows = [
         ("layers removed", f"{spell(layers)} ({len(layers)})"),
         ("parameters", f"{before / 1e6:,.1f} million, now {after / 1e6:,.1f} million"),
         *[(f"held-out perplexity, {name}", f"{value:.2f}") for name, value in perplexities.items()],
-        ("gap closed", "no gap" if closed is None else f"{closed:.0%}"),
-        ("abilities lost", "; ".join(profile.lost) or "none of those probed"),
+        ("gap closed", "no finite gap" if closed is None else f"{closed:.0%}"),
+        ("abilities lost", "; ".join(profile.lost) or none_lost),
         ("time", f"{steps.seconds:.0f} s"),
         ("peak memory", readable(peak_memory(device))),
         ("saved to", f"{one_line(options.output)}; its README.md says how to load it"),
@@ -275,7 +286,7 @@ def recover(options: argparse.Namespace) -> None:
     record = {
         "layers": list(layers),
         "parameters": {"dense": before, "recovered": after},
-        "perplexity": perplexities,
+        "perplexity": finite(perplexities),
         "gap_closed": closed,
         "abilities_lost": profile.lost,
         "seconds": steps.seconds,
@@ -332,6 +343,7 @@ def names(options: argparse.Namespace) -> None:
     from ghostlib.evaluation.abilities import PROBES
     from ghostlib.evaluation.tasks import EMBEDDED, PAPER_TASKS
     from ghostlib.operators.families import FAMILIES
+    from ghostlib.recovery.recipe import BUDGETS
     from ghostlib.selection.criteria import CRITERIA
     from ghostlib.text.corpora import CORPORA
 
@@ -339,6 +351,8 @@ def names(options: argparse.Namespace) -> None:
         print(f"operator   {family.name:<24} {family.searches}")
     for criterion in CRITERIA:
         print(f"criterion  {criterion}")
+    for budget, families in BUDGETS.items():
+        print(f"budget     {budget:<24} {', '.join(families)}")
     for corpus, source in CORPORA.items():
         print(f"corpus     {corpus:<24} {source.description}")
     for task in (*EMBEDDED, *PAPER_TASKS):

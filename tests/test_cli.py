@@ -16,6 +16,7 @@ import ghostlib as gl
 from ghostlib import common
 from ghostlib.cli import main
 from ghostlib.experiments.tables import scores
+from ghostlib.recovery.recipe import BUDGETS
 from ghostlib.text import assets
 
 pytestmark = pytest.mark.thorough
@@ -116,6 +117,62 @@ def test_a_dry_run_says_what_it_takes_and_does_nothing(recover, tiny, tmp_path, 
     printed = capsys.readouterr().out
     assert re.search(r"^to download +nothing$", printed, re.M) and "memory on cpu" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_an_ability_to_keep_is_planned_and_checked_beforehand(recover, capsys):
+    plans = []
+    for keep in ([], ["--keep", "copying-16"]):
+        assert recover("--n", "2", "--operator", "auto", *keep, "--dry-run", "--json") == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    first, second = (made["memory"]["calibration"] for made in plans)
+    assert first < second
+    assert recover("--n", "2", "--operator", "auto", "--keep", "copyin", "--dry-run") == 2
+    assert "unknown probe 'copyin'; did you mean 'copying'" in one_line(capsys)
+
+
+@pytest.mark.parametrize("failing", ["dense", "pruned"])
+def test_a_repair_is_saved_whatever_the_others_score(
+    recover, tmp_path, capsys, monkeypatch, failing
+):
+    from ghostlib.evaluation import perplexity as module
+
+    original, order = module.window_losses, iter(["dense", "pruned", "ghost"])
+
+    def broken(model, windows, **options):
+        if next(order) == failing:
+            raise ValueError("the loss of window 0 is nan")
+        return original(model, windows, **options)
+
+    monkeypatch.setattr(module, "window_losses", broken)
+    assert recover("--layers", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["perplexity"][failing] is None and found["perplexity"]["ghost"] > 1
+    assert found["gap_closed"] is None and (tmp_path / "out" / "README.md").exists()
+
+
+def test_a_repair_that_is_not_finite_is_not_saved(recover, tmp_path, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("the loss of window 0 is nan")
+
+    monkeypatch.setattr("ghostlib.evaluation.perplexity.window_losses", broken)
+    assert recover("--layers", "2") == 2
+    assert "the loss of window 0 is nan" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_perplexities_beyond_all_numbers_are_told_and_saved(tiny, tmp_path, capsys):
+    model = tiny_model("llama", vocab_size=len(TOKENIZER))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    model.save_pretrained(tmp_path / "loud")
+    TOKENIZER.save_pretrained(tmp_path / "loud")
+    options = ["--layers", "2", "--windows", "2", "--length", "32", "--test-windows", "1"]
+    options += ["--corpus", str(tiny / "text.txt")]
+    assert main(["recover", str(tmp_path / "loud"), str(tmp_path / "out"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^held-out perplexity, \w+ +inf$", printed, re.M)) == 3
+    assert re.search(r"^gap closed +no finite gap$", printed, re.M)
+    assert "| dense | inf |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_cannot_fit_is_refused_with_both_numbers(recover, tmp_path, capsys, monkeypatch):
@@ -300,7 +357,8 @@ def test_fetch_names_the_files(capsys, monkeypatch, tmp_path):
 def test_names_lists_what_options_may_name(capsys):
     assert main(["names"]) == 0
     printed = capsys.readouterr().out
-    for name in (*gl.OPERATORS, *gl.CRITERIA, *gl.CORPORA, *gl.PROBES, "wiki-topic", "arc_easy"):
+    known = (*gl.OPERATORS, *gl.CRITERIA, *BUDGETS, *gl.CORPORA, *gl.PROBES)
+    for name in (*known, "wiki-topic", "arc_easy"):
         assert re.search(rf"^\w+ +{re.escape(name)}\b", printed, re.MULTILINE)
 
 

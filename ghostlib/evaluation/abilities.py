@@ -5,12 +5,13 @@ model misses first. Every probe is one record in `PROBES`. Its items depend on t
 tokenizer alone, and all are scored from the logits at a few places of short rows of tokens.
 """
 
+import hashlib
 import json
 import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import Registry, checked, track
+from ghostlib.common import Registry, at_least, checked, track
 from ghostlib.evaluation.items import articles_with_topic
 from ghostlib.evaluation.perplexity import NOT_FINITE
 from ghostlib.models.architectures import check_model, head, text_config
@@ -142,7 +143,8 @@ def _bigrams(repeated: bool) -> Generator:
 
     def items(rng: random.Random, language: Language) -> Iterator[Item]:
         language.encode("")  # refuses to do without a tokenizer
-        drawn: dict[str, Any] = {"split": "test", "seed": rng.randrange(2**31)}
+        # without BOS, which is put before every item
+        drawn: dict[str, Any] = {"split": "test", "seed": rng.randrange(2**31), "bos": False}
         for window in token_windows("wiki", language.tokenizer, length=256, count=8, **drawn):
             ids, seen, places = window.tolist(), set(), []
             for place, pair in enumerate(pairwise(ids)):
@@ -304,9 +306,10 @@ class ProbeSet:
         batches: (rows, length) token ids each, padded on the right, where causal attention does not
             look.
         left_out: the probes that cannot be asked, and why.
+        digests: of the items of each probe, equal for the same ones.
 
     Raises:
-        ValueError: an unknown probe, or with ``strict`` one that cannot be asked.
+        ValueError: an unknown probe, a count below 1, or with ``strict`` one that cannot be asked.
     """
 
     def __init__(
@@ -319,8 +322,10 @@ class ProbeSet:
         count: int | None = None,
         strict: bool = False,
     ) -> None:
+        at_least(1, count=count)
         self.seed = seed
         self.left_out: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         self.vocabulary = text_config(model).vocab_size
         drawn: Sequence[int] = range(self.vocabulary)
         first = None if tokenizer is None else bos_token(tokenizer)
@@ -350,6 +355,7 @@ class ProbeSet:
                 self.left_out[probe.name] = str(reason)
             else:
                 self._items += [(probe.name, item) for item in items]
+                self.digests[probe.name] = hashlib.sha256(repr(items).encode()).hexdigest()[:12]
         self.batches, self._marks = _laid_out([item for _, item in self._items])
 
     def values(self, model: PreTrainedModel, hidden: Iterable[Tensor]) -> dict[str, np.ndarray]:
@@ -513,11 +519,13 @@ class Profile:
         abilities: by name of the probe.
         left_out: probes that could not be asked, and why.
         seed: of the items.
+        digests: of the items of each probe, as in `ProbeSet`.
     """
 
     abilities: Mapping[str, Ability]
     left_out: Mapping[str, str]
     seed: int
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -537,8 +545,9 @@ class Profile:
 
     def to_json(self) -> str:
         """The profile as JSON, items included; what is not finite becomes null."""
-        plain = {name: _finite(asdict(ability)) for name, ability in self.abilities.items()}
+        plain = {name: finite(asdict(ability)) for name, ability in self.abilities.items()}
         content = {"seed": self.seed, "left_out": dict(self.left_out), "abilities": plain}
+        content["digests"] = dict(self.digests)
         return json.dumps(content, ensure_ascii=False, allow_nan=False)
 
     def _repr_html_(self) -> str:
@@ -551,7 +560,7 @@ class Profile:
         return "\n".join(lines)
 
 
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
     """``record`` with None in place of numbers that JSON does not have."""
     odd = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
     return {**record, **dict.fromkeys(odd)}
@@ -601,12 +610,13 @@ def _profile(
         if reference is not None:
             known = reference.abilities.get(name)
             sizes = None if known is None else len(known.values)
-            if reference.seed != asked.seed or sizes != len(values):
+            same = reference.digests.get(name, asked.digests[name]) == asked.digests[name]
+            if reference.seed != asked.seed or sizes != len(values) or not same:
                 raise ValueError(
                     f"the reference has other items of {name!r} (seed {reference.seed}, "
                     f"{sizes or 0} items) than seed {asked.seed}, {len(values)} items: profile the "
-                    "dense model with the same arguments"
+                    "dense model with the same arguments and tokenizer"
                 )
         chance = PROBES[name].chance(asked.vocabulary)
         scored[name] = Ability.of(PROBES[name], values, chance, known)
-    return Profile(scored, asked.left_out, asked.seed)
+    return Profile(scored, asked.left_out, asked.seed, asked.digests)

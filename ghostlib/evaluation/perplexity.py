@@ -87,11 +87,11 @@ def token_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
 
 @checked
 def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) -> float:
-    """``exp`` of the mean negative log-likelihood over all windows.
+    """``exp`` of the mean negative log-likelihood over all windows; infinite beyond e^709.
 
     Arguments and errors are those of `window_losses`.
     """
-    return math.exp(float(window_losses(model, windows, batch_size=batch_size).mean()))
+    return float(window_losses(model, windows, batch_size=batch_size).mean().exp())
 
 
 @checked
@@ -138,7 +138,7 @@ class Perplexity:
     Attributes:
         corpus: the text; of a local file its name without folders.
         split: of the corpus.
-        perplexity: ``exp(nll)``.
+        perplexity: ``exp(nll)``; infinite beyond e^709.
         nll: mean negative log-likelihood of a scored token, in nats.
         nll_se: its standard error over windows; None for a single window.
         bits_per_byte: bits spent on the scored tokens, by the UTF-8 bytes these cover; None where
@@ -190,7 +190,7 @@ class ScoredText:
         return Perplexity(
             corpus=self.corpus,
             split=self.split,
-            perplexity=math.exp(nll),
+            perplexity=float(losses.mean().exp()),
             nll=nll,
             nll_se=float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else None,
             bits_per_byte=nll * tokens / math.log(2) / self.bytes if self.bytes else None,

@@ -1,7 +1,8 @@
 """Results: an append-only file of JSON lines, one for each finished cell, that any run can resume.
 
 A line of kind ``"specification"`` says what decides the numbers, one of kind ``"environment"`` what
-they were computed with; the other lines name both by their ids. So files of several runs, shards or
+they were computed with; the other lines name both by their ids, and those of kind ``"file"`` have
+digests of the local files that were read. So files of several runs, shards or
 seeds are joined by ``cat``, and `read_results` takes their union.
 """
 
@@ -11,7 +12,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ Record = dict[str, Any]
 _NAMED_BY = {
     "specification": ("id",),
     "environment": ("id",),
+    "file": ("specification", "field", "name", "digest"),
     "selection": ("specification", "criterion", "n"),
     "choice": ("specification", "layers", "recipe"),
     "score": ("specification", "layers", "operator", "measure", "dataset"),
@@ -89,13 +91,29 @@ class Results:
                 + "; name another file"
             )
 
-    def begin(self, specification: Mapping[str, Any]) -> None:
-        """As `expect`; what is appended from now on is of this specification and environment."""
+    def begin(
+        self, specification: Mapping[str, Any], files: Iterable[Mapping[str, str]] = ()
+    ) -> None:
+        """As `expect`; what is appended from now on is of this specification and environment.
+
+        Args:
+            files: what `Specification.files` says of local files; one whose digest is another in
+                the records of this specification is refused.
+        """
         self.expect(specification)
         self._header = []
         for kind, content in (("specification", specification), ("environment", environment())):
             digest = hashlib.sha256(_json(dict(sorted(content.items()))).encode()).hexdigest()
             self._header.append({"kind": kind, "id": digest[:12], **_plain(content)})
+        for file in files:
+            record = {"kind": "file", "specification": self._header[0]["id"], **file}
+            known = [each for each in self.of("file") if _name(each)[:-1] == _name(record)[:-1]]
+            if known not in ([], [record]):
+                raise ValueError(
+                    f"{self.path} has results of another {file['field']} file {file['name']!r}: "
+                    "give the one they were made with, or name another output"
+                )
+            self._header.append(record)
         if self.records:
             self._put(self._header[0])  # where its line was damaged
 
@@ -106,7 +124,7 @@ class Results:
             ValueError: a number that is not finite, or anything else that JSON cannot hold.
             OSError: the file cannot be written, as on a full disk; it stays as it was.
         """
-        ids = {header["kind"]: header["id"] for header in self._header}
+        ids = {header["kind"]: header["id"] for header in self._header[:2]}
         self._put(_plain({"kind": kind, **ids, **content}))
 
     def _put(self, record: Record) -> None:

@@ -78,13 +78,14 @@ def run_experiment(
     Args:
         output: a results file, made or resumed; several processes may append to one file.
         model: the dense model that ``specification.load()`` gives, where it is at hand.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; given with the model, or not at all.
         shard: ``"3/8"`` computes the third eighth of the cells, which their content decides, alike
             in every process; the files of all shards are joined by ``cat``.
 
     Raises:
-        ValueError: a file of another specification (the message names the difference), layers that
-            the model does not have, a shard that is none, and what the steps refuse.
+        ValueError: a file of another specification (the message names the difference), or of other
+            text in a local file of that name, a model without its tokenizer, layers that the model
+            does not have, a shard that is none, and what the steps refuse.
         OSError: the file cannot be written.
         ConnectionError: a hub corpus or task that cannot be reached.
 
@@ -94,13 +95,17 @@ def run_experiment(
     part = read_shard(shard)
     if model is not None:
         check_model(model)
+    if (model is None) != (tokenizer is None):
+        raise ValueError(
+            "give model and tokenizer together, or neither to load the specification's"
+        )
     results = Results(output)
     try:
         results.expect(specification.identity())
         check_tasks(specification.tasks)  # not after hours
         if model is None or tokenizer is None:
             model, tokenizer = specification.load()
-        results.begin(specification.identity(model))
+        results.begin(specification.identity(model), specification.files())
         _Run(specification, results, model, tokenizer).run(*part)
     finally:
         results.close()

@@ -4,8 +4,12 @@ Neither torch nor transformers is imported here: the command line, whose options
 fields, answers at once.
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +53,8 @@ class Specification:
         tasks: zero-shot tasks that are scored: embedded, of lm-eval, or .jsonl files.
         probes: abilities that are scored, such as copying.
         probe_items: items of each probe at most.
-        bos: whether every window of a corpus begins with BOS; by default as the tokenizer does it,
-            False as published.
+        bos: whether every window of a corpus begins with BOS, yes or no; by default as the
+            tokenizer does it. Published protocols have none.
         limit: the first so many items of each task; by default all.
         batch_size: sequences in a forward pass of a task.
         seed: which windows are drawn.
@@ -128,8 +132,11 @@ class Specification:
             raise ValueError(f"windows = {self.windows}: the recipe needs at least 2 in all")
 
     def _set(self, name: str, values: Sequence[Any]) -> None:
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise ValueError(f"{name} has {twice[0]!r} twice: name each once")
+        known = [base_name(value) if isinstance(value, str) else value for value in values]
+        if twice := [value for value in known if known.count(value) > 1]:
+            raise ValueError(
+                f"{name} has {twice[0]!r} twice: name each once, and files by different last names"
+            )
         object.__setattr__(self, name, tuple(values))
 
     def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -162,6 +169,21 @@ class Specification:
             dtype = str(model.dtype).removeprefix("torch.")
             known |= {"fingerprint": fingerprint(model), "dtype": dtype}
         return known
+
+    def files(self) -> list[dict[str, str]]:
+        """The local files that are read, by their last names, and digests of what they hold."""
+        from ghostlib.text.corpora import CORPORA
+        from ghostlib.text.documents import text_files
+
+        read = [("calibration", name) for name in self.calibration if name not in CORPORA]
+        read += [("perplexity", name) for name in self.perplexity if name not in CORPORA]
+        read += [("tasks", name) for name in self.tasks if name.endswith(".jsonl")]
+        found = []
+        for field, name in read:
+            if parts := text_files(Path(name).expanduser()):
+                digest = hashlib.sha256(b"".join(map(_digest, parts))).hexdigest()[:12]
+                found.append({"field": field, "name": base_name(name), "digest": digest})
+        return found
 
     def draw_calibration(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """(corpora x windows, length) token ids, corpus after corpus."""
@@ -199,7 +221,12 @@ class Specification:
 
 def base_name(name: str) -> str:
     """A local path by its last part, any other name as it is."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    return Path(name).name if os.path.exists(os.path.expanduser(name)) else name
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def whole_number(value: Any, name: str = "n", least: int = 1) -> int:
@@ -278,24 +305,17 @@ def _layers(layers: Any) -> tuple[int, ...]:
     return whole
 
 
-def _criterion(name: str) -> str:
-    from ghostlib.selection.criteria import CRITERIA
-
-    CRITERIA[name]
+def _known(module: str, registry: str, name: str) -> str:
+    """``name``, if a registry has it; its module is imported when it is first asked."""
+    getattr(import_module(module), registry)[name]
     return name
-
-
-def _probe(name: str) -> str:
-    from ghostlib.evaluation.abilities import PROBES
-
-    return PROBES[name].name
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
     "n": whole_number,
     "layers": _layers,
-    "criteria": _criterion,
+    "criteria": partial(_known, "ghostlib.selection.criteria", "CRITERIA"),
     "operators": lambda name: canonical(str(name)),
-    "probes": _probe,
+    "probes": partial(_known, "ghostlib.evaluation.abilities", "PROBES"),
 }
 _LEAST = {"test_length": 2, "selection_length": 2, "seed": 0}

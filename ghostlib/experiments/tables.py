@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from ghostlib.experiments.results import Record, Results
 from ghostlib.models.boundaries import read_layers
 
 PERPLEXITY, ACCURACY, ABILITY, MEAN = "perplexity", "accuracy", "ability", "mean"
-_MODEL = {"model": str, "seed": "int64", "layers": str, "n": "int64"}
+_MODEL = {"specification": str, "model": str, "seed": "int64", "layers": str, "n": "int64"}
 _SCORE = {
     **_MODEL,
     **dict.fromkeys(("operator", "measure", "dataset"), str),
@@ -38,19 +39,21 @@ def scores(results: Results, *, normed: bool = False) -> pd.DataFrame:
         normed: ``acc_norm`` of tasks that have it.
 
     Returns:
-        A row for each model (``model, seed, layers, n, operator``), ``measure`` (``"perplexity"``,
-        ``"accuracy"``, ``"ability"``) and ``dataset``: a corpus, a task, a member of a group of
-        tasks, or a probe.
-        ``layers`` are those removed, as `ghostlib.models.boundaries.spell` writes them, and ``n``
-        is their number. ``value, low, high``: the score and its 95 % interval; ``bits_per_byte``;
-        ``size``: predicted tokens, or items; ``dense``: the dense model's score; ``relative``: the
-        ratio of perplexities to it or the difference of other scores, with ``relative_low,
-        relative_high``; ``evidence``: the losses of the windows, a `Score`, or those of the items.
+        A row for each model (``specification, model, seed, layers, n, operator``), ``measure``
+        (``"perplexity"``, ``"accuracy"``, ``"ability"``) and ``dataset``: a corpus, a task, a
+        member of a group of tasks, or a probe. ``specification`` is its id, which tells apart the
+        parts of a joined file; ``layers`` are those removed, as `ghostlib.models.boundaries.spell`
+        writes them, and ``n`` is their number. ``value, low, high``: the score and its 95 %
+        interval; ``bits_per_byte``; ``size``: predicted tokens, or items; ``dense``: the dense
+        model's score; ``relative``: the ratio of perplexities to it or the difference of other
+        scores, with ``relative_low, relative_high``; ``evidence``: the losses of the windows, a
+        `Score`, or those of the items.
     """
     records = [part for record in results.of("score") for part in _parts(record, normed)]
-    dense = {(r["specification"], r["dataset"]): r for r in records if r["operator"] == DENSE}
+    on = itemgetter("specification", "measure", "dataset")
+    dense = {on(record): record for record in records if record["operator"] == DENSE}
     for record in records:
-        if reference := dense.get((record["specification"], record["dataset"])):
+        if reference := dense.get(on(record)):
             record["dense"], pair = reference["value"], (record["evidence"], reference["evidence"])
             if record["measure"] == ACCURACY:
                 by = paired(*pair, normed=record["normed"])
@@ -85,7 +88,7 @@ def _parts(record: Record, normed: bool) -> list[Record]:
 
 
 def selections(results: Results) -> pd.DataFrame:
-    """What each criterion removes: a row for each, ``model, seed, layers, n, criterion``.
+    """What each criterion removes: ``specification, model, seed, layers, n, criterion`` a row.
 
     ``selections(results).merge(scores(results))`` is the grid of criteria and operators.
     """
@@ -93,9 +96,9 @@ def selections(results: Results) -> pd.DataFrame:
 
 
 def choices(results: Results) -> pd.DataFrame:
-    """What the recipe chose: a row for each set of layers and budget, ``model, seed, layers, n,
-    recipe, operator``, and ``losses``, those of all candidates, in nats per calibration token that
-    was held out."""
+    """What the recipe chose: a row for each set of layers and budget, ``specification, model, seed,
+    layers, n, recipe, operator``, and ``losses``, those of all candidates, in nats per calibration
+    token that was held out."""
     columns = {**_MODEL, "recipe": str, "operator": str, "losses": object}
     return _frame(results, results.of("choice"), columns)
 
@@ -142,7 +145,8 @@ def ratio(first: pd.DataFrame, second: pd.DataFrame) -> Ratio:
         second: the same of another model.
 
     Raises:
-        ValueError: seeds and corpora that differ, or several models in one of the two.
+        ValueError: seeds, corpora or windows that differ, several models in one of the two, or
+            corpora that do not weigh the same in windows, where these decide the interval.
 
     >>> rows = pd.DataFrame({"seed": 0, "dataset": "wiki", "evidence": [[2.0, 3.0]]})
     >>> other = rows.assign(evidence=[[2.1, 3.3]])
@@ -151,12 +155,17 @@ def ratio(first: pd.DataFrame, second: pd.DataFrame) -> Ratio:
     """
     keys = ["seed", "dataset"]
     evidence = [rows.set_index(keys)["evidence"].sort_index() for rows in (first, second)]
-    if not all(one.index.is_unique for one in evidence) or set(evidence[0].index) != set(
-        evidence[1].index
-    ):
-        raise ValueError("give one model each, on the same seeds and corpora")
+    counts, others = (one.map(len) for one in evidence)
+    if not counts.index.is_unique or not counts.equals(others):
+        raise ValueError("give one model each, on the same seeds and corpora, by the same windows")
     gaps = evidence[0].combine(evidence[1], np.subtract)
     by_seed = gaps.map(np.mean).groupby("seed").mean()
+    shares = counts * counts.groupby("seed").transform("size")  # those of windows, inverted
+    if len(by_seed) < 3 and shares.nunique() > 1:
+        raise ValueError(
+            f"corpora of {sorted(counts)} windows: the interval would weigh windows and the "
+            "estimate corpora; compare each corpus alone, or give three seeds"
+        )
     windows = np.concatenate(gaps.tolist())
     _, low, high = mean_interval(by_seed.to_numpy() if len(by_seed) > 2 else windows)
     return Ratio(float(np.exp(by_seed.mean())), low, high, len(by_seed), len(windows))
@@ -222,7 +231,8 @@ def pooled(rows: pd.DataFrame, operator: str) -> Score:
 def wide(rows: pd.DataFrame, form: Callable[[Any], str]) -> pd.DataFrame:
     """A line for each n and operator, a column for each corpus or task, both in order of ``rows``.
 
-    Lines name the model, the seed, the criterion and the layers as well where these differ.
+    Lines name the model, the seed, the criterion, the layers and the specification as well where
+    these differ.
 
     Args:
         rows: `scores` of one measure, also merged with `selections`.
@@ -233,6 +243,8 @@ def wide(rows: pd.DataFrame, form: Callable[[Any], str]) -> pd.DataFrame:
     lines += ["n", "operator"]
     if rows.duplicated([*lines, "dataset"]).any():
         lines.insert(-2, "layers")
+    if "specification" in rows and rows.duplicated([*lines, "dataset"]).any():
+        lines.insert(-2, "specification")
     texts = rows.assign(text=[form(row) for row in rows.itertuples()])
     if "criterion" in lines:
         texts["criterion"] = texts["criterion"].fillna("")  # the dense model's

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from ghostlib.evaluation.abilities import t_interval
+from ghostlib.evaluation.abilities import NOTHING, t_interval
 from ghostlib.operators.families import FAMILIES, Shape
 from ghostlib.plotting.style import (
     LOOKS,
@@ -83,7 +83,7 @@ def perplexity_bars(
     shown = {name: name for name in (*table, *table["dense"])} | dict(names or {})
     corpora = list(table["dense"])
     models = [name for name in table if name != "dense"]
-    width = 0.8 / len(models)
+    width = 0.8 / max(len(models), 1)
     handles: dict[str, Any] = {}
     for group, corpus in enumerate(corpora):
         floor = table["dense"][corpus]
@@ -245,7 +245,7 @@ def abilities(
     """
     ax = ax or plt.gca()
     first = next(iter(tables.values()))
-    probes = [name for name in first.index if first.loc[name, "verdict"] != "decides nothing"]
+    probes = [name for name in first.index if first.loc[name, "verdict"] != NOTHING]
     texts = []
     for place, (model, table) in enumerate(tables.items()):
         rows = table.loc[probes]

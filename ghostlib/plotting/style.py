@@ -134,12 +134,12 @@ def use_style() -> None:
 def short(value: float) -> str:
     """Three significant digits, trailing zeros kept; from a million on with an exponent.
 
-    >>> [short(value) for value in (0.5, 12, 33.04, 2248, 2.34e9)]
-    ['0.500', '12.0', '33.0', '2,248', '2.3e+09']
+    >>> [short(value) for value in (0.5, 12, 33.04, 999.6, 2248, 2.34e9)]
+    ['0.500', '12.0', '33.0', '1,000', '2,248', '2.3e+09']
     """
     if value >= 1e6:
         return f"{value:.1e}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")
 
 
 def plain_numbers(axis: Axis) -> None:
@@ -295,9 +295,12 @@ def save(drawn: Axes | FigureBase, name: str | Path) -> tuple[Path, Path]:
         target = path.with_name(f"{path.name}.{ending}")
         partial = target.with_name(f".{target.name}.partial")
         metadata = {"Description": alt_text(figure), dated: None}
-        with plt.rc_context({"svg.hashsalt": path.name}):  # the same file for the same figure
-            figure.savefig(partial, format=ending, dpi=200, metadata=metadata)
-        os.replace(partial, target)
+        try:
+            with plt.rc_context({"svg.hashsalt": path.name}):  # the same file for the same figure
+                figure.savefig(partial, format=ending, dpi=200, metadata=metadata)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
         written.append(target)
     return written[0], written[1]
 

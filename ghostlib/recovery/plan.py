@@ -25,7 +25,7 @@ from ghostlib.models.architectures import hidden_size, num_layers, text_config, 
 from ghostlib.models.boundaries import Boundary, contiguous, runs
 from ghostlib.models.loading import EMBEDDED, check_reachable
 from ghostlib.operators.families import Family
-from ghostlib.recovery.recipe import BUDGETS, SHORTLIST
+from ghostlib.recovery.recipe import BUDGETS, TRIES, shortlisted
 from ghostlib.selection.criteria import CRITERIA, needed
 from ghostlib.statistics.calibration import available_bytes, calibration_bytes, readable
 from ghostlib.text.assets import MODEL, cache_dir
@@ -114,6 +114,7 @@ def plan(
     criterion: str = "cosine",
     operator: str = "ghost",
     budget: str = "any",
+    keep: str | None = None,
     windows: int = 16,
     length: int = 2048,
     test_windows: int = 8,
@@ -138,14 +139,15 @@ def plan(
     chosen = list(layers or range(n))
     names = BUDGETS[budget] if operator == AUTO else (operator,)
     regressors = [Family.of(family).regressor for family in names]
-    choices = len(SHORTLIST) if operator == AUTO else 1
+    rules = shortlisted(keep) if operator == AUTO else (criterion,)
+    rules = () if layers else rules
+    choices = len(rules) or 1
     gaps = runs(chosen, total) if layers else contiguous(n, total)[:choices]
-    rule = CRITERIA[criterion]
-    searched: list[Boundary] = []  # what the choice of layers compares
-    if not layers:
-        rules = SHORTLIST if operator == AUTO else (criterion,)
-        searched = sorted({gap for name in rules for gap in needed(name, len(chosen), total)})
-    with_moments = operator == AUTO or "moments" in rule.needs
+    # what the choice of layers compares, and how many sets of layers it scores
+    searched: list[Boundary] = sorted({gap for name in rules for gap in needed(name, n, total)})
+    greedy = sum(CRITERIA[name].search == "greedy" for name in rules)
+    scores = greedy * (total + (n - 1) * (TRIES if operator == AUTO else total))
+    with_moments = operator == AUTO or "moments" in CRITERIA[criterion].needs
     held = calibration_bytes(C, gaps, length=length, hidden=width, regressors=regressors).total
     if searched:
         search = calibration_bytes(C, searched, length=length, moments=with_moments)
@@ -165,13 +167,12 @@ def plan(
     products = max(sum(r.widths(C, width)) for r in regressors)
     accumulated = 2 * length * products * (products + C) * len(gaps)
     fast, double = _rate(C, width, model.dtype, device), _rate(C, C, torch.float64, device)
-    searching = rule.search == "greedy" and "windows" in rule.needs
-    passes = 0 if layers else 1 + searching * len(chosen) * total
     trials = choices * len(names) if operator == AUTO else 0
     moments = 4 * length * C * C * len(searched) * with_moments
     solving = _SOLVE * len(gaps) * sum(sum(r.widths(C, width)) ** 3 for r in regressors)
     seconds = {
-        "choosing layers": windows * (passes * forward / fast + moments / double),
+        "choosing layers": windows * (bool(rules) * forward / fast + moments / double)
+        + scores * (scored / fast + with_moments * _SOLVE * C**3 / double),
         "calibrating": windows * (forward / fast + accumulated / double)
         + trials * scored / fast
         + solving / double,

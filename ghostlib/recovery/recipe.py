@@ -58,8 +58,9 @@ TOO_FEW = "the recipe fits some windows and judges by others: give at least 2"
 HELD_OUT = 4096
 """Tokens kept out of the fit, or one window where that is longer."""
 
-# Of these, tokens that a search for layers scores; and the layers it tries after its first step.
-_SEARCHED, _TRIES = 1024, 9
+TRIES = 9
+"""Layers that a search for layers tries after its first step."""
+_SEARCHED = 1024  # tokens held out that it scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,12 +199,12 @@ class Recipe:
     @checked
     def shortlist(self, n: int) -> list[Layers]:
         """What each of `SHORTLIST` would remove, from one pass over the fitted windows."""
-        criteria = SHORTLIST if self.keep is None else (*SHORTLIST, "abilities")
+        criteria = shortlisted(self.keep)
         wanted = {gap for name in criteria for gap in needed(name, n, self.total)}
         known = calibrate(self.model, self.fitted, sorted(wanted), batch_size=self.batch_size)
         search: dict[str, Any] = {"windows": self.judges[:1, :_SEARCHED]}
         if self.keep is not None:
-            search |= {"keep": self.keep, "weight": self.weight, "tries": _TRIES}
+            search |= {"keep": self.keep, "weight": self.weight, "tries": TRIES}
         chosen = [select_layers(self.model, known, n, name, **search) for name in criteria]
         return list(dict.fromkeys(map(tuple, chosen)))
 
@@ -352,6 +353,11 @@ def _admissible(key: tuple[Layers, str], by_window: Mapping[tuple[Layers, str], 
     layers, repair = key
     safe = [loss for (ls, name), loss in by_window.items() if ls == layers and name in _SAFE]
     return repair in _SAFE or bool((by_window[key] <= torch.stack(safe).amin(0) + _MARGIN).all())
+
+
+def shortlisted(keep: str | None) -> tuple[str, ...]:
+    """`SHORTLIST`, with a search by the ability to ``keep``, if there is one."""
+    return SHORTLIST if keep is None else (*SHORTLIST, "abilities")
 
 
 def spelt_ridge(ridge: Ridge) -> str:

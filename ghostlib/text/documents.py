@@ -126,13 +126,18 @@ def local_corpus(path: Path) -> Corpus:
         ValueError: no file that can be read. Reading raises it for a file that is not what its
             suffix says, and for one without the text column.
     """
-    found = path.rglob("*") if path.is_dir() else [path]
-    files = sorted(file for file in found if file.suffix.lower() in _READERS and file.is_file())
+    files = text_files(path)
     if not files:
         raise ValueError(f"{one_line(path)} is no {_KNOWN} file, nor a folder that holds one")
     one_text = files == [path] and _READERS[path.suffix.lower()] is _running_text
     read = partial(_part, path) if one_text else partial(_documents, files)
     return Corpus(f"local file {path.name}", "its owner's", read, by_key=not one_text)
+
+
+def text_files(path: Path) -> list[Path]:
+    """The file, or those in the folder, that can be read; none where nothing is there."""
+    found = path.rglob("*") if path.is_dir() else [path]
+    return sorted(file for file in found if file.suffix.lower() in _READERS and file.is_file())
 
 
 def _documents(files: list[Path], split: str, column: str) -> Iterator[Document]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ghostlib.common import track
+from ghostlib.common import checked, track
 from ghostlib.models.architectures import num_layers
 from ghostlib.models.boundaries import Boundary, check_boundary
 from ghostlib.models.layers import listen
@@ -69,6 +69,7 @@ def mlp_activations(
     return MlpActivations(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+@checked
 def fit_cosine(
     activations: MlpActivations,
     *,

@@ -74,7 +74,8 @@ def main_table(
     name = name if name in set(published()["model"]) else _DEFAULT
     rows = rows[(rows["model"] == name) & rows["section"].isin(["Table 2", "Table 3"])]
     criterion = criterion if criterion in set(rows["criterion"]) else "cosine"
+    rows = rows[rows["criterion"].isin([criterion, "-"])]
     depth = removed if removed in set(rows["removed"]) - {0} else 7
-    rows = rows[rows["criterion"].isin([criterion, "-"]) & rows["removed"].isin([0, depth])]
+    rows = rows[rows["removed"].isin([0, depth])]
     values = {str(k): float(v) for k, v in rows.set_index("operator")["value"].items()}
     return values, f"{name}, {depth} of 32, {criterion}"

@@ -924,8 +924,8 @@ ROWS = [
             *bad("output|path", None, 3, ["a"]),
             Bad("/", "cannot be written", PermissionError),
         ],
-        model=bad("model", 3, "smollm2"),
-        tokenizer=bad("tokenizer", 3, "smollm2"),
+        model=[*bad("model", 3, "smollm2"), Bad(SPEAKER, "together")],
+        tokenizer=[*bad("tokenizer", 3, "smollm2"), Bad(TOKENIZER, "together")],
         shard=bad("shard", "3/2", "0/2", "x", "", None, 3, "1/2/3"),
     ),
     row(

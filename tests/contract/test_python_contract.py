@@ -36,6 +36,7 @@ ASIDE = {
     "Moments.tensors": "no input",
     "Moments.counts": "no input",
     "Moments.replaced": "for copies, behind load and +",
+    "Specification.files": "no input",
     "Results.of": "a query: of what is not there, there is nothing",
     "Results.get": "likewise",
     "Results.expect": "behind run_experiment, see tests/experiments/test_results.py",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,6 +177,28 @@ def test_a_lost_ability_says_so_in_one_line(model):
     assert profile.lost == ["lost copying: 2.60 -> 11.9 nats per token"]
 
 
+def test_a_reference_is_of_the_same_items(model):
+    asked = {"probes": ["copying-16"]}
+    dense = gl.abilities(model, None, **asked)  # as many items, of other tokens
+    with pytest.raises(ValueError, match=r"items of 'copying-16' .* arguments and tokenizer"):
+        gl.abilities(model, TOKENIZER, **asked, reference=dense)
+    assert json.loads(dense.to_json())["digests"] == dense.digests != {}
+    every = gl.abilities(model, TOKENIZER, probes=SHORT)
+    assert gl.abilities(model, TOKENIZER, **asked, reference=every).abilities["copying-16"].dense
+    before = replace(every, digests={})  # a profile from before there were digests
+    assert gl.abilities(model, TOKENIZER, **asked, reference=before).abilities["copying-16"].dense
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_running_text_begins_with_one_bos_at_most(model, bos):
+    tokenizer = tiny_tokenizer(bos=bos)
+    asked = ProbeSet(model, tokenizer, ["repeated-bigrams", "new-bigrams"], count=2)
+    for _, item in asked._items:
+        assert list(item.ids).count(tokenizer.bos_token_id) == bos
+        assert len(item.ids) == 256 + bos
+        assert [item.ids[place + 1] for place in item.places] == list(item.right)
+
+
 # ---------------------------------------------------------------- what cannot be asked
 
 
@@ -230,6 +253,8 @@ def test_bad_input_is_refused(model):
             gl.abilities(model, TOKENIZER, probes=probes, reference=dense)
     with pytest.raises(ValueError, match="probe 'names' cannot be asked: it needs a tokenizer"):
         ProbeSet(model, None, ["names"], strict=True)
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        ProbeSet(model, TOKENIZER, ["names"], count=0)
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = math.nan
     with pytest.raises(ValueError, match="probe 'copying-16' scores nan; a weight"):

@@ -7,6 +7,7 @@ import torch
 from conftest import VOCABULARY, tiny_model, tiny_windows
 
 import ghostlib as gl
+from ghostlib.evaluation.perplexity import ScoredText
 
 
 def test_losses_equal_the_models_own(any_tiny):
@@ -44,6 +45,16 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity():
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert gl.perplexity(model, tiny_windows()) == pytest.approx(VOCABULARY, rel=1e-6)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    model, ids = tiny_model("llama"), tiny_windows()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    losses = gl.window_losses(model, ids)
+    assert losses.mean() > 710 and gl.perplexity(model, ids) == math.inf
+    text = ScoredText("text", "test", ids, None, None, [])
+    assert text.perplexity(losses).perplexity == math.inf
 
 
 def test_gap_closed():

@@ -279,6 +279,32 @@ def test_files_of_several_specifications_are_joined(tmp_path: Path) -> None:
         opened(joined, seed=3)
 
 
+def test_a_file_that_changed_is_refused_by_its_name(tmp_path: Path) -> None:
+    def begun(name: str, digest: str) -> Results:
+        results = Results(tmp_path / name)
+        results.begin(SPECIFICATION, [{"field": "perplexity", "name": "x.jsonl", "digest": digest}])
+        return results
+
+    put(opened(tmp_path / "a.jsonl"), 1)  # as before there were such records
+    for cell in (2, 3):
+        put(begun("a.jsonl", "one"), cell)
+    put(begun("b.jsonl", "one"), 4)
+    put(begun("c.jsonl", "two"), 5)
+    before = (tmp_path / "a.jsonl").read_text()
+    assert before.count('"kind":"file"') == 1
+    with pytest.raises(
+        ValueError, match=r"results of another perplexity file 'x\.jsonl': give the"
+    ):
+        begun("a.jsonl", "two")
+    assert (tmp_path / "a.jsonl").read_text() == before
+    (tmp_path / "a.jsonl").write_text(before + (tmp_path / "b.jsonl").read_text())
+    assert cells(begun("a.jsonl", "one")).keys() == {"1", "2", "3", "4"}
+    (tmp_path / "b.jsonl").write_text(before + (tmp_path / "c.jsonl").read_text())
+    for digest in ("one", "two"):  # parts of different text
+        with pytest.raises(ValueError, match="results of another perplexity file"):
+            begun("b.jsonl", digest)
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", '{"format": "another"}', "notes\n"])
 def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.txt"

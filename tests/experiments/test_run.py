@@ -373,6 +373,30 @@ def test_another_specification_is_refused_before_and_after_the_model_is_loaded(
     assert [p.name for p in done.path.parent.iterdir()] == ["whole.jsonl"]
 
 
+def test_other_text_in_a_file_of_the_same_name_is_refused(folder, tmp_path):
+    text, path = tmp_path / "one.txt", tmp_path / "a.jsonl"
+    text.write_text((folder / "one.txt").read_text())
+    for field in ("calibration", "perplexity"):
+        plan = specification(folder, layers="2", operators="pruned", **{field: str(text)})
+        run_experiment(plan, path)
+        before = path.read_bytes()
+        assert run_experiment(plan, path).path.read_bytes() == before
+        text.write_text((folder / "two.txt").read_text())
+        with pytest.raises(ValueError, match=f"another {field} file 'one.txt': give the one they"):
+            run_experiment(plan, path)
+        assert path.read_bytes() == before
+        text.write_text((folder / "one.txt").read_text())
+        path.unlink()
+
+
+def test_a_model_comes_with_its_tokenizer(folder, tmp_path):
+    # The specification's would be loaded in its place.
+    for alone in ({"model": tiny_model("llama")}, {"tokenizer": TOKENIZER}):
+        with pytest.raises(ValueError, match="give model and tokenizer together, or neither"):
+            run_experiment(specification(folder), tmp_path / "a.jsonl", **alone)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_the_model_does_not_have_is_refused_and_nothing_is_left(folder, tmp_path):
     path = tmp_path / "a.jsonl"
     for changes in ({"n": LAYERS}, {"layers": f"2-{LAYERS}"}, {"starts": LAYERS}):

@@ -123,6 +123,34 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
         gl.Specification(tasks=[bad])
 
 
+@pytest.mark.parametrize("field", ["calibration", "perplexity", "tasks"])
+def test_two_files_of_one_name_are_refused(tmp_path: Path, field: str) -> None:
+    # Results know a file by its last name: only one of the two would be reported.
+    paths = [tmp_path / folder / "x.jsonl" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text('{"text": "a b", "query": "a", "choices": ["b", "c"], "gold": 0}')
+    gl.Specification(**{field: paths[:1]})
+    with pytest.raises(ValueError, match=rf"{field} has 'x\.jsonl' twice: .*different last names"):
+        gl.Specification(**{field: paths})
+
+
+def test_local_files_are_known_by_what_they_hold(text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("one.txt", "two.txt", "notes.md"):
+        (folder / name).write_text(name)
+    plan = gl.Specification(calibration=[text, "wiki"], perplexity=["wiki", folder], layers="2")
+    first, second = plan.files()
+    assert [first["field"], first["name"]] == ["calibration", "text.txt"]
+    assert [second["field"], second["name"]] == ["perplexity", "folder"]
+    (folder / "notes.md").write_text("which is not read")
+    assert plan.files() == [first, second]
+    (folder / "two.txt").write_text("more")
+    Path(text).write_text("other")
+    assert {f["digest"] for f in plan.files()}.isdisjoint((first["digest"], second["digest"]))
+
+
 def test_windows_are_disjoint_and_ordered(text: str) -> None:
     plan = gl.Specification(
         calibration=text, windows=3, length=24, selection_windows=2, selection_length=16,

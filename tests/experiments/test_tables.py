@@ -1,6 +1,7 @@
 """Tables compare models on the same windows and items, and are typed whatever is in them."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,51 @@ def test_ratio_wants_one_model_each_on_the_same_text() -> None:
     for wrong in (rows[:1], pd.concat([rows, rows])):
         with pytest.raises(ValueError, match="one model each, on the same seeds and corpora"):
             ratio(rows, wrong)
+    with pytest.raises(ValueError, match="by the same windows"):
+        ratio(rows, rows.assign(evidence=[[1.0], [2.0, 3.0]]))
+
+
+def test_a_ratio_and_its_interval_weigh_alike() -> None:
+    # Two windows that are much worse beside a hundred alike: 1.74 [0.99, 1.06] came of them.
+    rows = pd.DataFrame({"seed": 0, "dataset": ["a", "b"], "evidence": [[1.0, 1.2], [0.0] * 100]})
+    other = rows.assign(evidence=[[0.0] * 2, [0.0] * 100])
+    with pytest.raises(ValueError, match=r"corpora of \[2, 100\] windows: .*each corpus alone"):
+        ratio(rows, other)
+    assert ratio(rows[:1], other[:1]).estimate == pytest.approx(math.exp(1.1))
+    first, second = (pd.concat([r.assign(seed=s) for s in range(3)]) for r in (rows, other))
+    assert ratio(first, second).seeds == 3, "three seeds decide, and weigh as the estimate"
+    odd = first.assign(evidence=[[0.0, 1.0]] * 6)[:3]  # a seed of two corpora, and one of one
+    with pytest.raises(ValueError, match="compare each corpus alone"):
+        ratio(odd, odd)
+
+
+def test_files_of_two_specifications_are_reported_together(
+    results: Results, tmp_path: Path
+) -> None:
+    other = Results(tmp_path / "b.jsonl")
+    other.begin({"model": "tiny", "seed": 0, "windows": 6})
+    for made in (results, other):
+        for operator, more in (("dense", 0.0), ("ghost", 0.5)):
+            perplexity(made, operator, "text", [1.0 + more, 2.0 + more])
+        made.append("selection", criterion="cosine", n=2, layers="2–3")
+    joined = Results(tmp_path / "joined.jsonl")
+    joined.read(results.path.read_bytes() + other.path.read_bytes())
+    ids = [record["id"] for record in joined.of("specification")]
+    shown = wide(scores(joined), value_text)
+    assert len(shown) == 4 and set(shown.index.get_level_values("specification")) == set(ids)
+    text = report(joined)
+    for name in ids:
+        assert len(re.findall(f"^ghost, n = 2, 2–3, {name} ", text, re.M)) == 2  # and ÷ dense
+    assert not any(name in report(results) for name in ids)
+
+
+def test_scores_are_compared_with_the_dense_models_of_one_measure(results: Results) -> None:
+    """A corpus and a probe may have one name."""
+    for operator, value in (("dense", 0.25), ("ghost", 0.75)):
+        perplexity(results, operator, "names", [value, value + 1])
+        names = {"layers": "" if operator == "dense" else "2–3", "operator": operator}
+        content = {"measure": "ability", "dataset": "names", "value": value, "items": [value] * 3}
+        results.append("score", **names, **content)
+    rows = scores(results).query("operator == 'ghost'").set_index("measure")
+    assert rows["relative"].tolist() == pytest.approx([math.exp(0.5), 0.5])
+    assert rows["dense"].tolist() == pytest.approx([math.exp(0.75), 0.25])

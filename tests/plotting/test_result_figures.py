@@ -76,6 +76,11 @@ def test_perplexity_bars_rise_from_the_dense_model():
     assert apart(ax)
 
 
+def test_perplexity_bars_of_the_dense_model_alone_are_its_lines():
+    ax = plotting.perplexity_bars({"dense": {"wiki": 20.0}})
+    assert "dense 20.0" in alt_text(ax) and not ax.patches
+
+
 def test_perplexity_bars_for_newcomers():
     intervals = {"ghost": {"wiki": (16.0, 21.0)}, "pruned": {"wiki": (28.0, 60.0)}}
     ax = plotting.perplexity_bars(

@@ -181,6 +181,17 @@ def test_a_figure_is_saved_twice_with_its_text_inside(tmp_path: Path):
         saved_line(tmp_path / "nowhere" / "line")
 
 
+def test_a_figure_that_cannot_be_saved_leaves_nothing(tmp_path: Path, monkeypatch: Any):
+    def full(self: Any, path: Path, **options: Any) -> None:
+        path.write_bytes(b"a part")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plt.Figure, "savefig", full)
+    with pytest.raises(OSError, match="no space left"):
+        saved_line(tmp_path / "line")
+    assert not list(tmp_path.iterdir())
+
+
 CELL = """
 from ghostlib import plotting
 plotting.use_style(); plotting.use_style()
@@ -258,7 +269,7 @@ def test_values_beyond_the_limits_are_marked_and_told():
 def test_numbers_are_short():
     numbers = (0.00432, 0.5, 18.04, 200, 999.6, 2248, 1e6)
     assert [plotting.short(n) for n in numbers] == [
-        "0.00432", "0.500", "18.0", "200", "1.00e+03", "2,248", "1.0e+06",
+        "0.00432", "0.500", "18.0", "200", "1,000", "2,248", "1.0e+06",
     ]  # fmt: skip
 
 

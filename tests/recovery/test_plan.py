@@ -9,6 +9,8 @@ from transformers import LlamaConfig
 import ghostlib as gl
 from ghostlib.recovery import plan as module
 from ghostlib.recovery.plan import Plan, minutes, plan
+from ghostlib.recovery.recipe import SHORTLIST
+from ghostlib.selection.criteria import needed
 
 pytestmark = pytest.mark.thorough
 
@@ -55,6 +57,28 @@ def test_more_windows_take_longer_and_no_more_memory(llama, monkeypatch):
     assert many.seconds["scoring"] == few.seconds["scoring"]
     recipe = plan(llama, n=7, operator="auto")
     assert sum(recipe.seconds.values()) > 2 * sum(plan(llama, n=7).seconds.values())
+
+
+def test_an_ability_to_keep_takes_a_search_of_its_own(llama, monkeypatch):
+    monkeypatch.setattr(module, "_rate", lambda *_: 1e12)
+    usual, kept = (plan(llama, n=11, operator="auto", keep=keep) for keep in (None, "copying"))
+    gaps = {gap for name in (*SHORTLIST, "abilities") for gap in needed(name, 11, 32)}
+    assert kept.memory["calibration"] == gl.calibration_bytes(4096, sorted(gaps), length=2048).total
+    assert kept.memory["calibration"] > usual.memory["calibration"]
+    one = usual.seconds["scoring"] / (3 * 8)  # a window
+    more = kept.seconds["choosing layers"] - usual.seconds["choosing layers"]
+    assert more > (32 + 10 * 9) * one
+    options = {"n": 1, "layers": [3], "operator": "auto"}
+    given = [plan(llama, **options, keep=keep).seconds for keep in (None, "copying")]
+    assert given[0] == given[1] and given[0]["choosing layers"] == 0
+
+
+def test_a_greedy_search_scores_one_window(llama, monkeypatch):
+    monkeypatch.setattr(module, "_rate", lambda *_: 1e12)
+    few, many = (plan(llama, n=3, criterion="perplexity", windows=w).seconds for w in (1, 9))
+    one = few["scoring"] / (3 * 8)
+    assert few["choosing layers"] > 3 * 31 * one
+    assert many["choosing layers"] - few["choosing layers"] < 9 * one
 
 
 def test_what_the_hub_has_and_the_cache_lacks_is_to_be_downloaded(monkeypatch):

@@ -83,6 +83,8 @@ def test_bad_input_is_named():
     activations = mlp_activations(model, ids, GAP)
     with pytest.raises(ValueError, match="steps must be positive, got 0"):
         fit_cosine(activations, steps=0)
+    with pytest.raises(ValueError, match="steps must be a whole number"):
+        fit_cosine(activations, steps=0.5)
     broken = MlpActivations(activations.F * torch.nan, activations.R, activations.Y)
     with pytest.raises(ValueError, match="became nan: lower learning_rate"):
         fit_cosine(broken, steps=1)

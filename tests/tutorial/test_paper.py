@@ -41,4 +41,6 @@ def test_a_column_of_the_main_tables_is_of_the_model_or_says_of_which_other() ->
     assert (label, len(values)) == ("LLaMA-3-8B, 11 of 32, cosine", 4)
     values, label = main_table(perplexity, criterion="block-influence")
     assert label == "Llama-3.1-8B, 7 of 32, block-influence" and "dense" in values
+    # There are depths that have numbers of the other criterion alone.
+    assert main_table(perplexity, criterion="block-influence", removed=11) == (values, label)
     assert main_table(perplexity, model="DeepSeek-R1-Distill-Llama-8B")[0] == {}
