@@ -119,13 +119,14 @@ def model_card(
         tags=["layer-pruning", "ghosted-layers"],
     )
     removed = record["removed"]
-    lines = [
-        f"# {_safe(facts.get('base_model') or name)}, {len(removed)} decoder layers removed",
-        "",
+    done = (
         f"Decoder layers {spell(removed)} of the dense model are removed (counted from 0). "
-        "Each gap is repaired in closed form (Ghosted Layers, arXiv 2605.15491):",
-        "",
-    ]
+        "Each gap is repaired in closed form (Ghosted Layers, arXiv 2605.15491):"
+        if removed
+        else "No decoder layer of the dense model is removed."
+    )
+    heading = f"# {_safe(facts.get('base_model') or name)}, {len(removed)} decoder layers removed"
+    lines = [heading, "", done, ""]
     for repair in record["repairs"]:
         start, stop = repair["boundary"]
         reads = f", solved from `{repair['reads']}`" if "reads" in repair else ""
