@@ -201,6 +201,12 @@ def fold(
         if at_gap and not operator.regressor.reads_mlp and chosen != "nothing":
             chosen = "module"
         by_installer.setdefault(chosen, {})[index] = operator
+    scales = by_installer.pop("earlier-writes", {})  # last, of all that the others write
     for name, chosen_operators in by_installer.items():
         left |= INSTALLERS[name](model, chosen_operators)
+    if scales:
+        # What a module adds that is not linear in the stream does not grow with it.
+        others = left.values()
+        linear = all(o.bias is None and o.regressor.features == STREAM.features for o in others)
+        left |= INSTALLERS["earlier-writes" if linear else "module"](model, scales)
     return left
