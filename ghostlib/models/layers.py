@@ -331,8 +331,7 @@ def _entering(model: PreTrainedModel, ids: Tensor, scaled: Iterable[nn.Module]) 
     left: list[Tensor] = []
     with ExitStack() as stack:
         for module in scaled:
-            handle = module.register_forward_hook(lambda m, args, output: output * _FACTOR)
-            stack.callback(handle.remove)
+            stack.enter_context(leaving(module, lambda args, output: output * _FACTOR))
         run = stack.enter_context(tap(model, [0], lambda _, hidden: left.append(hidden)))
         run(input_ids=ids)
     return left[0].clone()

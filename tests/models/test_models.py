@@ -28,7 +28,7 @@ def test_adapter_contract(any_tiny):
     # Every receiver is called once, in order, with the stream as its first argument.
     assert seen == [(index, (2, 12, WIDTH)) for index in range(LAYERS + 1)]
     with torch.no_grad():
-        torch.testing.assert_close(models.head(model, streams.final_hidden(model, ids)), logits)
+        torch.testing.assert_close(streams.head(model, streams.final_hidden(model, ids)), logits)
     assert logits.shape[-1] == VOCABULARY
 
 
