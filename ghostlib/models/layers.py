@@ -337,7 +337,7 @@ def _entering(model: PreTrainedModel, ids: Tensor, scaled: Iterable[nn.Module]) 
     return left[0].clone()
 
 
-def scale_output(model: PreTrainedModel, module: nn.Module, factor: float) -> None:
+def scale_output(module: nn.Module, factor: float) -> None:
     """Multiply what ``module`` (a projection, an embedding or a norm) returns, by new weights.
 
     The old parameters, which other models may share, stay as they are.

@@ -163,14 +163,14 @@ def earlier_writes(
             factor *= float(operators[index].W[0, 0])
         if factor != 1.0 and index > 0:
             for writer in writers(model, index - 1):
-                scale_output(model, writer, factor)
+                scale_output(writer, factor)
     tied: Any = model.get_output_embeddings()
     for table in embeddings(model):
         shared = tied is not None and tied.weight is table.weight
-        scale_output(model, table, factor)
+        scale_output(table, factor)
         if shared:
             tied.weight = table.weight
-            scale_output(model, receiver(model, num_layers(model)), 1 / factor)
+            scale_output(receiver(model, num_layers(model)), 1 / factor)
     return {}
 
 
