@@ -23,12 +23,11 @@ from ghostlib.models.architectures import (
 from ghostlib.models.boundaries import spell
 from ghostlib.models.layers import down_projection, embeddings, stream_norm, writers
 from ghostlib.models.loading import EMBEDDED, check_reachable, check_source
+from ghostlib.models.shapes import held
 from ghostlib.models.streams import refusal
 from ghostlib.models.tiny import tiny_model
 from ghostlib.operators.families import FAMILIES
 from ghostlib.text.assets import embedded_model_dir
-
-_PROMPT = 2  # tokens of the pass from which the cache is measured
 
 
 @dataclass(frozen=True)
@@ -155,17 +154,13 @@ def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _cache(model: PreTrainedModel) -> tuple[int, ...] | None:
-    """Numbers each layer keeps of a token, from the shapes of a pass without values."""
-    if next(model.parameters()).device.type != "meta":
-        with torch.device("meta"):
-            model = type(model)(model.config)
-    ids = torch.zeros(1, _PROMPT, dtype=torch.long, device="meta")
-    with suppress(Exception), torch.no_grad():  # some types look at values to go on
-        out = model(input_ids=ids, use_cache=True)
-        cache = next(value for value in out.values() if hasattr(value, "layers"))
-        held = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cache.layers]
-        counts = [sum(t.numel() for t in pair if t is not None) // _PROMPT for pair in held]
-        return tuple(counts[: num_layers(model)])
+    """Numbers by which each layer's part of the cache grows with a token; states do not grow."""
+    with suppress(Exception):  # some types look at values to go on
+        two, three = (
+            [sum(t.numel() for t in part) for part in held(model, tokens)] for tokens in (2, 3)
+        )
+        grown = [after - before for before, after in zip(two, three, strict=True)]
+        return tuple(grown[: num_layers(model)])
     return None
 
 
