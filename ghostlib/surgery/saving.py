@@ -59,7 +59,7 @@ def save(
             left behind.
     """
     check_model(model)
-    target = Path(folder)
+    target = Path(folder).expanduser()
     check_output(target, bytes_needed=weight_bytes(model))
     with whole(target.absolute()) as temporary:
         model.save_pretrained(temporary)
@@ -84,7 +84,7 @@ def check_output(folder: str | os.PathLike[str], *, bytes_needed: int = 0) -> No
         PermissionError: the nearest existing folder above it cannot be written.
         OSError: the disk has less room than is needed; the message has both numbers.
     """
-    target = Path(folder)
+    target = Path(folder).expanduser()
     check_new(target)
     above = existing(target.absolute().parent)
     if not above.is_dir():
