@@ -27,6 +27,7 @@ from ghostlib.models.shapes import held
 from ghostlib.models.streams import refusal
 from ghostlib.models.tiny import tiny_model
 from ghostlib.operators.families import FAMILIES
+from ghostlib.surgery.cut import check_dense, removed_before
 from ghostlib.text.assets import embedded_model_dir
 
 
@@ -42,6 +43,7 @@ class Inspection:
         parameters: of every layer.
         cache: numbers that every layer keeps of one token, or None where that is not known.
         other: parameters outside the layers.
+        removed: layers of the dense model that are gone; then no more of them can be removed.
         fixed: ``{layer: why it cannot be removed on its own}``.
         families: ``{family: why it does not fit, or ""}``.
     """
@@ -53,6 +55,7 @@ class Inspection:
     parameters: tuple[int, ...]
     cache: tuple[int, ...] | None
     other: int
+    removed: tuple[int, ...]
     fixed: Mapping[int, str]
     families: Mapping[str, str]
 
@@ -70,6 +73,9 @@ class Inspection:
             text = spell(index for index, other in enumerate(rows) if other == row)
             text = text if len(text) <= 24 else f"{text[:16]} … ({rows.count(row)})"
             lines.append(f"{text:<24} {row[0]:<34} {row[1]:>12,} {row[2]:>17}")
+        if self.removed:
+            gone = f"layers {spell(self.removed)} of the dense model are removed"
+            return "\n".join([*lines, "", f"{gone}: {self.fixed[0]}"])
         by_reason: dict[str, list[str]] = {"": []}
         for name, why in self.families.items():
             by_reason.setdefault(why, []).append(name)
@@ -88,10 +94,12 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     Args:
         model: a model, a configuration, a local folder, or an id of the Hugging Face hub;
             ``"smollm2"`` is the embedded model.
-        options: passed on to ``AutoConfig.from_pretrained`` (``revision``, …).
+        options: passed on to ``AutoConfig.from_pretrained`` (``revision``, …), by which a folder or
+            an id is read.
 
     Raises:
-        ValueError: it is no causal language model, or one whose layers cannot be removed.
+        ValueError: it is no causal language model, or one whose layers cannot be removed; or an
+            option that has no effect.
         OSError: nothing was found under that name.
         ConnectionError: a hub id that is not in the cache, and no hub.
 
@@ -100,17 +108,22 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     >>> found.kinds[0], found.parameters[0], found.fixed
     ('attention', 34944, {})
     """
+    unused = options
     if isinstance(model, str | Path):
-        check_source(model)
-        check_reachable(str(model))
-        folder = embedded_model_dir() if str(model) == EMBEDDED else model
-        model = AutoConfig.from_pretrained(folder, **options)
+        model = check_source(model)
+        check_reachable(model)
+        folder = embedded_model_dir() if model == EMBEDDED else model
+        settings = options | {"return_unused_kwargs": True}
+        model, unused = AutoConfig.from_pretrained(folder, **settings)
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: no effect on what is found here, leave it out")
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model)
     structure(model)
     layers = decoder_layers(model)
     parameters = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    recovered = _why(lambda: check_dense(model))
     return Inspection(
         type=model_type(model),
         width=hidden_size(model),
@@ -119,8 +132,9 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
         parameters=parameters,
         cache=_cache(model),
         other=sum(p.numel() for p in model.parameters()) - sum(parameters),
-        fixed=_fixed(model),
-        families=_families(model),
+        removed=tuple(removed_before(model)),
+        fixed=dict.fromkeys(range(len(layers)), recovered) if recovered else _fixed(model),
+        families=dict.fromkeys(FAMILIES, recovered) if recovered else _families(model),
     )
 
 
