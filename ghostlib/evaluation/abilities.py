@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ghostlib.common import Registry, at_least, checked, track
 from ghostlib.evaluation.items import articles_with_topic
 from ghostlib.evaluation.perplexity import NOT_FINITE
-from ghostlib.models.architectures import check_model, head, text_config
-from ghostlib.models.streams import final_hidden, known_positions
+from ghostlib.models.architectures import check_model, text_config
+from ghostlib.models.streams import final_hidden, head, known_positions
 from ghostlib.text.corpora import token_windows
 from ghostlib.text.tokens import bos_token, encode
 

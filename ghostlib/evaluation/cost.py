@@ -19,8 +19,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ghostlib.common import at_least, checked, track
 from ghostlib.models.architectures import cached, check_model, decoder_layers, text_config
-from ghostlib.models.configuration import twin
 from ghostlib.models.placement import input_device
+from ghostlib.models.shapes import held, read, without_weights
 from ghostlib.models.streams import evaluating, known_positions
 from ghostlib.surgery.ghosted import BoundaryModule
 
@@ -54,10 +54,10 @@ def count_parameters(model: PreTrainedModel) -> int:
 
 @checked
 def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> int:
-    """Bytes of the keys and values kept after ``tokens`` tokens, in the model's dtype.
+    """Bytes of the keys, values and states kept after ``tokens`` tokens, in the model's dtype.
 
-    A layer with a sliding window keeps no more than the next token can see; a boundary that reads
-    the token before keeps that one.
+    A layer with a sliding window keeps no more than the next token can see, a recurrent one a state
+    of one size; a boundary that reads the token before keeps that one.
 
     Raises:
         ValueError: ``tokens`` is negative or ``batch_size`` below 1.
@@ -67,11 +67,8 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     at_least(1, batch_size=batch_size)
     if tokens == 0:
         return 0
-    cache: Any = DynamicCache(config=model.config)
-    _read(_without_weights(model), tokens, batch_size, cache)
-    kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    kept += getattr(cache, "last_tokens", {}).values()
-    return sum(t.numel() * t.itemsize for t in kept)
+    kept = held(model, tokens, batch_size)
+    return sum(t.numel() * t.itemsize for part in kept for t in part)
 
 
 @checked
@@ -104,12 +101,12 @@ def flops(
     at_least(0, context=context, logits=logits)
     if logits > tokens:
         raise ValueError(f"logits must be at most tokens = {tokens}, got {logits}")
-    copied = _without_weights(model)
+    copied = without_weights(model)
     cache = DynamicCache(config=model.config)
     if context:
-        _read(copied, context, batch_size, cache)
+        read(copied, context, cache, batch_size=batch_size, logits=1)
     with FlopCounterMode(display=False) as counter:
-        _read(copied, tokens, batch_size, cache)
+        read(copied, tokens, cache, batch_size=batch_size, logits=logits or 1)  # 0 asks for all
     counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(copied).__name__
     names = {module: f"{root}.{name}" for name, module in copied.named_modules()}
@@ -120,31 +117,11 @@ def flops(
     # A layer's attention is its child that has a place in the cache.
     children = [child for layer in decoder_layers(copied) for child in layer.children()]
     attention = spent(child for child in children if hasattr(child, "layer_idx"))
-    boundary = spent(module for module in names if isinstance(module, BoundaryModule))
-    head = spent([copied.get_output_embeddings()])
+    boundaries = [module for module in names if isinstance(module, BoundaryModule)]
+    boundary, last = spent(boundaries), copied.get_output_embeddings()
+    head = spent([last]) - spent(set(boundaries).intersection(last.modules()))
     mlp = counter.get_total_flops() - attention - boundary - head
-    return Flops(attention, mlp, boundary, logits * head)  # one position was counted
-
-
-def _without_weights(model: PreTrainedModel) -> Any:
-    """A model of the same modules and dtype, all on the meta device, with plain attention."""
-    copied: Any = twin(model)
-    copied.config.pad_token_id = None  # or else some models look for padding among the ids
-    copied.set_attn_implementation("eager")  # the counter does not look into fused kernels
-    return copied.eval()
-
-
-@torch.no_grad()
-def _read(model: PreTrainedModel, tokens: int, batch_size: int, cache: DynamicCache) -> None:
-    """Extend ``cache`` by ``tokens`` tokens, with the logits of the last."""
-    model(
-        torch.zeros(batch_size, tokens, dtype=torch.long, device="meta"), **_caching(model, cache)
-    )
-
-
-def _caching(model: PreTrainedModel, cache: DynamicCache) -> dict[str, Any]:
-    """Arguments for a pass that extends ``cache`` and gives the last token's logits."""
-    return cached(model, cache) | {"use_cache": True, "logits_to_keep": 1}
+    return Flops(attention, mlp, boundary, head if logits else 0)
 
 
 class Spread(NamedTuple):
@@ -245,7 +222,8 @@ def _measure(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[f
     """Seconds of one prefill, seconds per decoding step, and peak bytes (0 without CUDA)."""
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     cuda = [device for device in devices if device.type == "cuda"]
-    options = _caching(model, DynamicCache(config=model.config))
+    options = cached(model, DynamicCache(config=model.config))
+    options |= {"use_cache": True, "logits_to_keep": 1}
     prompt = prompt.to(input_device(model))
 
     _synchronize(devices)

@@ -73,7 +73,10 @@ def generate(
         out = generator.generate(
             **batch.to(input_device(model)),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            do_sample=False,  # and greedily, whatever the checkpoint's own settings
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             pad_token_id=tokenizer.pad_token_id,
         )
     new = out[:, batch["input_ids"].shape[1] :]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.common import at_least, checked, track
-from ghostlib.models.architectures import head
-from ghostlib.models.streams import check_windows, final_hidden
+from ghostlib.models.streams import check_windows, final_hidden, head
 from ghostlib.text.corpora import CORPORA, tokenised
 from ghostlib.text.tokens import SEPARATOR, bos_token, encode
 

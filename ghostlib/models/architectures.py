@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ghostlib.common import GHOSTED, checked, told
 from ghostlib.models.configuration import check_agreement, follow, kinds
-from ghostlib.models.placement import input_device, loaded_parameters
+from ghostlib.models.placement import loaded_parameters
 
 
 class Structure(NamedTuple):
@@ -356,41 +355,6 @@ def layer_kinds(model: PreTrainedModel) -> list[int]:
 _KINDS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 # Numbers of layers left of a model whose layers are the same that have been found to agree.
 _PASSED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
-_PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (…, vocabulary) of final hidden states (…, hidden), as the model itself makes them.
-
-    What it does to them after the output embeddings (scale, soft cap, padding of the vocabulary) is
-    done by its own code: one token is passed through the model, and ``hidden`` takes its place
-    before the output embeddings. Where that turns out to be nothing, they alone are called.
-    """
-    if model not in _PLAIN_HEADS:
-        few = hidden.flatten(0, -2)[:2]
-        alone, whole = model.get_output_embeddings()(few), _through(model, few)
-        _PLAIN_HEADS[model] = alone.shape == whole.shape and torch.equal(alone, whole)
-    logits: Tensor
-    if _PLAIN_HEADS[model]:
-        logits = model.get_output_embeddings()(hidden)
-        return logits
-    logits = _through(model, hidden.flatten(0, -2))
-    return logits.view(*hidden.shape[:-1], logits.shape[-1])
-
-
-def _through(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (tokens, vocabulary) of ``hidden`` (tokens, width), in a pass of the whole model."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (hidden[None], *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
-    try:
-        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-        logits: Tensor = model(input_ids=token, **uncached(model)).logits[0]
-        return logits
-    finally:
-        handle.remove()
 
 
 def uncached(model: PreTrainedModel) -> dict[str, bool]:

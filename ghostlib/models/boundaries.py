@@ -140,11 +140,13 @@ def spell(layers: Iterable[int]) -> str:
 
     >>> spell([12, 13, 14, 17, 25, 26])
     '12–14, 17, 25–26'
+    >>> spell([])
+    ''
     """
     listed = list(layers)
     return ", ".join(
         f"{gap.start}–{gap.stop - 1}" if len(gap.removed) > 1 else f"{gap.start}"
-        for gap in runs(listed, max(listed, default=0) + 2)
+        for gap in gaps_without(listed, max(listed, default=0) + 2)
     )
 
 

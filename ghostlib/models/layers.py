@@ -331,14 +331,13 @@ def _entering(model: PreTrainedModel, ids: Tensor, scaled: Iterable[nn.Module]) 
     left: list[Tensor] = []
     with ExitStack() as stack:
         for module in scaled:
-            handle = module.register_forward_hook(lambda m, args, output: output * _FACTOR)
-            stack.callback(handle.remove)
+            stack.enter_context(leaving(module, lambda args, output: output * _FACTOR))
         run = stack.enter_context(tap(model, [0], lambda _, hidden: left.append(hidden)))
         run(input_ids=ids)
     return left[0].clone()
 
 
-def scale_output(model: PreTrainedModel, module: nn.Module, factor: float) -> None:
+def scale_output(module: nn.Module, factor: float) -> None:
     """Multiply what ``module`` (a projection, an embedding or a norm) returns, by new weights.
 
     The old parameters, which other models may share, stay as they are.

@@ -31,16 +31,19 @@ def check_source(
     name: str | Path,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | dict[str, Any] | None = None,
-) -> None:
+) -> str:
     """Refuse what `load_model` cannot load, before it is tried; ``device`` may be a ``device_map``.
+
+    Returns:
+        ``name``, with the home folder for ``~``.
 
     Raises:
         FileNotFoundError: a name that is spelt as a path, and no such folder.
         ValueError: a name that is neither a path nor a hub's, a dtype that no weights have, or a
             device that is not there.
     """
-    text = one_line(name)
-    here = os.path.isdir(name)
+    text, found = one_line(name), os.path.expanduser(name)
+    here = os.path.isdir(found)
     if not here and (isinstance(name, Path) or name.startswith((".", "/", "~", "\\"))):
         raise FileNotFoundError(f"no such model folder: {text}")
     if not here and not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", str(name)):
@@ -49,6 +52,7 @@ def check_source(
         raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
     if isinstance(device, str) and device not in STRATEGIES:
         check_device(device)
+    return str(found)
 
 
 def check_reachable(name: str) -> None:
@@ -91,12 +95,12 @@ def load_model(
         ConnectionError: a hub id that is not in the cache, and no hub.
         FileNotFoundError: a path, and there is no such folder.
     """
-    check_source(name, dtype, options.get("device_map") if device is None else device)
-    check_reachable(str(name))
+    name = check_source(name, dtype, options.get("device_map") if device is None else device)
+    check_reachable(name)
     if not shown():
         disable_progress_bar()
-    folder = embedded_model_dir() if str(name) == EMBEDDED else name
-    with nullcontext() if Path(folder).is_dir() else without_retries():
+    folder = embedded_model_dir() if name == EMBEDDED else name
+    with nullcontext() if os.path.isdir(folder) else without_retries():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
     structure(model)

@@ -93,13 +93,15 @@ def _hooked(
 
 
 @contextmanager
-def leaving(module: nn.Module, hook: Callable[[tuple[Any, ...], Any], None]) -> Iterator[None]:
-    """Call ``hook(arguments, output)`` after each pass of ``module`` that this thread makes."""
+def leaving(module: nn.Module, hook: Callable[[tuple[Any, ...], Any], Any]) -> Iterator[None]:
+    """Call ``hook(arguments, output)`` after each pass of ``module`` that this thread makes.
+
+    What it returns, unless that is None, takes the place of the output.
+    """
     owner = threading.get_ident()
 
-    def own(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if threading.get_ident() == owner:
-            hook(args, output)
+    def own(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return hook(args, output) if threading.get_ident() == owner else None
 
     handle = module.register_forward_hook(own)
     try:
@@ -128,6 +130,42 @@ def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
     if not caught:
         raise RuntimeError(f"{type(model).__name__} never called its output embeddings")
     return caught[0]
+
+
+_PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (…, vocabulary) of final hidden states (…, hidden), as the model itself makes them.
+
+    What it does to them after the output embeddings (scale, soft cap, padding of the vocabulary) is
+    done by its own code: one token is passed through the model, and ``hidden`` takes its place
+    before the output embeddings. Where that turns out to be nothing, they alone are called.
+    """
+    if model not in _PLAIN_HEADS:
+        few = hidden.flatten(0, -2)[:2]
+        alone, whole = model.get_output_embeddings()(few), _through(model, few)
+        _PLAIN_HEADS[model] = alone.shape == whole.shape and torch.equal(alone, whole)
+    logits: Tensor
+    if _PLAIN_HEADS[model]:
+        logits = model.get_output_embeddings()(hidden)
+        return logits
+    logits = _through(model, hidden.flatten(0, -2))
+    return logits.view(*hidden.shape[:-1], logits.shape[-1])
+
+
+def _through(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (tokens, vocabulary) of ``hidden`` (tokens, width), in a pass of the whole model."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (hidden[None], *args[1:]), kwargs
+
+    with _hooked(model.get_output_embeddings(), hook):
+        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+        logits: Tensor = model(input_ids=token, **uncached(model)).logits[0]
+        return logits
 
 
 def share(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:

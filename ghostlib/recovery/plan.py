@@ -132,6 +132,7 @@ def plan(
         ValueError: no causal language model, layers that it has not, or more than it has.
         ConnectionError: a hub id, and no hub.
     """
+    name = os.path.expanduser(name)
     model = _without_weights(name, dtype)
     cuda = torch.device(device).type == "cuda"
     total, C = num_layers(model), hidden_size(model)
@@ -179,7 +180,7 @@ def plan(
         "scoring": 3 * test_windows * scored / fast,
     }
     return Plan(
-        download=_download(str(name)),
+        download=_download(name),
         memory=memory,
         available=int(torch.cuda.mem_get_info(device)[0]) if cuda else available_bytes(),
         seconds=seconds,
@@ -239,13 +240,13 @@ def minutes(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _without_weights(name: str | Path, dtype: str | None) -> PreTrainedModel:
+def _without_weights(name: str, dtype: str | None) -> PreTrainedModel:
     """The model that will be loaded, in its dtype, on the meta device."""
     config: Any
-    if str(name) == EMBEDDED:
+    if name == EMBEDDED:
         config = _embedded_config()
     else:
-        check_reachable(str(name))
+        check_reachable(name)
         config = AutoConfig.from_pretrained(name)
     kept = getattr(config, "dtype", None) or torch.float32
     wanted = getattr(torch, dtype) if dtype not in (None, "auto") else kept

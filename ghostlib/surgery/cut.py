@@ -114,13 +114,19 @@ def check_dense(model: PreTrainedModel) -> None:
     """Refuse a model that was recovered before.
 
     Raises:
-        ValueError: it has operators already, or is no causal language model.
+        ValueError: it has operators, or lost layers, already, or is no causal language model.
     """
     check_model(model)
-    if model.config.model_type.startswith(GHOSTED):
+    if model.config.model_type.startswith(GHOSTED) or removed_before(model):
         raise ValueError(
             "this model was recovered before: start from the dense model, name all layers"
         )
+
+
+def removed_before(model: PreTrainedModel) -> list[int]:
+    """The layers that the dense model has and ``model`` no longer has."""
+    removed: list[int] = getattr(model.config, "recovery", {}).get("removed", [])
+    return removed
 
 
 def _record(gap: Boundary, operator: Operator | None) -> dict[str, Any]:

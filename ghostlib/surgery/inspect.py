@@ -23,12 +23,12 @@ from ghostlib.models.architectures import (
 from ghostlib.models.boundaries import spell
 from ghostlib.models.layers import down_projection, embeddings, stream_norm, writers
 from ghostlib.models.loading import EMBEDDED, check_reachable, check_source
+from ghostlib.models.shapes import held
 from ghostlib.models.streams import refusal
 from ghostlib.models.tiny import tiny_model
 from ghostlib.operators.families import FAMILIES
+from ghostlib.surgery.cut import check_dense, removed_before
 from ghostlib.text.assets import embedded_model_dir
-
-_PROMPT = 2  # tokens of the pass from which the cache is measured
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Inspection:
         parameters: of every layer.
         cache: numbers that every layer keeps of one token, or None where that is not known.
         other: parameters outside the layers.
+        removed: layers of the dense model that are gone; then no more of them can be removed.
         fixed: ``{layer: why it cannot be removed on its own}``.
         families: ``{family: why it does not fit, or ""}``.
     """
@@ -54,6 +55,7 @@ class Inspection:
     parameters: tuple[int, ...]
     cache: tuple[int, ...] | None
     other: int
+    removed: tuple[int, ...]
     fixed: Mapping[int, str]
     families: Mapping[str, str]
 
@@ -71,6 +73,9 @@ class Inspection:
             text = spell(index for index, other in enumerate(rows) if other == row)
             text = text if len(text) <= 24 else f"{text[:16]} … ({rows.count(row)})"
             lines.append(f"{text:<24} {row[0]:<34} {row[1]:>12,} {row[2]:>17}")
+        if self.removed:
+            gone = f"layers {spell(self.removed)} of the dense model are removed"
+            return "\n".join([*lines, "", f"{gone}: {self.fixed[0]}"])
         by_reason: dict[str, list[str]] = {"": []}
         for name, why in self.families.items():
             by_reason.setdefault(why, []).append(name)
@@ -89,10 +94,12 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     Args:
         model: a model, a configuration, a local folder, or an id of the Hugging Face hub;
             ``"smollm2"`` is the embedded model.
-        options: passed on to ``AutoConfig.from_pretrained`` (``revision``, …).
+        options: passed on to ``AutoConfig.from_pretrained`` (``revision``, …), by which a folder or
+            an id is read.
 
     Raises:
-        ValueError: it is no causal language model, or one whose layers cannot be removed.
+        ValueError: it is no causal language model, or one whose layers cannot be removed; or an
+            option that has no effect.
         OSError: nothing was found under that name.
         ConnectionError: a hub id that is not in the cache, and no hub.
 
@@ -101,17 +108,22 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
     >>> found.kinds[0], found.parameters[0], found.fixed
     ('attention', 34944, {})
     """
+    unused = options
     if isinstance(model, str | Path):
-        check_source(model)
-        check_reachable(str(model))
-        folder = embedded_model_dir() if str(model) == EMBEDDED else model
-        model = AutoConfig.from_pretrained(folder, **options)
+        model = check_source(model)
+        check_reachable(model)
+        folder = embedded_model_dir() if model == EMBEDDED else model
+        settings = options | {"return_unused_kwargs": True}
+        model, unused = AutoConfig.from_pretrained(folder, **settings)
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: no effect on what is found here, leave it out")
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model)
     structure(model)
     layers = decoder_layers(model)
     parameters = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    recovered = _why(lambda: check_dense(model))
     return Inspection(
         type=model_type(model),
         width=hidden_size(model),
@@ -120,8 +132,9 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
         parameters=parameters,
         cache=_cache(model),
         other=sum(p.numel() for p in model.parameters()) - sum(parameters),
-        fixed=_fixed(model),
-        families=_families(model),
+        removed=tuple(removed_before(model)),
+        fixed=dict.fromkeys(range(len(layers)), recovered) if recovered else _fixed(model),
+        families=dict.fromkeys(FAMILIES, recovered) if recovered else _families(model),
     )
 
 
@@ -155,17 +168,13 @@ def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _cache(model: PreTrainedModel) -> tuple[int, ...] | None:
-    """Numbers each layer keeps of a token, from the shapes of a pass without values."""
-    if next(model.parameters()).device.type != "meta":
-        with torch.device("meta"):
-            model = type(model)(model.config)
-    ids = torch.zeros(1, _PROMPT, dtype=torch.long, device="meta")
-    with suppress(Exception), torch.no_grad():  # some types look at values to go on
-        out = model(input_ids=ids, use_cache=True)
-        cache = next(value for value in out.values() if hasattr(value, "layers"))
-        held = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cache.layers]
-        counts = [sum(t.numel() for t in pair if t is not None) // _PROMPT for pair in held]
-        return tuple(counts[: num_layers(model)])
+    """Numbers by which each layer's part of the cache grows with a token; states do not grow."""
+    with suppress(Exception):  # some types look at values to go on
+        two, three = (
+            [sum(t.numel() for t in part) for part in held(model, tokens)] for tokens in (2, 3)
+        )
+        grown = [after - before for before, after in zip(two, three, strict=True)]
+        return tuple(grown[: num_layers(model)])
     return None
 
 

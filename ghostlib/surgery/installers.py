@@ -163,14 +163,14 @@ def earlier_writes(
             factor *= float(operators[index].W[0, 0])
         if factor != 1.0 and index > 0:
             for writer in writers(model, index - 1):
-                scale_output(model, writer, factor)
+                scale_output(writer, factor)
     tied: Any = model.get_output_embeddings()
     for table in embeddings(model):
         shared = tied is not None and tied.weight is table.weight
-        scale_output(model, table, factor)
+        scale_output(table, factor)
         if shared:
             tied.weight = table.weight
-            scale_output(model, receiver(model, num_layers(model)), 1 / factor)
+            scale_output(receiver(model, num_layers(model)), 1 / factor)
     return {}
 
 
@@ -201,6 +201,12 @@ def fold(
         if at_gap and not operator.regressor.reads_mlp and chosen != "nothing":
             chosen = "module"
         by_installer.setdefault(chosen, {})[index] = operator
+    scales = by_installer.pop("earlier-writes", {})  # last, of all that the others write
     for name, chosen_operators in by_installer.items():
         left |= INSTALLERS[name](model, chosen_operators)
+    if scales:
+        # What a module adds that is not linear in the stream does not grow with it.
+        others = left.values()
+        linear = all(o.bias is None and o.regressor.features == STREAM.features for o in others)
+        left |= INSTALLERS["earlier-writes" if linear else "module"](model, scales)
     return left

@@ -59,7 +59,7 @@ def save(
             left behind.
     """
     check_model(model)
-    target = Path(folder)
+    target = Path(folder).expanduser()
     check_output(target, bytes_needed=weight_bytes(model))
     with whole(target.absolute()) as temporary:
         model.save_pretrained(temporary)
@@ -84,7 +84,7 @@ def check_output(folder: str | os.PathLike[str], *, bytes_needed: int = 0) -> No
         PermissionError: the nearest existing folder above it cannot be written.
         OSError: the disk has less room than is needed; the message has both numbers.
     """
-    target = Path(folder)
+    target = Path(folder).expanduser()
     check_new(target)
     above = existing(target.absolute().parent)
     if not above.is_dir():
@@ -119,13 +119,14 @@ def model_card(
         tags=["layer-pruning", "ghosted-layers"],
     )
     removed = record["removed"]
-    lines = [
-        f"# {_safe(facts.get('base_model') or name)}, {len(removed)} decoder layers removed",
-        "",
+    done = (
         f"Decoder layers {spell(removed)} of the dense model are removed (counted from 0). "
-        "Each gap is repaired in closed form (Ghosted Layers, arXiv 2605.15491):",
-        "",
-    ]
+        "Each gap is repaired in closed form (Ghosted Layers, arXiv 2605.15491):"
+        if removed
+        else "No decoder layer of the dense model is removed."
+    )
+    heading = f"# {_safe(facts.get('base_model') or name)}, {len(removed)} decoder layers removed"
+    lines = [heading, "", done, ""]
     for repair in record["repairs"]:
         start, stop = repair["boundary"]
         reads = f", solved from `{repair['reads']}`" if "reads" in repair else ""

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from ghostlib.common import Registry, checked
 from ghostlib.models.architectures import cached, check_model
 from ghostlib.models.placement import input_device
+from ghostlib.models.streams import evaluating
 
 _TOLERANCE = 1e-3  # of the largest logit, in float32
 _QUANTISED = 0.25  # of their norm; what 8 bits for keys and values cost
@@ -325,10 +326,9 @@ def check_repaired_model(
     generator = torch.Generator().manual_seed(0)
     place, words = input_device(model), model.config.vocab_size
     prompts = [torch.randint(1, words, (n,), generator=generator).to(place) for n in _LENGTHS]
-    training = model.training
-    subject = Subject(model.eval(), partner or model, prompts)
+    subject = Subject(model, partner or model, prompts)
     answers: dict[str, str] = {}
-    try:
+    with evaluating(model), evaluating(subject.partner):
         for name, check in chosen.items():
             try:
                 check(subject)
@@ -338,6 +338,4 @@ def check_repaired_model(
             except (ValueError, NotImplementedError) as error:
                 assert "\n" not in str(error), f"{name}: refused in several lines: {error}"
                 answers[name] = f"refused: {error}"
-    finally:
-        model.train(training)
     return answers

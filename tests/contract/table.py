@@ -95,7 +95,7 @@ def number(name: str, *wrong: Any) -> Kind:
 
 
 MODELS = bad("causal language model", None, 3, "smollm2", torch.nn.Linear(2, 2), [MODEL])
-DENSE = [*MODELS, Bad(gl.recover(MODEL, IDS, [2]), "recovered before")]
+DENSE = [*MODELS, *bad("recovered before", gl.recover(MODEL, IDS, [2]), RECOVERED)]
 TOKENIZERS = bad("tokenizer", None, 3, "smollm2", [TOKENIZER])
 WINDOWS = [
     *bad("windows", None, "wiki", 3, [[3, 4]], {}, IDS[0], IDS[None], IDS.float(), IDS[:, :0]),

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import LAYERS, WIDTH, tiny_model, tiny_windows
+from contract import build
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 import ghostlib as gl
 from ghostlib.evaluation.cost import Flops
+from ghostlib.models.architectures import num_layers
 
 TOKENS, BATCH = 16, 2  # longer than the tiny models' sliding window of 8
 # what the names of a part's parameters hold
@@ -114,6 +116,50 @@ def test_projections_outside_the_layers_are_counted():
     cache = DynamicCache(config=model.config)
     counted = forward_counted(model, tiny_windows(1, TOKENS), cache)
     assert gl.flops(model, TOKENS, logits=TOKENS).total == counted
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_experts_count_in_every_dtype(kind):
+    model, ids = build(kind), tiny_windows(1, TOKENS)
+    found = [gl.flops(model.to(d), TOKENS) for d in (torch.bfloat16, torch.float16, torch.float32)]
+    assert found[0] == found[1] == found[2]
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")  # one plain product for each expert that is asked
+    counted = forward_counted(model, ids, DynamicCache(config=model.config), logits_to_keep=1)
+    assert found[2].total == counted
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["mamba", "bamba", "falcon_h1", "qwen3_next", "recurrent_gemma"])
+def test_states_are_kept_beside_keys_and_values(kind):
+    model = build(kind)
+    for tokens in (3, TOKENS):
+        cache, size = DynamicCache(config=model.config), 0
+        forward_counted(model, tiny_windows(BATCH, tokens), cache)
+        for layer in cache.layers:
+            parts = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+            for name in ("conv_states", "recurrent_states"):
+                parts += getattr(layer, name, {}).values()
+            size += sum(part.nbytes for part in parts if part is not None)
+        assert gl.cache_bytes(model, tokens, batch_size=BATCH) == size > 0
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "bert"])
+@pytest.mark.parametrize("logits", [1, 3])
+def test_a_head_of_several_parts_is_counted_where_it_is_passed(kind, logits):
+    """The boundary is in the head of the first; the second's has a product before the logits."""
+    model = build(kind)
+    removed = [num_layers(model) - 1]
+    ghost = gl.recover(model, tiny_windows(4, 24), removed, "ghost", relative_ridge=1e-3)
+    pruned = gl.prune(model, removed)
+    found, less = (gl.flops(each, TOKENS, logits=logits) for each in (ghost, pruned))
+    assert found.boundary > 0 and found._replace(boundary=0) == less
+    for each, claimed in ((ghost, found), (pruned, less)):
+        each.set_attn_implementation("eager")
+        cache = DynamicCache(config=each.config)
+        counted = forward_counted(each, tiny_windows(1, TOKENS), cache, logits_to_keep=logits)
+        assert claimed.total == counted
 
 
 def test_nothing_but_shapes_is_needed():

@@ -84,6 +84,14 @@ def test_a_model_in_training_mode_generates_without_dropout(prompts: list[str]) 
     assert model.training and not model.transformer.h[0].training
 
 
+def test_settings_of_a_checkpoint_leave_it_greedy(prompts: list[str]) -> None:
+    model, tokenizer = tiny_model("llama"), words_tokenizer(pad_token="<pad>")
+    expected = gl.generate(model, tokenizer, prompts)
+    for name, value in (("num_beams", 3), ("repetition_penalty", 1.8), ("no_repeat_ngram_size", 1)):
+        setattr(model.generation_config, name, value)
+    assert gl.generate(model, tokenizer, prompts) == expected
+
+
 def test_prompts_go_into_the_chat_template() -> None:
     model, tokenizer = tiny_model("llama"), words_tokenizer(pad_token="<pad>", bos_token="<begin>")
     tokenizer.chat_template = TEMPLATE

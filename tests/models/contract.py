@@ -282,6 +282,7 @@ def check_cost(pruned: PreTrainedModel, ids: Tensor) -> Iterator[str]:
         yield f"operations not counted without values ({type(error).__name__})"
         return
     pruned.set_attn_implementation("eager")
+    pruned.set_experts_implementation("eager")  # the counter does not look into kernels
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pruned(ids)
     share = claimed / counter.get_total_flops()

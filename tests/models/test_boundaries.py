@@ -85,6 +85,10 @@ def test_contiguous_refuses(n: int) -> None:
         contiguous(n, 6)
 
 
+def test_no_layer_is_spelt_as_nothing() -> None:
+    assert spell(()) == ""
+
+
 @given(st.sets(st.integers(0, 40), min_size=1))
 def test_layers_are_read_as_they_are_spelt(layers: set[int]) -> None:
     assert read_layers(spell(sorted(layers))) == tuple(sorted(layers))

@@ -102,10 +102,10 @@ def test_scaled_outputs_are_scaled(kind: str) -> None:
     x = torch.randn(2, 3, WIDTH)
     for module in (receiver(model, LAYERS), model.get_output_embeddings()):
         before = module(x).detach()
-        layers.scale_output(model, module, 3.0)
+        layers.scale_output(module, 3.0)
         torch.testing.assert_close(module(x), 3 * before, rtol=1e-5, atol=1e-5)
 
 
 def test_offloaded_weights_cannot_be_scaled() -> None:
     with pytest.raises(ValueError, match="weights of a Linear are offloaded"):
-        layers.scale_output(tiny_model("llama"), nn.Linear(2, 2, device="meta"), 2.0)
+        layers.scale_output(nn.Linear(2, 2, device="meta"), 2.0)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import LAYERS, VOCABULARY, WIDTH, tiny_model, tiny_windows
+from conftest import LAYERS, VOCABULARY, WIDTH, tiny_model, tiny_tokenizer, tiny_windows
 
 import ghostlib as gl
 from ghostlib.models import architectures as models
 from ghostlib.models import streams
+from ghostlib.recovery.plan import plan
 
 
 def test_adapter_contract(any_tiny):
@@ -28,7 +29,7 @@ def test_adapter_contract(any_tiny):
     # Every receiver is called once, in order, with the stream as its first argument.
     assert seen == [(index, (2, 12, WIDTH)) for index in range(LAYERS + 1)]
     with torch.no_grad():
-        torch.testing.assert_close(models.head(model, streams.final_hidden(model, ids)), logits)
+        torch.testing.assert_close(streams.head(model, streams.final_hidden(model, ids)), logits)
     assert logits.shape[-1] == VOCABULARY
 
 
@@ -102,6 +103,16 @@ def test_load_model_reads_a_folder_in_the_dtype_asked(tmp_path, embedded):
     assert again("A test.")["input_ids"] == tokenizer("A test.")["input_ids"]
     half, _ = gl.load_model(str(tmp_path), dtype=torch.bfloat16, device="cpu")
     assert half.dtype == torch.bfloat16
+
+
+def test_a_model_is_found_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    gl.save(tiny_model("llama", vocab_size=300), "~/model", tiny_tokenizer())
+    assert type(gl.load_model("~/model")[0]).__name__ == "LlamaForCausalLM"
+    assert gl.inspect("~/model").vocabulary == 300
+    assert plan("~/model", n=2, length=8).download == 0
+    with pytest.raises(FileNotFoundError, match="no such model folder: ~/other"):
+        gl.load_model("~/other")
 
 
 def test_load_model_names_what_it_did_not_find():

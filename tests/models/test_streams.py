@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ghostlib as gl
 from ghostlib.models.architectures import decoder_layers, to_state, to_stream
+from ghostlib.models.layers import embeddings
 from ghostlib.models.streams import (
     check_windows,
     evaluating,
@@ -40,6 +41,42 @@ def test_threads_that_share_a_model_see_their_own_windows() -> None:
             for together, expected in zip(pool.map(calibrated, windows), alone, strict=True):
                 assert torch.equal(together, expected)
     assert not any(layer._forward_pre_hooks for layer in decoder_layers(model))
+
+
+@pytest.mark.thorough
+def test_threads_that_share_a_model_are_scored_as_alone() -> None:
+    """Gemma 2 caps its logits, for which the head is called within a pass of the whole model."""
+    model = tiny_model("gemma2", final_logit_softcapping=5.0)
+    windows = [tiny_windows(8, 24, seed=seed) for seed in range(2)]
+    alone = [gl.window_losses(model, ids) for ids in windows]
+    barrier = threading.Barrier(2)
+
+    def scored(ids: Tensor) -> Tensor:
+        barrier.wait()
+        return gl.window_losses(model, ids)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(8):
+            for together, expected in zip(pool.map(scored, windows), alone, strict=True):
+                torch.testing.assert_close(together, expected)
+
+
+@pytest.mark.thorough
+def test_what_is_tried_in_one_thread_changes_nothing_in_another() -> None:
+    model, ids = tiny_model("gpt2"), tiny_windows(4, 24)
+    expected = record(model, ids, [1])[1]
+    done = threading.Event()
+
+    def tried() -> None:
+        for _ in range(20):
+            embeddings(model)
+        done.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        trying = pool.submit(tried)
+        while not done.is_set() and not trying.done():
+            assert torch.equal(record(model, ids, [1])[1], expected)
+        trying.result()
 
 
 def test_a_model_in_training_mode_is_passed_without_dropout_and_given_back() -> None:

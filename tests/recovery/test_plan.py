@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_model
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 import ghostlib as gl
 from ghostlib.recovery import plan as module
@@ -35,6 +35,13 @@ def test_weights_of_an_8b_model_are_counted_without_them(llama):
     assert found.parameters == 8_030_261_248
     assert found.memory["weights"] == 2 * found.parameters
     assert plan(llama, n=7, dtype="float32").memory["weights"] == 4 * found.parameters
+
+
+def test_a_mixture_of_experts_is_planned_in_every_dtype(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 97}
+    MixtralConfig(**sizes, num_hidden_layers=4).save_pretrained(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        assert plan(tmp_path, n=2, length=64, dtype=dtype).seconds["scoring"] > 0
 
 
 def test_calibration_is_counted_as_calibrate_counts_it(llama):

@@ -181,15 +181,17 @@ def test_what_cannot_be_is_named(
 
 
 def test_a_recovered_model_is_refused_before_the_pass(model: PreTrainedModel) -> None:
-    recovered = gl.recover(model, tiny_windows(), [2], **RIDGE)
-    recovered.forward = None  # no pass could be made
-    for make in (
-        lambda: gl.recover(recovered, tiny_windows(), [1]),
-        lambda: gl.prune(recovered, [1]),
-        lambda: gl.install(recovered, {}),
-    ):
-        with pytest.raises(ValueError, match="recovered before: start from the dense model"):
-            make()
+    gl.prune(gl.install(model, {}), [1])  # of which no layer was removed
+    stock = [gl.prune(model, [2]), gl.recover(model, tiny_windows(), [2], "refit", **RIDGE)]
+    for recovered in (gl.recover(model, tiny_windows(), [2], **RIDGE), *stock):
+        recovered.forward = None  # no pass could be made
+        for make in (
+            lambda m=recovered: gl.recover(m, tiny_windows(), [1]),
+            lambda m=recovered: gl.prune(m, [1]),
+            lambda m=recovered: gl.install(m, {}),
+        ):
+            with pytest.raises(ValueError, match="recovered before: start from the dense model"):
+                make()
 
 
 def test_layers_of_any_kind_of_integer(model: PreTrainedModel) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LAYERS, VOCABULARY, WIDTH, tiny_model
+from conftest import LAYERS, VOCABULARY, WIDTH, tiny_model, tiny_windows
 from contract import build
 from transformers import CONFIG_MAPPING, BertConfig
 
@@ -32,6 +32,37 @@ def test_repairs_that_do_not_fit_say_why() -> None:
     assert (
         "without a norm" in post_norm["two-branch"] and "without a norm" in post_norm["magnitude"]
     )
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("operator", ["ghost", "three-branch-relative", "refit"])
+def test_a_recovered_model_says_that_it_is_one(operator: str, tmp_path) -> None:
+    recovered = gl.recover(
+        tiny_model("llama"), tiny_windows(6, 40), [2, 3], operator, relative_ridge=1e-3
+    )
+    recovered.save_pretrained(tmp_path / "model")
+    found = gl.inspect(tmp_path / "model")
+    assert found == gl.inspect(recovered) and found.removed == (2, 3)
+    assert (found.type, len(found.kinds), found.cache) == ("llama", 4, (16,) * 4)
+    assert list(found.fixed) == [0, 1, 2, 3]
+    assert all("start from the dense model" in why for why in found.families.values())
+    assert str(found).splitlines()[-1].startswith("layers 2–3 of the dense model are removed: ")
+
+
+@pytest.mark.thorough
+def test_what_the_layers_of_every_kind_keep_of_a_token_is_known() -> None:
+    assert gl.inspect(build("mixtral").config).cache == (2 * 2 * 8,) * LAYERS
+    hybrid = gl.inspect(build("bamba").config)  # attention in layers 1 and 4, states elsewhere
+    assert hybrid.cache is not None and [n > 0 for n in hybrid.cache] == [False, True, False] * 2
+
+
+def test_options_without_effect_are_named(tmp_path) -> None:
+    config = CONFIG_MAPPING["llama"](num_hidden_layers=2)
+    config.save_pretrained(tmp_path)
+    assert len(gl.inspect(tmp_path, revision="main", num_hidden_layers=3).kinds) == 3
+    for given, unused in ((config, "revision, typo"), (tmp_path, "typo")):
+        with pytest.raises(ValueError, match=f"^{unused}: no effect"):
+            gl.inspect(given, revision="main", typo=3)
 
 
 def test_layers_that_cannot_go_say_why() -> None:

@@ -13,6 +13,7 @@ from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers
 from ghostlib.models.layers import down_projection
 from ghostlib.models.streams import tap
+from ghostlib.operators.families import Family
 from ghostlib.recovery.recipe import Recipe
 from ghostlib.statistics.features import Regressor
 
@@ -63,6 +64,33 @@ def test_a_folded_scale_is_a_scale_at_the_gap(any_tiny, tied):
         p.numel() for p in pruned.parameters()
     )
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("affine", "magnitude"),
+        ("two-branch", "magnitude"),
+        ("magnitude", "ghost", "magnitude"),
+        ("magnitude", "refit", "magnitude"),
+        ("ghost-refit", "magnitude"),
+    ],
+)
+def test_a_folded_scale_also_scales_what_the_repairs_before_it_add(names):
+    model, ids = tiny_model("llama"), tiny_windows(12, 40)
+    operators = {}
+    for start, name in zip((1, 3, 5), names, strict=False):
+        gap = Boundary(start, start + 1)
+        family = Family.of(name)
+        stats = gl.calibrate(model, ids, [gap], regressors=[family.regressor])
+        operators[gap] = gl.solve(stats.of(family.regressor)[gap], family)
+    folded = gl.install(model, operators)
+    at_the_gap = gl.install(model, operators, at_gap=True)
+    torch.testing.assert_close(logits(folded, ids), logits(at_the_gap, ids), rtol=1e-3, atol=1e-3)
+    linear = not {"affine", "two-branch"} & set(names)
+    modules = sum("boundary" in name for name, _ in folded.named_parameters())
+    assert not linear or modules == sum("ghost" in name for name in names), "scales are folded"
 
 
 @pytest.mark.thorough

@@ -141,6 +141,16 @@ def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     assert "trust_remote_code=True" in portable and "import ghostlib" not in portable
 
 
+def test_a_model_with_nothing_removed_is_saved_and_its_card_says_so(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    for name, each in {"dense": model, "copy": gl.install(model, {})}.items():
+        card = (save(each, tmp_path / name) / "README.md").read_text()
+        assert "No decoder layer of the dense model is removed." in card
+        assert torch.equal(
+            last_logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), last_logits(model)
+        )
+
+
 def test_output_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     recovered = repaired("refit")
     (tmp_path / "file").write_text("mine")

@@ -246,7 +246,7 @@ def test_moments_of_something_else_are_refused():
     with pytest.raises(ValueError, match=r"moments of boundary \(2, 4\) were given for \(1, 2\)"):
         gl.recover(model, {Boundary(1, 2): stats[gap]}, [1])
     with pytest.raises(ValueError, match="collected on model"):
-        gl.recover(gl.prune(model, [5]), stats, [2, 3])
+        gl.recover(tiny_model("llama", num_hidden_layers=5), stats, [2, 3])
 
 
 def test_operators_of_the_wrong_shape_or_name_are_refused():
