@@ -235,7 +235,7 @@ def symmetric(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
     V, unit2 = inverse.spectrum.vectors, inverse.scaling[0] ** 2
     # X v = 0 forces v' X' Delta = 0: on dropped directions both are rounding, and must go together.
     C = V.T @ (moments.cross / unit2) @ V * inverse.kept[:, None]
-    s = (inverse.spectrum.values + inverse.shift) * inverse.kept
+    s = inverse.spectrum.values * inverse.kept + inverse.shift  # what is unseen is shrunk as well
     M = V @ ratio(C + C.T, s[:, None] + s[None, :], empty=0.0) @ V.T
     return Fit((M + M.T) / 2, inverse=inverse)
 

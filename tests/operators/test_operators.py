@@ -190,10 +190,11 @@ def test_linearpatch_averages_the_ratios_of_the_sequences() -> None:
     torch.testing.assert_close(pooled.diagonal(), Y.abs().mean(0) / X.abs().mean(0))
 
 
+@pytest.mark.parametrize("tokens", [60, 4])
 @pytest.mark.parametrize("name", ["ghost", "affine", "symmetric", "low-rank"])
-def test_a_ridge_is_rows_of_penalty(name: str) -> None:
+def test_a_ridge_is_rows_of_penalty(name: str, tokens: int) -> None:
     """``ridge ||M||^2`` is the error on p more tokens ``sqrt(ridge) e_i`` whose Delta is zero."""
-    X, Y = activations(6)
+    X, Y = activations(6, tokens)
     moments = Moments(WIDTH).update(X, Y)
     extra = math.sqrt(7.0) * EYE
     if name == "affine":  # the penalty rows must not move the bias: centre first
