@@ -191,6 +191,8 @@ def hadamard_diagonal(moments: Moments) -> Fit:
     """
     H = rotate(_eye(moments))
     g, b = ((H * rotate(A)).sum(0) for A in (moments.G, moments.B))  # diagonals of H'GH, H'BH
+    noise = max(len(g), 64) * torch.finfo(g.dtype).eps * g.sum()
+    g = g.where(g > noise, 0.0)
     return Fit(_in_hadamard_basis(moments, ratio(b, g)), seen=g)
 
 

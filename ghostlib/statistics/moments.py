@@ -73,6 +73,11 @@ class Stream(NamedTuple):
         if has_hadamard(values.shape[1]):
             # It feeds a mean of absolute values only, for which float32 will do.
             rotated = w @ rotate(activations.float()).abs().double()
+            # A column without signal holds the rounding of whole tokens.
+            noise = (
+                8 * torch.finfo(torch.float32).eps * (w @ torch.linalg.vector_norm(values, dim=1))
+            )
+            rotated = rotated.where(rotated > noise, 0.0)
         return cls(values, w, w @ values.abs(), rotated)
 
 
