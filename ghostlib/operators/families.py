@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ghostlib.common import Registry, checked, warn
-from ghostlib.linalg.gram import Gram, Regularisation, Regularised, SingularGramWarning
+from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning
 from ghostlib.linalg.hadamard import rotate
 from ghostlib.models.boundaries import Boundary
 from ghostlib.statistics.features import FEATURES, STREAM, Regressor
@@ -297,20 +297,14 @@ def least_squares(
     C = moments.width
     if rank is not None and not 1 <= operator.index(rank) <= C:
         raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
-    gram, cross = moments.gram, moments.cross
     bias = moments.bias if bias is None else bias
-    means = moments.f1 / moments.weight, moments.d1 / moments.weight
-    if bias:
-        # Centring cancels: what is left of a large constant channel is rounding at the size of G.
-        centred = moments.G - torch.outer(moments.f1, means[0])
-        gram = Gram(centred, moments.blocks, moments.G.diagonal())
-        cross = cross - torch.outer(moments.f1, means[1])
-    inverse = gram.regularise(**options)
-    M = inverse.solve(cross) if rank is None else _reduced(inverse, cross, rank)
-    explained = inverse.explained(M, cross) if rank is None else None
-    total = moments.d2.sum() - (moments.d1 @ means[1] if bias else 0.0)
-    left = None if explained is None else max(float(total) - explained, 0.0)
-    return Fit(M, means[1] - means[0] @ M if bias else None, inverse, error=left)
+    f, d = moments.means
+    seen = moments.about(f, d) if bias else moments
+    inverse = seen.gram.regularise(**options)
+    M = inverse.solve(seen.cross) if rank is None else _reduced(inverse, seen.cross, rank)
+    explained = inverse.explained(M, seen.cross) if rank is None else None
+    left = None if explained is None else max(seen.pruned_error - explained, 0.0)
+    return Fit(M, d - f @ M if bias else None, inverse, error=left)
 
 
 def joint_least_squares(

@@ -412,6 +412,30 @@ class Moments:
         chosen.cross, chosen.f1 = self.cross[columns], self.f1[columns]
         return chosen
 
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """(p,) weighted mean of ``F``, (C,) of ``Delta``."""
+        return self.f1 / self.weight, self.d1 / self.weight
+
+    def about(self, f: Tensor, d: Tensor) -> Self:
+        """The second moments of ``F - f`` and ``Delta - d``, with the `means` of a fit's tokens.
+
+        Least squares on these is least squares with a bias.
+        """
+        f, d, w = f.to(self.G), d.to(self.G), self.weight
+        half = self.f1 - w / 2 * f
+        sums = {
+            "G": self.G - torch.outer(half, f) - torch.outer(f, half),
+            "cross": self.cross - torch.outer(self.f1 - w * f, d) - torch.outer(f, self.d1),
+            "f1": self.f1 - w * f,
+            "d1": self.d1 - w * d,
+            "d2": self.d2 - 2 * self.d1 * d + w * d.square(),
+        }
+        moved = self.replaced(sums, {})
+        # Centring cancels: what is left of a large constant channel is rounding at the size of G.
+        moved._gram = Gram(moved.G, self.blocks, self.G.diagonal())
+        return moved
+
     def _require_identity(self, what: str) -> None:
         if self.regressor.features != STREAM.features:
             raise ValueError(
