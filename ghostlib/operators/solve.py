@@ -125,12 +125,7 @@ class Operator:
             raise ValueError(
                 f"{self.name} acts on activations (..., {C}), got {tuple(X.shape)} {X.dtype}"
             )
-        F = self.regressor.design(Sources(X, hidden, output), real)
-        if F.shape[-1] != p:
-            raise ValueError(
-                f"{self.name} has a matrix of {p} rows, {self.regressor} has {F.shape[-1]} columns "
-                "here: hidden must be (…, MLP width), output (…, width)"
-            )
+        F = self.regressor.design(Sources(X, hidden, output), real, p)
         Y = X + F @ self.M.to(X)
         return Y if self.bias is None else Y + self.bias.to(X)
 

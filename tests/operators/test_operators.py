@@ -440,9 +440,9 @@ def test_apply_refuses_sources_and_masks_that_do_not_fit() -> None:
         ValueError, match=r"output must be of the same tokens .* \(60,\), got \(59,"
     ):
         folded.apply(X, output=X[1:])
-    with pytest.raises(ValueError, match=r"replaceme has a matrix of 8 rows, f has 7 columns here"):
+    with pytest.raises(ValueError, match=r"f has 7 columns here, where 8 are needed"):
         folded.apply(X, output=X[:, 1:])
-    with pytest.raises(ValueError, match=r"matrix of 8 rows, f has 7 columns here"):
+    with pytest.raises(ValueError, match=r"f has 7 columns here, where 8 are needed"):
         folded.apply(X.view(3, 20, 8), output=X[:, 1:].reshape(3, 20, 7))
     before = Operator(EYE, FAMILIES["branches"], Regressor.parse("n(prev)"))
     with pytest.raises(ValueError, match="reads the token before: pass sequences"):
