@@ -212,6 +212,11 @@ class Regressor:
         return self.resolve("rms")
 
     @property
+    def stream(self) -> "Regressor":
+        """The plain stream with the same weight of tokens."""
+        return Regressor(STREAM.features, self.weight)
+
+    @property
     def normalised(self) -> bool:
         """Whether it reads a normalised stream."""
         return any(feature.norm for feature in self.features)
