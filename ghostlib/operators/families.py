@@ -16,16 +16,15 @@ least-squares fits. Directions the calibration tokens never visit stay untouched
 returns, among equally good fits, the one with the smallest ``M``.
 """
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from ghostlib.common import Registry, checked, warn
-from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning
+from ghostlib.common import Registry, checked, warn, whole
+from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, listed
 from ghostlib.linalg.hadamard import rotate
 from ghostlib.models.boundaries import Boundary
 from ghostlib.statistics.features import FEATURES, STREAM, Regressor
@@ -264,8 +263,6 @@ def ghost(moments: Moments, *, around: str = "identity", **options: Unpack[Regul
     if around == "zero":
         inverse = moments.gram.regularise(**options)
         return Fit(inverse.solve(moments.B) - _eye(moments), inverse=inverse)
-    if around != "identity":
-        raise ValueError(f"around must be 'identity' or 'zero', got {around!r}")
     return least_squares(moments, **options)
 
 
@@ -294,9 +291,8 @@ def least_squares(
     Raises:
         ValueError: a rank out of range, or bad options.
     """
-    C = moments.width
-    if rank is not None and not 1 <= operator.index(rank) <= C:
-        raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
+    if rank is not None:
+        check_rank(rank, moments.width)
     bias = moments.bias if bias is None else bias
     f, d = moments.means
     seen = moments.about(f, d) if bias else moments
@@ -305,6 +301,13 @@ def least_squares(
     explained = inverse.explained(M, seen.cross) if rank is None else None
     left = None if explained is None else max(seen.pruned_error - explained, 0.0)
     return Fit(M, d - f @ M if bias else None, inverse, error=left)
+
+
+def check_rank(rank: int, width: int | None = None) -> None:
+    """Refuse, by `ValueError`, a rank that is not between 1 and the width (where that is known)."""
+    if not whole(rank) or not 1 <= rank <= (rank if width is None else width):
+        known = "" if width is None else f" {width}"
+        raise ValueError(f"rank must lie between 1 and the width{known}, got {rank}")
 
 
 def joint_least_squares(
@@ -323,8 +326,8 @@ def joint_least_squares(
         condition = float(torch.linalg.cond(fit.M[:C] + _eye(moments)))
         if condition < _FOLDABLE:
             return fit
-        ridges = options.get("relative_ridge") or _SMALLEST_RIDGE
-        raised = [10 * r for r in (ridges if isinstance(ridges, Sequence) else [ridges])]
+        ridges = options.get("relative_ridge")
+        raised = [10 * r for r in listed(_SMALLEST_RIDGE if ridges is None else ridges)]
         warn(
             f"I + M has condition number {condition:.1e}, too close to singular to fold what the "
             f"MLP takes in float32: solved with relative_ridge={raised} instead",
@@ -338,16 +341,8 @@ def affine(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
     return least_squares(moments, bias=True, **options)
 
 
-def low_rank(
-    moments: Moments, *, rank: int | None = None, **options: Unpack[Regularisation]
-) -> Fit:
-    """``W = I + M`` with ``rank M <= r``: reduced-rank regression of ``Delta`` on ``X_pre``.
-
-    Raises:
-        ValueError: no rank, or one outside 1 … width.
-    """
-    if rank is None:
-        raise ValueError("low-rank needs rank=…: `choose_rank` finds one by held-out error")
+def low_rank(moments: Moments, *, rank: int, **options: Unpack[Regularisation]) -> Fit:
+    """``W = I + M`` with ``rank M <= r``: reduced-rank regression of ``Delta`` on ``X_pre``."""
     return least_squares(moments, rank=rank, **options)
 
 
@@ -395,7 +390,7 @@ def _procrustes(B: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------- the table
 
-_RIDGES = ("rcond", "ridge", "relative_ridge")
+_RIDGES = tuple(Regularisation.__annotations__)
 # Condition number of I + M up to which float32 holds a fold: 1e6 x 1.2e-7 is a tenth.
 _FOLDABLE = 1e6
 _SMALLEST_RIDGE = 1e-6

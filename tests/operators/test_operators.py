@@ -480,6 +480,8 @@ def test_an_operator_around_a_matrix_that_was_not_solved_here() -> None:
         (torch.zeros(3, 3).to(torch.complex64), "ghost", "real numbers, got .* torch.complex64"),
         (torch.zeros(3, 3), "two-branch", r"two-branch reads x, n\(x\): it has M, and no single W"),
         (torch.zeros(3, 3), "gost", "did you mean 'ghost'"),
+        (torch.zeros(3, 3), "identity", "identity installs no single W"),
+        (torch.zeros(3, 3), "magnitude", "magnitude installs no single W"),
     ],
 )
 def test_what_is_no_operator_is_refused(W: Tensor, family: str, message: str) -> None:
@@ -518,6 +520,7 @@ def test_antisymmetric_share_of_chance_and_of_nothing() -> None:
     assert antisymmetric_share(torch.zeros(4, 4)) == 0.0
     with pytest.raises(ValueError, match=r"square matrix of real numbers, got \(4, 3\)"):
         antisymmetric_share(torch.zeros(4, 3))
+    assert antisymmetric_share(torch.tensor([[0, 1], [-1, 0]])) == 1.0
 
 
 # --- massive activations ------------------------------------------------------------------------
