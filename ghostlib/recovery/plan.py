@@ -139,14 +139,18 @@ def plan(
     names = BUDGETS[budget] if operator == AUTO else (operator,)
     regressors = [Family.of(family).regressor for family in names]
     choices = len(SHORTLIST) if operator == AUTO else 1
-    gaps = runs(chosen, total) if layers else contiguous(n, total)[:choices]
+    # The last ones: a gap at layer 0 has no MLP to collect.
+    gaps = runs(chosen, total) if layers else contiguous(n, total)[-choices:]
     rule = CRITERIA[criterion]
     searched: list[Boundary] = []  # what the choice of layers compares
     if not layers:
         rules = SHORTLIST if operator == AUTO else (criterion,)
         searched = sorted({gap for name in rules for gap in needed(name, len(chosen), total)})
     with_moments = operator == AUTO or "moments" in rule.needs
-    held = calibration_bytes(C, gaps, length=length, hidden=width, regressors=regressors).total
+    known = calibration_bytes(C, gaps, length=length, hidden=width, regressors=regressors)
+    ridged = "relative_ridge" in dict(Family.of(names[0]).default) and windows > 1
+    judged = operator == AUTO or ridged  # by moments of the windows kept out of the fit
+    held = known.total + judged * known.moments
     if searched:
         search = calibration_bytes(C, searched, length=length, moments=with_moments)
         held = max(held, search.total)
