@@ -100,8 +100,8 @@ def fit_sequential(
         SingularGramWarning: the tokens do not determine a full matrix and no ridge makes up for it.
     """
     family = Family.of(operator)
-    check_options(family, options, hidden_size(model))
     check_windows(model, windows, attention_mask)
+    check_options(family, options, hidden_size(model))
     mask, real, used = usable(windows, attention_mask, skip_leading, batch_size)
     gaps = check_order(boundaries, num_layers(model))
     if not gaps:
