@@ -153,7 +153,7 @@ class _Run:
         ]
         models = [((), DENSE), *product(self._removed(), self.specification.operators)]
         for (layers, operator), (measure, dataset) in product(models, measures):
-            name = json.dumps([_spell(layers), operator, measure, base_name(dataset)])
+            name = json.dumps([spell(layers), operator, measure, base_name(dataset)])
             digest = hashlib.sha256(name.encode()).digest()
             if int.from_bytes(digest[:8], "big") % total == index - 1:
                 self._plan(layers, operator, measure, dataset)
@@ -219,14 +219,14 @@ class _Run:
         """Note what is missing, and record what is left out."""
         fitted = operator not in _UNFITTED and not budget_of(operator)
         if 0 in layers and fitted and family_of(operator).regressor.reads_mlp:
-            names = {"layers": _spell(layers), "operator": operator, "dataset": ""}
+            names = {"layers": spell(layers), "operator": operator, "dataset": ""}
             reason = f"{operator} reads the layer before a gap, and layer 0 is removed"
             self.results.append("skipped", **names, reason=reason)
         elif not self._is_known(layers, operator, measure, dataset):
             self.todo.setdefault((layers, operator), []).append((measure, dataset))
 
     def _is_known(self, layers: Layers, operator: str, measure: str, dataset: str) -> bool:
-        names = (_spell(layers), operator)
+        names = (spell(layers), operator)
         scored = self.results.get("score", *names, measure, base_name(dataset))
         return bool(scored or self.results.get("skipped", *names, base_name(dataset)))
 
@@ -246,7 +246,7 @@ class _Run:
         }
         for measure, dataset in measures:
             content = takes[measure](dataset, layers, operators)
-            names = {"layers": _spell(layers), "operator": operator, "dataset": base_name(dataset)}
+            names = {"layers": spell(layers), "operator": operator, "dataset": base_name(dataset)}
             seconds, begin = time.perf_counter() - begin, time.perf_counter()
             if math.isfinite(content["value"]):
                 content |= names | {"measure": measure, "seconds": round(seconds, 2)}
@@ -403,7 +403,3 @@ class _Fits:
         places = {layers[0] for layers in sequential}
         places |= {gap.stop for layers in sequential for gap in self._gaps(layers)}
         return dense_streams(self.model, self.windows, places)
-
-
-def _spell(layers: Layers) -> str:
-    return spell(layers) if layers else ""

@@ -8,7 +8,7 @@ time, and the spectrum is computed only where the factorisation fails or someone
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypedDict
@@ -136,8 +136,7 @@ class Gram:
             scaling = self.unit if len(self.blocks) == 1 else torch.ones_like(self.unit)
             return Regularised(self, scaling, check_ridge(ridge) / float(scaling[0]) ** 2)
         if relative_ridge is not None:
-            named = relative_ridge if isinstance(relative_ridge, Sequence) else [relative_ridge]
-            ridges = [check_ridge(ridge) for ridge in named]
+            ridges = [check_ridge(ridge) for ridge in listed(relative_ridge)]
             if len(ridges) not in (1, len(self.blocks)):
                 raise ValueError(
                     f"relative_ridge has {len(ridges)} values for {len(self.blocks)} features: "
@@ -280,6 +279,12 @@ def gram(G: Tensor, blocks: Sequence[int] = ()) -> Gram:
     if known is None:
         known = _known[key] = Gram(G, blocks)
     return known
+
+
+def listed(ridges: float | Iterable[float]) -> list[float]:
+    """One ridge, or those of a list, tensor or array, as a list."""
+    several = isinstance(ridges, Iterable) and getattr(ridges, "ndim", 1) > 0
+    return list(ridges) if several else [ridges]  # type: ignore[arg-type, list-item]
 
 
 def check_ridge(ridge: float) -> float:

@@ -16,16 +16,15 @@ least-squares fits. Directions the calibration tokens never visit stay untouched
 returns, among equally good fits, the one with the smallest ``M``.
 """
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from ghostlib.common import Registry, checked, warn
-from ghostlib.linalg.gram import Gram, Regularisation, Regularised, SingularGramWarning
+from ghostlib.common import Registry, checked, warn, whole
+from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, listed
 from ghostlib.linalg.hadamard import rotate
 from ghostlib.models.boundaries import Boundary
 from ghostlib.statistics.features import FEATURES, STREAM, Regressor
@@ -191,6 +190,8 @@ def hadamard_diagonal(moments: Moments) -> Fit:
     """
     H = rotate(_eye(moments))
     g, b = ((H * rotate(A)).sum(0) for A in (moments.G, moments.B))  # diagonals of H'GH, H'BH
+    noise = max(len(g), 64) * torch.finfo(g.dtype).eps * g.sum()
+    g = g.where(g > noise, 0.0)
     return Fit(_in_hadamard_basis(moments, ratio(b, g)), seen=g)
 
 
@@ -235,7 +236,7 @@ def symmetric(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
     V, unit2 = inverse.spectrum.vectors, inverse.scaling[0] ** 2
     # X v = 0 forces v' X' Delta = 0: on dropped directions both are rounding, and must go together.
     C = V.T @ (moments.cross / unit2) @ V * inverse.kept[:, None]
-    s = (inverse.spectrum.values + inverse.shift) * inverse.kept
+    s = inverse.spectrum.values * inverse.kept + inverse.shift  # what is unseen is shrunk as well
     M = V @ ratio(C + C.T, s[:, None] + s[None, :], empty=0.0) @ V.T
     return Fit((M + M.T) / 2, inverse=inverse)
 
@@ -262,8 +263,6 @@ def ghost(moments: Moments, *, around: str = "identity", **options: Unpack[Regul
     if around == "zero":
         inverse = moments.gram.regularise(**options)
         return Fit(inverse.solve(moments.B) - _eye(moments), inverse=inverse)
-    if around != "identity":
-        raise ValueError(f"around must be 'identity' or 'zero', got {around!r}")
     return least_squares(moments, **options)
 
 
@@ -292,23 +291,23 @@ def least_squares(
     Raises:
         ValueError: a rank out of range, or bad options.
     """
-    C = moments.width
-    if rank is not None and not 1 <= operator.index(rank) <= C:
-        raise ValueError(f"rank must lie between 1 and the width {C}, got {rank}")
-    gram, cross = moments.gram, moments.cross
+    if rank is not None:
+        check_rank(rank, moments.width)
     bias = moments.bias if bias is None else bias
-    means = moments.f1 / moments.weight, moments.d1 / moments.weight
-    if bias:
-        # Centring cancels: what is left of a large constant channel is rounding at the size of G.
-        centred = moments.G - torch.outer(moments.f1, means[0])
-        gram = Gram(centred, moments.blocks, moments.G.diagonal())
-        cross = cross - torch.outer(moments.f1, means[1])
-    inverse = gram.regularise(**options)
-    M = inverse.solve(cross) if rank is None else _reduced(inverse, cross, rank)
-    explained = inverse.explained(M, cross) if rank is None else None
-    total = moments.d2.sum() - (moments.d1 @ means[1] if bias else 0.0)
-    left = None if explained is None else max(float(total) - explained, 0.0)
-    return Fit(M, means[1] - means[0] @ M if bias else None, inverse, error=left)
+    f, d = moments.means
+    seen = moments.about(f, d) if bias else moments
+    inverse = seen.gram.regularise(**options)
+    M = inverse.solve(seen.cross) if rank is None else _reduced(inverse, seen.cross, rank)
+    explained = inverse.explained(M, seen.cross) if rank is None else None
+    left = None if explained is None else max(seen.pruned_error - explained, 0.0)
+    return Fit(M, d - f @ M if bias else None, inverse, error=left)
+
+
+def check_rank(rank: int, width: int | None = None) -> None:
+    """Refuse, by `ValueError`, a rank that is not between 1 and the width (where that is known)."""
+    if not whole(rank) or not 1 <= rank <= (rank if width is None else width):
+        known = "" if width is None else f" {width}"
+        raise ValueError(f"rank must lie between 1 and the width{known}, got {rank}")
 
 
 def joint_least_squares(
@@ -327,8 +326,8 @@ def joint_least_squares(
         condition = float(torch.linalg.cond(fit.M[:C] + _eye(moments)))
         if condition < _FOLDABLE:
             return fit
-        ridges = options.get("relative_ridge") or _SMALLEST_RIDGE
-        raised = [10 * r for r in (ridges if isinstance(ridges, Sequence) else [ridges])]
+        ridges = options.get("relative_ridge")
+        raised = [10 * r for r in listed(_SMALLEST_RIDGE if ridges is None else ridges)]
         warn(
             f"I + M has condition number {condition:.1e}, too close to singular to fold what the "
             f"MLP takes in float32: solved with relative_ridge={raised} instead",
@@ -342,16 +341,8 @@ def affine(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
     return least_squares(moments, bias=True, **options)
 
 
-def low_rank(
-    moments: Moments, *, rank: int | None = None, **options: Unpack[Regularisation]
-) -> Fit:
-    """``W = I + M`` with ``rank M <= r``: reduced-rank regression of ``Delta`` on ``X_pre``.
-
-    Raises:
-        ValueError: no rank, or one outside 1 … width.
-    """
-    if rank is None:
-        raise ValueError("low-rank needs rank=…: `choose_rank` finds one by held-out error")
+def low_rank(moments: Moments, *, rank: int, **options: Unpack[Regularisation]) -> Fit:
+    """``W = I + M`` with ``rank M <= r``: reduced-rank regression of ``Delta`` on ``X_pre``."""
     return least_squares(moments, rank=rank, **options)
 
 
@@ -399,7 +390,7 @@ def _procrustes(B: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------- the table
 
-_RIDGES = ("rcond", "ridge", "relative_ridge")
+_RIDGES = tuple(Regularisation.__annotations__)
 # Condition number of I + M up to which float32 holds a fold: 1e6 x 1.2e-7 is a tenth.
 _FOLDABLE = 1e6
 _SMALLEST_RIDGE = 1e-6

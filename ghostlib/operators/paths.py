@@ -36,7 +36,8 @@ class RidgePath:
         ridges: multiples of each feature's mean eigenvalue.
         train_error: squared error on the training moments.
         held_out_error: squared error on the held-out moments, or None without them.
-        dof: effective number of parameters, ``C * sum_i s_i/(s_i + ridge)``, at most ``p C``.
+        dof: effective number of parameters, ``C * sum_i s_i/(s_i + ridge)``, at most ``p C``, and
+            ``C`` more with a bias.
         gcv: generalised cross-validation score, an estimate of the squared error per token from
             the training moments alone; infinite where the fit interpolates them.
     """
@@ -58,12 +59,13 @@ def ridge_path(
     moments and O(p^2) on held-out ones.
 
     **Generalised cross-validation** is ``(error/n) / (1 - h/n)^2`` with ``n`` tokens and ``h =
-    sum_i s_i/(s_i + ridge)``, the trace of the hat matrix. Both are functions of the moments, so
-    the score is exact. Leave-one-*token*-out is not: it weights the residual of each token by its
-    own leverage ``x' (G + ridge)^-1 x``, and the moments keep sums over tokens, not tokens; GCV
-    replaces every leverage by the mean ``h/n``. Leaving out a whole *fold* is exact again, because
-    its moments can be taken out of the sum: `cross_validate`. Neighbouring tokens of a text are
-    dependent, which GCV ignores; whole documents held out do not have that bias.
+    sum_i s_i/(s_i + ridge)``, the trace of the hat matrix, and 1 more with a bias. Both are
+    functions of the moments, so the score is exact. Leave-one-*token*-out is not: it weights the
+    residual of each token by its own leverage ``x' (G + ridge)^-1 x``, and the moments keep sums
+    over tokens, not tokens; GCV replaces every leverage by the mean ``h/n``. Leaving out a whole
+    *fold* is exact again, because its moments can be taken out of the sum: `cross_validate`.
+    Neighbouring tokens of a text are dependent, which GCV ignores; whole documents held out do not
+    have that bias.
 
     Args:
         train: moments of any regressor.
@@ -77,7 +79,7 @@ def ridge_path(
     values = torch.tensor([check_ridge(ridge) for ridge in ridges], dtype=torch.float64)
     if not len(values):
         raise ValueError("no ridge to try: name at least one")
-    check_alike(train, *(() if held_out is None else (held_out,)))
+    train, *judges = _seen(train, *(() if held_out is None else (held_out,)))
     unit = train.gram.unit  # of each feature
     s, V = train.gram.spectrum.values, train.gram.spectrum.vectors
     gains = [train.gram.regularise(relative_ridge=float(ridge)).gain for ridge in values]
@@ -85,17 +87,17 @@ def ridge_path(
     C = V.T @ (train.cross / unit[:, None])  # (p, C)
     rows = C.square().sum(1)
     train_error = (f.square() * s - 2 * f) @ rows + train.pruned_error
-    h = (f * s).sum(1)
+    h = (f * s).sum(1) + train.bias
     n = train.tokens
     free = 1.0 - h / n
     gcv = torch.where(free > 1e-6, train_error / n / free.square(), torch.inf)
     held_out_error = None
-    if held_out is not None:
+    for judge in judges:
         # tr(M'G_v M) - 2 tr(M'F_v'Delta_v) + ||Delta_v||^2 of M = V diag(f) C
         U = V / unit[:, None]
-        quadratic = (U.T @ held_out.G.to(U) @ U) * (C @ C.T)
-        linear = (U.T @ held_out.cross.to(U) * C).sum(1)
-        errors = ((f @ quadratic) * f).sum(1) - 2 * f @ linear + held_out.pruned_error
+        quadratic = (U.T @ judge.G.to(U) @ U) * (C @ C.T)
+        linear = (U.T @ judge.cross.to(U) * C).sum(1)
+        errors = ((f @ quadratic) * f).sum(1) - 2 * f @ linear + judge.pruned_error
         held_out_error = errors.clamp_min(0.0).cpu()
     return RidgePath(
         ridges=values,
@@ -245,7 +247,7 @@ def rank_path(train: Moments, held_out: Moments, **options: Unpack[Regularisatio
     Raises:
         ValueError: no tokens, or different widths or regressors.
     """
-    check_alike(train, held_out)
+    train, held_out = _seen(train, held_out)
     inverse = train.gram.regularise(**options)
     root, A = whitened(inverse, train.cross)
     Q = torch.linalg.eigh(A.T @ A).eigenvectors.flip(1).T  # rows q_i', the strongest first
@@ -275,6 +277,13 @@ def choose_rank(
     errors = rank_path(train, held_out, **options).held_out_error
     enough = errors <= errors.min() * (1 + tolerance)
     return 1 + int(enough.nonzero()[0])
+
+
+def _seen(train: Moments, *held_out: Moments) -> list[Moments]:
+    """What least squares sees of them: about the training means, where it fits a bias."""
+    check_alike(train, *held_out)
+    means = train.means
+    return [moments.about(*means) if train.bias else moments for moments in (train, *held_out)]
 
 
 def _rank_errors(P: Tensor, Q: Tensor, moments: Moments) -> Tensor:

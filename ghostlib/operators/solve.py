@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ghostlib.common import checked, warn
-from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, gram
+from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, gram, listed
 from ghostlib.models.boundaries import Boundary
-from ghostlib.operators.families import Family, Shape
+from ghostlib.operators.families import FAMILIES, Family, Shape, check_rank, low_rank
 from ghostlib.statistics.features import STREAM, Regressor, Sources
 from ghostlib.statistics.moments import Moments, check_moments
 
@@ -59,6 +59,8 @@ class Operator:
         record = Family.of(family)
         if not record.regressor.has_identity:
             raise ValueError(f"{record} reads {record.regressor}: it has M, and no single W")
+        if record.install in ("nothing", "earlier-writes"):
+            raise ValueError(f"{record} installs no single W, but at most one factor: use 'ghost'")
         M = W.double() - torch.eye(len(W)).to(W.double())
         dof = record.dof(Shape(len(W), len(W)))
         return cls(M, record, record.regressor, dof=dof, residual=residual)
@@ -125,12 +127,7 @@ class Operator:
             raise ValueError(
                 f"{self.name} acts on activations (..., {C}), got {tuple(X.shape)} {X.dtype}"
             )
-        F = self.regressor.design(Sources(X, hidden, output), real)
-        if F.shape[-1] != p:
-            raise ValueError(
-                f"{self.name} has a matrix of {p} rows, {self.regressor} has {F.shape[-1]} columns "
-                "here: hidden must be (…, MLP width), output (…, width)"
-            )
+        F = self.regressor.design(Sources(X, hidden, output), real, p)
         Y = X + F @ self.M.to(X)
         return Y if self.bias is None else Y + self.bias.to(X)
 
@@ -165,15 +162,16 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
     family = Family.of(name)
     check_moments(moments)
     generic = moments.regressor.generic
-    open_choice = family.name == "branches" and not moments.regressor.reads_mlp
-    if generic != family.regressor and not (open_choice and generic != STREAM):
+    open_choice = family is FAMILIES["branches"] and not moments.regressor.reads_mlp
+    if generic != family.regressor.generic and not (open_choice and generic != STREAM):
         raise ValueError(
             f"{family} is solved from moments of {family.regressor}, these are of {generic}: "
             f"calibrate(…, regressors=['{family.regressor}']).of('{family.regressor}')"
         )
-    check_options(family, options)
-    regularised = {"rcond", "ridge", "relative_ridge"} & set(options)
-    fit = family.solve(moments, **({} if regularised else dict(family.default)) | options)
+    check_options(family, options, moments.width)
+    ridges = Regularisation.__annotations__.keys()
+    given = {k: value for k, value in options.items() if value is not None or k not in ridges}
+    fit = family.solve(moments, **({} if ridges & given else dict(family.default)) | given)
     if fit.inverse is not None:
         # The channels of a standardised token sum to zero.
         blind = sum(feature.norm == "layer" for feature in moments.regressor.features)
@@ -201,18 +199,31 @@ def solve_quietly(moments: Moments, family: Family | str = "ghost", **options: A
         return solve(moments, family, **options)
 
 
-def check_options(family: Family, options: Mapping[str, Any]) -> None:
+def check_options(family: Family, options: Mapping[str, Any], width: int | None = None) -> None:
     """Refuse an option that the family's solver does not take, or out of range, before any pass.
 
+    Args:
+        width: of the stream, which a rank may not exceed, where it is known.
+
     Raises:
-        ValueError: such an option; the message lists those there are.
+        ValueError: such an option, the message lists those there are; or ``low-rank`` without rank.
     """
     if unknown := [name for name in options if name not in family.options]:
         known = f"it takes {', '.join(family.options)}" if family.options else "it takes none"
         raise ValueError(f"{family} has no option {unknown[0]!r}: {known}")
     shared = {n: v for n, v in options.items() if n in Regularisation.__annotations__}
-    if not isinstance(shared.get("relative_ridge"), list | tuple):  # one for each feature
-        gram(torch.eye(1, dtype=torch.float64)).regularise(**shared)
+    features = len(family.regressor.features)
+    if family is FAMILIES["branches"]:  # of as many as the moments will have
+        ridges = shared.get("relative_ridge")
+        features = 1 if ridges is None else max(len(listed(ridges)), 1)
+    gram(torch.eye(features, dtype=torch.float64), (1,) * features).regularise(**shared)
+    if (around := options.get("around", "zero")) not in ("identity", "zero"):
+        raise ValueError(f"around must be 'identity' or 'zero', got {around!r}")
+    rank = options.get("rank")
+    if family.solve is low_rank and rank is None:
+        raise ValueError("low-rank needs rank=…: `choose_rank` finds one by held-out error")
+    if rank is not None:
+        check_rank(rank, width)
 
 
 def warn_of_massive_activations(moments: Mapping[Boundary, Moments], family: Family) -> None:
@@ -246,6 +257,7 @@ def antisymmetric_share(M: Tensor) -> float:
     1.0
     """
     _check_square(M, "M")
+    M = M.double()
     norm = float(torch.linalg.norm(M))
     return float(torch.linalg.norm(M - M.T)) / (2 * norm) if norm > 0 else 0.0
 

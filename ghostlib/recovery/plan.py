@@ -143,13 +143,17 @@ def plan(
     rules = shortlisted(keep) if operator == AUTO else (criterion,)
     rules = () if layers else rules
     choices = len(rules) or 1
-    gaps = runs(chosen, total) if layers else contiguous(n, total)[:choices]
+    # The last ones: a gap at layer 0 has no MLP to collect.
+    gaps = runs(chosen, total) if layers else contiguous(n, total)[-choices:]
     # what the choice of layers compares, and how many sets of layers it scores
     searched: list[Boundary] = sorted({gap for name in rules for gap in needed(name, n, total)})
     greedy = sum(CRITERIA[name].search == "greedy" for name in rules)
     scores = greedy * (total + (n - 1) * (TRIES if operator == AUTO else total))
     with_moments = operator == AUTO or "moments" in CRITERIA[criterion].needs
-    held = calibration_bytes(C, gaps, length=length, hidden=width, regressors=regressors).total
+    known = calibration_bytes(C, gaps, length=length, hidden=width, regressors=regressors)
+    ridged = "relative_ridge" in dict(Family.of(names[0]).default) and windows > 1
+    judged = operator == AUTO or ridged  # by moments of the windows kept out of the fit
+    held = known.total + judged * known.moments
     if searched:
         search = calibration_bytes(C, searched, length=length, moments=with_moments)
         held = max(held, search.total)

@@ -29,9 +29,10 @@ from ghostlib.selection.criteria import needed, select_layers
 from ghostlib.selection.evidence import WEIGHT, Layers, check_weight, to_keep
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate, suited
+from ghostlib.statistics.features import Regressor
 from ghostlib.statistics.moments import Moments
 from ghostlib.surgery.cut import install
-from ghostlib.surgery.installers import projection_before
+from ghostlib.surgery.installers import check_place, projection_before
 
 Ridge = float | tuple[float, ...]
 
@@ -210,11 +211,15 @@ class Recipe:
 
     @checked
     def collect(self, choices: Iterable[Layers]) -> None:
-        """Collect in one pass what all of ``choices`` will be solved from."""
+        """Collect what all of ``choices`` will be solved from, in one pass where it can be."""
         gaps = {gap for layers in choices for gap in runs(layers, self.total)}
-        if missing := sorted(gaps - set(self._statistics)):
-            how: dict[str, Any] = {"batch_size": self.batch_size}
-            how["regressors"] = {family.regressor for family in self.families.values()}
+        passes: dict[frozenset[Regressor], list[Boundary]] = {}  # one, where layers are alike
+        for gap in sorted(gaps - set(self._statistics)):
+            # Before layer 0 there is no MLP to read, which the pass knows.
+            known = (f for f in self.families.values() if has_place(self.model, f, gap.start or 1))
+            passes.setdefault(frozenset(f.regressor for f in known), []).append(gap)
+        for regressors, missing in passes.items():
+            how: dict[str, Any] = {"batch_size": self.batch_size, "regressors": regressors}
             fit = calibrate(self.model, self.fitted, missing, **how)
             held_out = calibrate(self.model, self.judges, missing, **how)
             self._statistics |= dict.fromkeys(missing, (fit, held_out))
@@ -232,7 +237,7 @@ class Recipe:
                 whatever the repair, and without one.
         """
         names = [self._candidate(name) for name in (self.families if among is None else among)]
-        asked = self.shortlist(layers) if isinstance(layers, int) else [tuple(sorted(layers))]
+        asked = [tuple(sorted(layers))] if isinstance(layers, Iterable) else self.shortlist(layers)
         self.collect(asked)
         todo = [(ls, repair) for ls in asked for repair in (PRUNED, *self._placed(ls, names))]
         tried = {key: self._try(*key) for key in track(todo, "choosing", unit="repair")}
@@ -263,9 +268,11 @@ class Recipe:
         Solved from all windows, as what `choose` returns.
 
         Raises:
-            ValueError: layers that cannot be removed, or not one of the candidates.
+            ValueError: layers that cannot be removed, not one of the candidates, or one that has no
+                place before one of the gaps.
         """
         family, removed = self.families[self._candidate(repair)], tuple(sorted(layers))
+        check_place(self.model, runs(removed, self.total), family)
         self.collect([removed])
         fitted = {gap: fit for gap, (fit, _) in self._moments(removed, repair).items()}
         warn_of_massive_activations(fitted, family)
@@ -311,9 +318,10 @@ class Recipe:
         return sum(feature.source == "stream" for feature in features) > 1
 
     def _placed(self, layers: Layers, names: Iterable[str]) -> list[str]:
-        """Those that there is a place for: some need a layer before the gap."""
-        reads_mlp = {name: self.families[name].regressor.reads_mlp for name in names}
-        return [name for name, reads in reads_mlp.items() if not (reads and 0 in layers)]
+        """Those that there is a place for at every gap: some need a layer before it."""
+        starts = [gap.start for gap in runs(layers, self.total)]
+        families = {name: self.families[name] for name in names}
+        return [n for n, f in families.items() if all(has_place(self.model, f, s) for s in starts)]
 
     def _moments(self, layers: Layers, repair: str) -> dict[Boundary, tuple[Moments, Moments]]:
         """Those that ``repair`` is solved from, of the fitted and of the held-out windows."""
@@ -370,15 +378,25 @@ def check_ground(model: PreTrainedModel, family: Family) -> None:
 
     Raises:
         ValueError: normalised features where layers read the stream without a norm, or a repair of
-            the MLP where its output is normalised or its weights cannot be changed; the message
-            says what works instead.
+            the MLP where every layer normalises its output or has weights that cannot be changed;
+            the message says what works instead.
     """
     try:
         suited(model, family.regressor)
-        if family.regressor.reads_mlp:
-            projection_before(model, 1, family.name)
+        starts = range(1, num_layers(model) + 1)
+        if not any(has_place(model, family, start) for start in starts):
+            projection_before(model, 1, family.name)  # says why
     except ValueError as error:
         raise ValueError(f"{error}: candidates=('ghost', 'ghost-relative')") from None
+
+
+def has_place(model: PreTrainedModel, family: Family, start: int) -> bool:
+    """Whether a gap at layer ``start`` can take the family's repair; layers may differ."""
+    with suppress(ValueError):
+        if family.regressor.reads_mlp:
+            projection_before(model, start, family.name)
+        return True
+    return False
 
 
 @checked

@@ -106,13 +106,13 @@ def recover(
         return choice.apply(model, share=share)
     if isinstance(operator, Mapping):
         raise ValueError("these operators are solved already: use install(model, operators)")
-    if isinstance(layers, int):
+    if not isinstance(layers, Iterable):
         raise ValueError(
             f"layers must name the layers to remove, got the number {layers}: choose them with "
             f"select_layers(model, calibration, {layers}), or use operator='auto'"
         )
     family = Family.of(operator)  # an unknown name is refused before the long pass, not after it
-    check_options(family, options)
+    check_options(family, options, hidden_size(model))
     gaps = runs(layers, num_layers(model))
     check_place(model, gaps, family)
     if not isinstance(calibration, Tensor):
@@ -126,7 +126,11 @@ def recover(
         recovered = install(model, dict(operators), share=share)
         recovered.config.recovery |= {"fit": fit}
         return recovered
-    elif family.default and len(calibration) > 1 and not (options or set(passes) - {"batch_size"}):
+    elif (
+        "relative_ridge" in dict(family.default)
+        and len(calibration) > 1
+        and not (options or set(passes) - {"batch_size"})
+    ):
         recipe = Recipe(model, calibration, candidates=[family], **passes)
         removed = [layer for gap in gaps for layer in gap.removed]
         return install(model, dict(recipe.fit(removed, str(family))), share=share)

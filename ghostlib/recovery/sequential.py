@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import at_least, checked, track
-from ghostlib.models.architectures import fingerprint, looks_back, num_layers
+from ghostlib.models.architectures import fingerprint, hidden_size, looks_back, num_layers
 from ghostlib.models.boundaries import Boundary, check_order
 from ghostlib.models.layers import listen
 from ghostlib.models.placement import input_device
@@ -100,8 +100,8 @@ def fit_sequential(
         SingularGramWarning: the tokens do not determine a full matrix and no ridge makes up for it.
     """
     family = Family.of(operator)
-    check_options(family, options)
     check_windows(model, windows, attention_mask)
+    check_options(family, options, hidden_size(model))
     mask, real, used = usable(windows, attention_mask, skip_leading, batch_size)
     gaps = check_order(boundaries, num_layers(model))
     if not gaps:

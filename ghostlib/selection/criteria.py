@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import Registry, at_least, checked, track
+from ghostlib.common import Registry, at_least, checked, told, track
 from ghostlib.evaluation.abilities import COPYING
-from ghostlib.models.architectures import num_layers
+from ghostlib.models.architectures import fingerprint, num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
 from ghostlib.models.streams import refusal
 from ghostlib.operators.families import Family
@@ -37,6 +37,9 @@ class Selection(tuple[int, ...]):
         selection.n = len(selection)
         selection.scores = dict(scores)
         return selection
+
+    def __getnewargs__(self) -> tuple[Layers, str, dict[Layers, float]]:
+        return tuple(self), self.criterion, self.scores  # to be copied and pickled
 
     @checked
     def first(self, n: int) -> "Selection":
@@ -104,8 +107,8 @@ def select_layers(
     keep: str = COPYING,
     weight: float = WEIGHT,
     attention_mask: Tensor | None = None,
-    skip_leading: int = 0,
-    batch_size: int = 1,
+    skip_leading: int | None = None,
+    batch_size: int | None = None,
 ) -> Selection:
     """Choose ``n`` decoder layers of ``model`` to remove.
 
@@ -125,19 +128,21 @@ def select_layers(
             alone; all of them by default.
         keep: the probe of random tokens that ``abilities`` asks beside the windows.
         weight: nats of the windows' loss that one of the probe's is worth.
-        attention_mask, skip_leading, batch_size: as in `calibrate`, when windows are given.
+        attention_mask, skip_leading: as in `calibrate`, for a pass over windows.
+        batch_size: windows per forward pass; 1 by default.
 
     Returns:
         `Selection`: a tuple of layer indices with ``.scores``.
 
     Raises:
         ValueError: unknown criterion, ``n`` out of range, a calibration without the statistics the
-            criterion needs, windows that do not fit the model, a score that is not a number, or no
-            ``n`` layers that this model can do without.
+            criterion needs or of another model, windows that do not fit the model, an argument that
+            would have no effect, a score that is not a number, or no ``n`` layers that this model
+            can do without.
     """
     rule, total = CRITERIA[criterion], num_layers(model)
     contiguous(n, total)  # checks n
-    at_least(1, tries=tries)
+    at_least(1, tries=tries, batch_size=batch_size)
     check_weight(weight)
     if windows is None and isinstance(calibration, Tensor):
         if "windows" in rule.needs and attention_mask is not None and not attention_mask.all():
@@ -150,18 +155,28 @@ def select_layers(
         raise ValueError(f"criterion {criterion!r} scores token windows: pass windows=…")
     boundaries = needed(criterion, n, total)
     family = Family.of(operator)
+    passes: dict[str, Any] = {"attention_mask": attention_mask, "skip_leading": skip_leading}
+    if "windows" not in rule.needs:
+        passes["batch_size"] = batch_size
+    passes = {name: value for name, value in passes.items() if value is not None}
+    if passes and not (boundaries and isinstance(calibration, Tensor)):
+        name, value = next(iter(passes.items()))
+        raise ValueError(
+            f"{name} = {told(value)} belongs to a pass that collects statistics, and criterion "
+            f"{criterion!r} makes none here: leave it out"
+        )
+    batch_size = 1 if batch_size is None else batch_size
     if not boundaries:
         calibration = Calibration("")  # of which nothing is asked
     elif isinstance(calibration, Tensor):
-        calibration = calibrate(
-            model,
-            calibration,
-            boundaries,
-            attention_mask=attention_mask,
-            skip_leading=skip_leading,
-            batch_size=batch_size,
-            moments="moments" in rule.needs,
-            regressors=[family.regressor] if "moments" in rule.needs else (),
+        with_moments = "moments" in rule.needs
+        regressors = [family.regressor, family.regressor.stream] if with_moments else []
+        passes |= {"batch_size": batch_size, "moments": with_moments, "regressors": regressors}
+        calibration = calibrate(model, calibration, boundaries, **passes)
+    elif calibration.model != (own := fingerprint(model)):
+        raise ValueError(
+            f"the calibration was collected on model {calibration.model}, not on {own}: "
+            "calibrate again"
         )
     _check(criterion, n, calibration, boundaries)
     probe = keep if "probes" in rule.needs else None
@@ -268,7 +283,7 @@ def _search(
         return chosen, scores
     removed: Layers = ()
     for _ in track(range(n), "removing", unit="layer"):
-        evidence.grow_from(removed)
+        evidence.grow_from(removed, repaired="moments" in rule.needs)
         others = [layer for layer in range(total) if layer not in removed]
         if removed:
             others = sorted(others, key=lambda layer: scores[layer,])[:tries]

@@ -14,10 +14,10 @@ from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.models.architectures import decoder_layers, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without, runs
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import check_windows
+from ghostlib.models.streams import evaluating
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator, Operators, solve_quietly
-from ghostlib.selection.trials import Trials
+from ghostlib.selection.trials import Trials, check_scored
 from ghostlib.statistics.calibration import Calibration, Similarity
 
 Layers = tuple[int, ...]
@@ -56,8 +56,6 @@ class Evidence:
     def __post_init__(self) -> None:
         self.total = num_layers(self.model)
         self._operators: dict[Boundary, Operator] = {}
-        self._base: tuple[Layers, bool] = ((), False)
-        self._parent: Layers = ()
 
     def similarity(self, layers: Layers) -> Similarity:
         """How alike the stream is before and after the block ``layers``."""
@@ -66,13 +64,14 @@ class Evidence:
     def residual(self, layers: Layers) -> float:
         """Squared error that the repair of a block leaves, relative to ``||X_post||^2``.
 
-        On the tokens the repair was solved from. The unit is what the next layer should have
-        received, so that blocks of any place and length compare.
+        On the tokens the repair was solved from, with their weights. The unit is what the next
+        layer should have received, so that blocks of any place and length compare.
         """
         gap = self._block(layers)
         if self.family.regressor.reads_mlp and gap.start == 0:
             return math.inf  # no layer is left before the gap to repair it in
-        return self._repair(gap).residual / self.calibration[gap].t
+        target = self.calibration.of(self.family.regressor.stream)[gap]
+        return self._repair(gap).residual / target.t
 
     def importance(self, layers: Layers) -> float:
         """Summed first-order importance of the weights of ``layers``."""
@@ -80,14 +79,12 @@ class Evidence:
 
     def loss(self, layers: Layers) -> float:
         """Mean loss on the windows without ``layers``."""
-        self._rebase(repaired=False)
         return self._trials.loss(layers)
 
     def recovered_loss(self, layers: Layers) -> float:
         """Mean loss on the windows without ``layers`` and with every gap repaired."""
         if self.family.regressor.reads_mlp and 0 in layers:
             return math.inf
-        self._rebase(repaired=True)
         return self._trials.loss(layers, self._repairs(layers))
 
     def balance(self, layers: Layers) -> float:
@@ -98,16 +95,10 @@ class Evidence:
         (values,) = self._trials.abilities(layers, self._repairs(layers)).values()
         return loss + self.weight * float(values.mean())
 
-    def grow_from(self, parent: Layers) -> None:
+    def grow_from(self, parent: Layers, *, repaired: bool) -> None:
         """The sets asked for next are ``parent`` and one layer more: keep its streams."""
-        self._parent = parent
-
-    def _rebase(self, repaired: bool) -> None:
-        wanted = (self._parent, repaired)
-        # Without a removed layer there is nothing to repair, and trials begin with the dense model.
-        if self._parent and self._base != wanted:
-            self._trials.rebase(self._parent, self._repairs(self._parent) if repaired else None)
-            self._base = wanted
+        if parent:  # trials begin with the dense model
+            self._trials.rebase(parent, self._repairs(parent) if repaired else None)
 
     @cached_property
     def _trials(self) -> Trials:
@@ -155,9 +146,9 @@ def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
         One number a layer, in nats.
 
     Raises:
-        ValueError: ``windows`` (windows, length) do not fit the model.
+        ValueError: ``windows`` (windows, length) do not fit the model, or are of one token.
     """
-    check_windows(model, windows)
+    check_scored(model, windows)
     layer_of = {
         id(parameter): index
         for index, layer in enumerate(decoder_layers(model))
@@ -171,14 +162,15 @@ def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
     }
     owner = [layer_of[id(p)] for p in model.parameters() if id(p) in layer_of]
     totals = [torch.zeros_like(weight) for weight in weights.values()]
-    for ids in track(windows.to(input_device(model)).split(1), "differentiating"):
-        inputs = {"input_ids": ids, "use_cache": False}
-        logits = functional_call(model, weights, (), inputs).logits[0, :-1].float()
-        loss = nn.functional.cross_entropy(logits, ids[0, 1:]) / len(windows)
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        for total, gradient in zip(totals, gradients, strict=True):
-            if gradient is not None:
-                total += gradient
+    with evaluating(model), torch.enable_grad():
+        for ids in track(windows.to(input_device(model)).split(1), "differentiating"):
+            inputs = {"input_ids": ids, "use_cache": False}
+            logits = functional_call(model, weights, (), inputs).logits[0, :-1].float()
+            loss = nn.functional.cross_entropy(logits, ids[0, 1:]) / len(windows)
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for total, gradient in zip(totals, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
     importance = [0.0] * len(decoder_layers(model))
     for index, weight, total in zip(owner, weights.values(), totals, strict=True):
         importance[index] += float((weight.detach() * total).abs().sum(dtype=torch.float64))

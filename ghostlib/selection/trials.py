@@ -70,9 +70,7 @@ class Trials:
         self.model, self.probes = model, probes
         self.batches: list[Tensor] = []
         if windows is not None:
-            check_windows(model, windows)
-            if windows.shape[1] < 2:
-                raise ValueError("windows of one token predict nothing: use a length of at least 2")
+            check_scored(model, windows)
             self.batches += windows.split(batch_size)
         self._texts = len(self.batches)
         if probes is not None:
@@ -104,7 +102,12 @@ class Trials:
         Args:
             layers: removed layers.
             operators: repairs; of the gaps in common with the base the same ones as there.
+
+        Raises:
+            ValueError: there are no windows.
         """
+        if not self._texts:
+            raise ValueError("no windows to score: give Trials(model, windows)")
         texts = range(self._texts)
         hidden = zip(self._hidden(layers, operators or {}, texts), self.batches, strict=False)
         # The head is that of every variant, and what it does to logits is found once a model.
@@ -167,6 +170,13 @@ class Trials:
         repairs = (*operators.items(), *self.repairs.items())
         folded = any(gap.start == first and repair.regressor.reads_mlp for gap, repair in repairs)
         return first - 1 if folded else first
+
+
+def check_scored(model: PreTrainedModel, windows: Tensor) -> None:
+    """Refuse, by `ValueError`, windows that do not fit the model or that predict no token."""
+    check_windows(model, windows)
+    if windows.shape[1] < 2:
+        raise ValueError("windows of one token predict nothing: use a length of at least 2")
 
 
 def _survivors(layers: tuple[int, ...], total: int) -> list[int]:

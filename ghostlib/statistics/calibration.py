@@ -70,6 +70,8 @@ class Calibration(dict[Boundary, Moments]):
             ValueError: the pass did not collect them.
         """
         asked = Regressor.parse(regressor).generic
+        if asked == STREAM and self:
+            return dict(self)  # with what was put in by hand
         grams: dict[int, Tensor] = {}  # shared matrices stay shared when they are cut
         for (known, boundary), moments in self.collected.items():
             if known.contains(asked) and (asked, boundary) not in self._parts:
@@ -80,7 +82,8 @@ class Calibration(dict[Boundary, Moments]):
         chosen = {b: part for (known, b), part in self._parts.items() if known == asked}
         if not chosen:
             raise ValueError(
-                f"no moments of {asked} were collected: calibrate(…, regressors=['{asked}'])"
+                f"no moments of {asked} were collected: "
+                f"calibrate(…, moments=True, regressors=['{asked}'])"
             )
         return chosen
 
@@ -128,7 +131,7 @@ def calibrate(
         raise ValueError("no boundary to calibrate: name at least one, such as Boundary(12, 19)")
     mask, real, used = usable(windows, attention_mask, skip_leading, batch_size)
     extra = [Regressor.parse(regressor).generic for regressor in regressors]
-    if not moments and set(extra) - {STREAM}:
+    if not moments and extra:
         raise ValueError("regressors are collected as moments: leave moments=True")
     sizes = {"length": windows.shape[1], "batch_size": batch_size}
     require_memory(calibration_bytes(model, asked, moments=moments, regressors=extra, **sizes))

@@ -81,6 +81,8 @@ def calibrate_distributed(
     if not isinstance(boundaries, Iterable):  # they are the same in every process
         raise ValueError(f"boundaries must be a list of Boundary(start, stop), got {boundaries!r}")
     asked = list(boundaries)
+    if isinstance(several := options.get("regressors"), set | frozenset):
+        options["regressors"] = sorted(several, key=str)  # in every process alike
     device = torch.device("cpu")
     if _place()[1] > 1 and "cpu:" not in dist.get_backend_config():
         device = input_device(model)
@@ -132,11 +134,9 @@ def all_reduce(calibration: Calibration, device: torch.device | str = "cpu") -> 
     lines = totals["counts"].tolist()
     for (key, moments), line in zip(calibration.collected.items(), lines, strict=True):
         tensors = {name: totals[id(tensor)] for name, tensor in moments.tensors().items()}
-        tokens, weight, sequences, fourth = line
-        summed = {"tokens": int(tokens), "sequences": int(sequences)}
-        total.collected[key] = moments.replaced(
-            tensors, summed | {"weight": weight, "fourth": fourth}
-        )
+        known = zip(moments.counts().items(), line, strict=True)
+        counted = {name: type(mine)(whole) for (name, mine), whole in known}  # tokens are whole
+        total.collected[key] = moments.replaced(tensors, counted)
     if total.collected:
         total.update(total.of(STREAM))
     return total

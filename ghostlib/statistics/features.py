@@ -7,6 +7,7 @@ the stream as ``X + F M``. With one weight of tokens the moments of many feature
 of them as blocks, so that a pass collects the widest regressors alone.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -165,7 +166,8 @@ class Regressor:
     weight: Weight = UNIFORM
 
     def __post_init__(self) -> None:
-        if not self.features or not fits(self.features, tuple[Feature, ...]):
+        several = isinstance(self.features, tuple) and fits(self.features, tuple[Feature, ...])
+        if not self.features or not several:
             raise ValueError(
                 f"a regressor needs a tuple of features, such as those of Regressor.parse('x'), "
                 f"got {told(self.features)}"
@@ -210,6 +212,11 @@ class Regressor:
         return self.resolve("rms")
 
     @property
+    def stream(self) -> "Regressor":
+        """The plain stream with the same weight of tokens."""
+        return Regressor(STREAM.features, self.weight)
+
+    @property
     def normalised(self) -> bool:
         """Whether it reads a normalised stream."""
         return any(feature.norm for feature in self.features)
@@ -249,16 +256,17 @@ class Regressor:
         )
 
     @checked
-    def design(self, sources: Sources, real: Tensor | None = None) -> Tensor:
+    def design(self, sources: Sources, real: Tensor | None = None, p: int | None = None) -> Tensor:
         """The features side by side, (…, tokens, p).
 
         Args:
             sources: whole sequences where a feature is of the token before.
             real: (…, tokens), false at padding, which is nobody's token before.
+            p: how many columns there must be; any number by default.
 
         Raises:
-            ValueError: a source that is missing or of other tokens, a mask of another shape, or no
-                axis of tokens where a feature is of the token before.
+            ValueError: a source that is missing, of other tokens or of another width, a mask of
+                another shape, or no axis of tokens where a feature is of the token before.
         """
         leading = tuple(sources.stream.shape[:-1])
         if self.reads_previous and not leading:
@@ -280,7 +288,13 @@ class Regressor:
                     f"{self} reads the MLP before the gap: pass {feature.source}=… as well"
                 )
             parts.append(feature.of(source))
-        return torch.cat(parts, -1)
+        F = torch.cat(parts, -1)
+        if p is not None and F.shape[-1] != p:
+            raise ValueError(
+                f"{self} has {F.shape[-1]} columns here, where {p} are needed: hidden must be "
+                "(…, tokens, MLP width), output (…, tokens, width)"
+            )
+        return F
 
     def contains(self, other: "Regressor") -> bool:
         """Whether its moments hold those of ``other``."""
@@ -330,6 +344,6 @@ def previous(
 
 
 def _shifted(X: Tensor, real: Tensor | None) -> Tensor:
-    flat = X.reshape(-1, *X.shape[-2:])
+    flat = X.reshape(math.prod(X.shape[:-2]), *X.shape[-2:])
     mask = None if real is None else real.reshape(flat.shape[:2]).to(X.device, torch.bool)
     return previous(flat, mask)[0].view(X.shape)

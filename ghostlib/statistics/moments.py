@@ -73,6 +73,11 @@ class Stream(NamedTuple):
         if has_hadamard(values.shape[1]):
             # It feeds a mean of absolute values only, for which float32 will do.
             rotated = w @ rotate(activations.float()).abs().double()
+            # A column without signal holds the rounding of whole tokens.
+            noise = (
+                8 * torch.finfo(torch.float32).eps * (w @ torch.linalg.vector_norm(values, dim=1))
+            )
+            rotated = rotated.where(rotated > noise, 0.0)
         return cls(values, w, w @ values.abs(), rotated)
 
 
@@ -103,7 +108,7 @@ class Moments:
         ratio: (C,) sum over sequences of ``mean|X_post| / mean|X_pre|`` by channel (1 where that
             channel is all zero), the statistic of LinearPatch.
         ratio_rotated: (C,) the same in the Hadamard-rotated basis; zero where the width has none.
-        tokens: number of tokens.
+        tokens: number of tokens with a weight above 0.
         weight: sum of their weights.
         sequences: number of calls of `update`.
         fourth: sum over tokens of ``(w |Delta|^2)^2``, for `effective_tokens`.
@@ -153,8 +158,7 @@ class Moments:
         self.tokens, self.sequences = 0, 0
         self.weight, self.fourth = 0.0, 0.0
         self.boundary = None if boundary is None else check_boundary(boundary)
-        self.model = model
-        self.bias = bias
+        self.model, self.hidden, self.bias = model, hidden, bias
         self._gram: Gram | None = None
 
     @property
@@ -202,12 +206,8 @@ class Moments:
         self._check(sources, X_post, {"weight": weight, "real": real, "used": used})
         used = real if used is None else used
         rows = torch.ones(len(X_pre), dtype=torch.bool) if used is None else used.bool().cpu()
-        F = self.regressor.design(sources.map(lambda part: part.double().to(self.G.device)), real)
-        if F.shape[1] != len(self.G):
-            raise ValueError(
-                f"{self.regressor} has {F.shape[1]} columns here and {len(self.G)} in these "
-                "moments: hidden must be (tokens, MLP width), output (tokens, width)"
-            )
+        sources = sources.map(lambda part: part.double().to(self.G.device))
+        F = self.regressor.design(sources, real, len(self.G))
         pick = rows.to(F.device)
         part = None if weight is None else weight[rows.to(weight.device)]
         x, y = (Stream.of(S.to(self.G.device)[pick], part) for S in (X_pre, X_post))
@@ -219,11 +219,11 @@ class Moments:
         Sums are rebound, never changed in place, so that two objects may share a tensor.
         """
         delta = y.values - x.values
-        w = x.weight
-        if not bool((w > 0).any()):
+        w, counted = x.weight, x.weight > 0
+        if not bool(counted.any()):
             return self
         if self.regressor.weight.name != "1":
-            norm = torch.linalg.vector_norm(y.values, dim=-1)
+            norm = torch.linalg.vector_norm(y.values, dim=-1).where(counted, 1.0)
             if not (norm > 0).all():
                 raise ValueError(
                     f"a token has norm 0 after the boundary, where its weight "
@@ -243,7 +243,7 @@ class Moments:
         self.ratio = self.ratio + ratio(y.abs, x.abs)
         if x.rotated is not None and y.rotated is not None:
             self.ratio_rotated = self.ratio_rotated + ratio(y.rotated, x.rotated)
-        self.tokens += len(delta)
+        self.tokens += int(counted.sum())
         self.weight += float(w.sum())
         self.sequences += 1
         return self
@@ -332,8 +332,8 @@ class Moments:
         Below about 1e-15 of ``||X_post||^2`` the value is rounding; it is clipped at zero.
 
         Args:
-            repair: an `Operator`; or its ``W`` (C, C) for moments of the plain stream, where the
-                error is ``||X_pre W - X_post||_F^2``; or its ``M`` (p, C) for other features.
+            repair: an `Operator`; or its ``W`` (C, C) where the regressor has an identity, as the
+                plain stream, whose error is ``||X_pre W - X_post||_F^2``; or else its ``M`` (p, C).
 
         Raises:
             ValueError: a matrix of another shape or with NaN, or an operator that reads other
@@ -395,7 +395,7 @@ class Moments:
             )
         chosen = self.replaced({}, {})
         chosen.regressor = narrow
-        chosen.bias = self.bias and narrow.reads_mlp
+        chosen.bias = self.bias and "hidden" in narrow.sources
         every = torch.arange(len(self.G)).split(list(self.blocks))
         columns_of = dict(zip(self.regressor.features, every, strict=True))
         picked = [columns_of[feature] for feature in narrow.features]
@@ -406,6 +406,30 @@ class Moments:
         chosen.G = self.G[columns][:, columns]
         chosen.cross, chosen.f1 = self.cross[columns], self.f1[columns]
         return chosen
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """(p,) weighted mean of ``F``, (C,) of ``Delta``."""
+        return self.f1 / self.weight, self.d1 / self.weight
+
+    def about(self, f: Tensor, d: Tensor) -> Self:
+        """The second moments of ``F - f`` and ``Delta - d``, with the `means` of a fit's tokens.
+
+        Least squares on these is least squares with a bias.
+        """
+        f, d, w = f.to(self.G), d.to(self.G), self.weight
+        half = self.f1 - w / 2 * f
+        sums = {
+            "G": self.G - torch.outer(half, f) - torch.outer(f, half),
+            "cross": self.cross - torch.outer(self.f1 - w * f, d) - torch.outer(f, self.d1),
+            "f1": self.f1 - w * f,
+            "d1": self.d1 - w * d,
+            "d2": self.d2 - 2 * self.d1 * d + w * d.square(),
+        }
+        moved = self.replaced(sums, {})
+        # Centring cancels: what is left of a large constant channel is rounding at the size of G.
+        moved._gram = Gram(moved.G, self.blocks, self.G.diagonal())
+        return moved
 
     def _require_identity(self, what: str) -> None:
         if self.regressor.features != STREAM.features:
@@ -470,7 +494,7 @@ class Moments:
         facts = self.counts() | {
             "format": _FORMAT,
             "regressor": str(self.regressor),
-            "blocks": self.blocks,
+            "hidden": self.hidden,
             "bias": self.bias,
             "boundary": self.boundary,
             "model": self.model,
@@ -500,13 +524,10 @@ class Moments:
                 if facts.get("format") != _FORMAT:
                     raise ValueError("not a ghostlib moments file")
                 sums = {name: file.get_tensor(name) for name in _TENSORS}
-            regressor = Regressor.parse(facts["regressor"])
-            sizes = zip(regressor.features, facts["blocks"], strict=True)
-            hidden = {size for feature, size in sizes if feature.source == "hidden"}
             moments = cls(
                 sums["cross"].shape[1],
-                regressor=regressor,
-                hidden=hidden.pop() if hidden else None,
+                regressor=facts["regressor"],
+                hidden=facts["hidden"],
                 bias=facts["bias"],
                 boundary=facts["boundary"],
                 model=facts["model"],

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from conftest import LAYERS, WIDTH, tiny_model, tiny_tokenizer, tiny_windows
 
 import ghostlib as gl
 from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.evaluation.tasks import Score
-from ghostlib.statistics.features import Sources
+from ghostlib.statistics.features import FEATURES, Sources
 
 NAN, INF = math.nan, math.inf
 TOKENIZER = tiny_tokenizer()
@@ -27,6 +28,8 @@ RECOVERED = gl.prune(MODEL, [2, 3])
 IDS = tiny_windows(4, 24)
 GAP = gl.Boundary(2, 4)
 KNOWN = gl.calibrate(MODEL, IDS, [GAP, (1, 3)])
+SIMILAR = gl.calibrate(MODEL, IDS, gl.contiguous(2, LAYERS), moments=False)
+FOREIGN = gl.calibrate(tiny_model("llama", seed=1), IDS, gl.contiguous(2, LAYERS))
 STATS, HELD_OUT = KNOWN[GAP], KNOWN[gl.Boundary(1, 3)]
 STATS_OTHER = gl.calibrate(OTHER, IDS, [GAP])[GAP]
 OPERATOR = gl.solve(STATS, relative_ridge=1e-3)
@@ -416,7 +419,9 @@ ROWS = [
     row(
         "Regressor",
         gl.Regressor,
-        features=bad("feature", (), gl.Regressor.parse("x").features * 2, None, "x", ["y"]),
+        features=bad(
+            "feature", (), gl.Regressor.parse("x").features * 2, None, "x", ["y"], [FEATURES["x"]]
+        ),
         free="weight",
     ),
     row(
@@ -432,6 +437,7 @@ ROWS = [
         {"sources": Sources(X)},
         sources=bad("token before", Sources(X[0])),
         real=bad("mask", 3, "all", X, X[:3, 0]),
+        p=bad("p must be|columns", 3, "all", 2.5),
     ),
     row(
         "Regressor.resolve", gl.Regressor.parse("n(x)").resolve, norm=bad("norm", "batch", None, 3)
@@ -470,7 +476,7 @@ ROWS = [
             torch.eye(3) + 0j,
             torch.eye(3) * NAN,
         ),
-        family=[*OPERATORS[:8], Bad("two-branch", "no single W")],
+        family=[*OPERATORS[:8], *bad("no single W", "two-branch", "identity", "magnitude")],
         free="residual",
     ),
     row(
@@ -564,7 +570,7 @@ ROWS = [
         n=[*count("n"), Bad(LAYERS, "between 1 and 5")],
         criterion=CRITERIA,
         tries=count("tries", optional=True),
-        **PASS,
+        **MAYBE,
         weight=number("weight", -1.0, INF),
     ),
     row(
@@ -572,7 +578,7 @@ ROWS = [
         gl.select_layers,
         {"model": MODEL, "calibration": IDS, "n": 2, "criterion": "residual"},
         operator=OPERATORS[:9],
-        calibration=bad("boundaries|moments", KNOWN),
+        calibration=bad("boundaries|moments|collected on", KNOWN, SIMILAR, FOREIGN),
         keep=bad("keep must be", None, 3),
     ),
     row(
@@ -580,6 +586,24 @@ ROWS = [
         gl.select_layers,
         {"model": MODEL, "calibration": IDS, "n": 1, "criterion": "perplexity"},
         windows=[b for b in SCORED if b.value is not None],
+        skip_leading=bad("leave it out", 0, 1, -1),
+    ),
+    row(
+        "select_layers(taylor)",
+        gl.select_layers,
+        {"model": MODEL, "calibration": IDS, "n": 1, "criterion": "taylor"},
+        windows=[b for b in SCORED if b.value is not None],
+        attention_mask=bad("leave it out", torch.ones_like(IDS)),
+        skip_leading=bad("leave it out", 0, 1, -1),
+        batch_size=bad("batch_size", 0, -1),
+    ),
+    row(
+        "select_layers(statistics)",
+        gl.select_layers,
+        {"model": MODEL, "calibration": SIMILAR, "n": 2},
+        attention_mask=bad("leave it out", torch.ones_like(IDS)),
+        skip_leading=bad("leave it out", 0, 1),
+        batch_size=bad("leave it out|batch_size", 1, 0),
     ),
     row(
         "Selection.first",
@@ -671,7 +695,7 @@ ROWS = [
         gl.recover,
         {"model": MODEL, "calibration": IDS, "layers": [2], "operator": "auto", "verbose": False},
         fit=bad("leave out", "sequential"),
-        layers=[*bad("n = ", 0, LAYERS, -1), *LAYER_SETS],
+        layers=[*bad("n = ", 0, LAYERS, -1, np.int64(LAYERS)), *LAYER_SETS],
         budget=bad("unknown budget", "all", "", None, 3),
         candidates=bad("candidate|unknown|ridge", ["gost"], 3, ["scalar"], []),
         relative_ridge=bad("no option", [1.0]),

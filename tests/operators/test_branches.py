@@ -14,6 +14,7 @@ from ghostlib.operators.families import FAMILIES, least_squares
 from ghostlib.operators.paths import RIDGES
 from ghostlib.operators.solve import solve
 from ghostlib.statistics.features import STREAM, Regressor
+from ghostlib.statistics.moments import Moments
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -251,3 +252,30 @@ def test_too_few_tokens_are_reported() -> None:
     with pytest.warns(gl.SingularGramWarning, match="9 tokens determine 9 of 11 directions"):
         solve(moments_of("x, z(x)", streams(tokens=9)), "two-branch")
     solve(moments_of("x, n(x)", streams(tokens=9)), "two-branch", relative_ridge=1e-3)
+
+
+def test_a_named_regressor_is_solved_from_its_own_moments_alone() -> None:
+    X, Y = (torch.randn(40, 6, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    moments = Moments(6, regressor="x, n(x)").update(X, Y)
+    assert solve(moments, "branches", relative_ridge=(1e-3, 0.1)).M.shape == (12, 6)
+    with pytest.raises(ValueError, match=r"solved from moments of x; 1/\|y\|, these are of x, n"):
+        solve(moments, "x; 1/|y|")
+    layered = Moments(6, regressor="x, z(x)").update(X, Y)
+    assert solve(layered, "x, z(x)").M.shape == (12, 6)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple])
+def test_ridges_may_be_any_list(kind: Any) -> None:
+    X, Y = (torch.randn(40, 6, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    moments = Moments(6, regressor="x, n(x)").update(X, Y)
+    expected = solve(moments, "two-branch", relative_ridge=[0.25, 0.5]).M
+    found = solve(moments, "two-branch", relative_ridge=kind([0.25, 0.5])).M
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_ridge_named_is_the_family_s_own() -> None:
+    X, Y = (torch.randn(40, 6, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    moments = Moments(6, regressor="h", hidden=6).update(X, Y, hidden=X.tanh())
+    default = solve(moments, "refit").M
+    assert torch.equal(solve(moments, "refit", relative_ridge=None, ridge=None).M, default)
+    assert not torch.equal(solve(moments, "refit", rcond=1e-6, ridge=None).M, default)

@@ -190,10 +190,11 @@ def test_linearpatch_averages_the_ratios_of_the_sequences() -> None:
     torch.testing.assert_close(pooled.diagonal(), Y.abs().mean(0) / X.abs().mean(0))
 
 
+@pytest.mark.parametrize("tokens", [60, 4])
 @pytest.mark.parametrize("name", ["ghost", "affine", "symmetric", "low-rank"])
-def test_a_ridge_is_rows_of_penalty(name: str) -> None:
+def test_a_ridge_is_rows_of_penalty(name: str, tokens: int) -> None:
     """``ridge ||M||^2`` is the error on p more tokens ``sqrt(ridge) e_i`` whose Delta is zero."""
-    X, Y = activations(6)
+    X, Y = activations(6, tokens)
     moments = Moments(WIDTH).update(X, Y)
     extra = math.sqrt(7.0) * EYE
     if name == "affine":  # the penalty rows must not move the bias: centre first
@@ -439,9 +440,9 @@ def test_apply_refuses_sources_and_masks_that_do_not_fit() -> None:
         ValueError, match=r"output must be of the same tokens .* \(60,\), got \(59,"
     ):
         folded.apply(X, output=X[1:])
-    with pytest.raises(ValueError, match=r"replaceme has a matrix of 8 rows, f has 7 columns here"):
+    with pytest.raises(ValueError, match=r"f has 7 columns here, where 8 are needed"):
         folded.apply(X, output=X[:, 1:])
-    with pytest.raises(ValueError, match=r"matrix of 8 rows, f has 7 columns here"):
+    with pytest.raises(ValueError, match=r"f has 7 columns here, where 8 are needed"):
         folded.apply(X.view(3, 20, 8), output=X[:, 1:].reshape(3, 20, 7))
     before = Operator(EYE, FAMILIES["branches"], Regressor.parse("n(prev)"))
     with pytest.raises(ValueError, match="reads the token before: pass sequences"):
@@ -479,6 +480,8 @@ def test_an_operator_around_a_matrix_that_was_not_solved_here() -> None:
         (torch.zeros(3, 3).to(torch.complex64), "ghost", "real numbers, got .* torch.complex64"),
         (torch.zeros(3, 3), "two-branch", r"two-branch reads x, n\(x\): it has M, and no single W"),
         (torch.zeros(3, 3), "gost", "did you mean 'ghost'"),
+        (torch.zeros(3, 3), "identity", "identity installs no single W"),
+        (torch.zeros(3, 3), "magnitude", "magnitude installs no single W"),
     ],
 )
 def test_what_is_no_operator_is_refused(W: Tensor, family: str, message: str) -> None:
@@ -517,6 +520,7 @@ def test_antisymmetric_share_of_chance_and_of_nothing() -> None:
     assert antisymmetric_share(torch.zeros(4, 4)) == 0.0
     with pytest.raises(ValueError, match=r"square matrix of real numbers, got \(4, 3\)"):
         antisymmetric_share(torch.zeros(4, 3))
+    assert antisymmetric_share(torch.tensor([[0, 1], [-1, 0]])) == 1.0
 
 
 # --- massive activations ------------------------------------------------------------------------

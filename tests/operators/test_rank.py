@@ -36,6 +36,20 @@ def test_the_path_equals_one_solve_per_rank(width, seed, ridge):
         assert float(path.held_out_error[rank - 1]) == pytest.approx(held_out.error(op), rel=1e-6)
 
 
+def test_the_path_has_the_bias_that_the_fit_has():
+    generator = torch.Generator().manual_seed(0)
+    X, E = torch.randn(2, 60, 6, generator=generator, dtype=torch.float64)
+    Y, how = X + X.flip(1) + E + 9, {"regressor": "n(x)", "bias": True}
+    train, held_out = (
+        gl.Moments(6, **how).update(X[part], Y[part]) for part in (slice(40), slice(40, 60))
+    )
+    path = gl.rank_path(train, held_out)
+    for rank in range(1, 7):
+        op = gl.solve(train, "n(x)", rank=rank)
+        assert float(path.train_error[rank - 1]) == pytest.approx(train.error(op), rel=1e-9)
+        assert float(path.held_out_error[rank - 1]) == pytest.approx(held_out.error(op), rel=1e-9)
+
+
 def test_training_error_falls_with_the_rank_and_ends_at_ghost():
     train, held_out = pair(16, 100, 0)
     path = gl.rank_path(train, held_out)

@@ -88,6 +88,36 @@ def test_gcv_is_leave_one_token_out_with_the_mean_leverage(ridge: float) -> None
     assert float(ridge_path(train, [ridge]).gcv[0]) == pytest.approx(float(expected))
 
 
+@pytest.mark.parametrize("weight", ["1", "1/|y|"])
+def test_where_the_fit_has_a_bias_the_path_has_it(weight: str) -> None:
+    def part(seed: int, tokens: int) -> Moments:
+        X, Y = activations(seed, tokens)
+        return Moments(WIDTH, regressor=f"n(x); {weight}", bias=True).update(X + 3, Y + 20)
+
+    train, held_out, ridges = part(0, 30), part(1, 40), [1e-3, 0.1, 1.0, 10.0]
+    path = ridge_path(train, ridges, held_out)
+    assert path.held_out_error is not None
+    for k, ridge in enumerate(ridges):
+        op = solve(train, f"n(x); {weight}", relative_ridge=ridge)
+        assert op.bias is not None
+        assert float(path.train_error[k]) == pytest.approx(op.residual, rel=1e-9)
+        assert float(path.held_out_error[k]) == pytest.approx(held_out.error(op), rel=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 1.0])
+def test_gcv_counts_the_bias(ridge: float) -> None:
+    X, Y = activations(3, 30)
+    X, Y, n = X + 3, Y + 20, len(X)
+    path = ridge_path(Moments(WIDTH, bias=True).update(X, Y), [ridge])
+    Z = X - X.mean(0)
+    penalty = ridge * Z.square().sum() / WIDTH * torch.eye(WIDTH).double()
+    hat = Z @ torch.linalg.solve(Z.T @ Z + penalty, Z.T) + 1 / n  # and the mean of all
+    residual = (torch.eye(n).double() - hat) @ (Y - X)
+    expected = (residual / (1 - hat.trace() / n)).square().sum() / n
+    assert float(path.gcv[0]) == pytest.approx(float(expected))
+    assert float(path.dof[0]) == pytest.approx(WIDTH * float(hat.trace()))
+
+
 def test_gcv_of_a_fit_that_interpolates_is_infinite() -> None:
     path = ridge_path(moments(0, 5), [1e-12, 1.0])
     assert path.gcv.isinf().tolist() == [True, False]

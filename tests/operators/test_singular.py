@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ghostlib.linalg.gram import SingularGramWarning
+from ghostlib.linalg.hadamard import hadamard
 from ghostlib.operators.families import FAMILIES
 from ghostlib.operators.solve import Operator, solve, solve_quietly
 from ghostlib.statistics.features import STREAM
@@ -169,6 +170,16 @@ def test_rounding_is_never_inverted(name: str, inverse: dict[str, float]) -> Non
     op = quietly(moments(X, randn(50, WIDTH, seed=1)), name, **inverse)
     assert op.rank == 3
     assert float(op.M.abs().max()) < 10
+
+
+@pytest.mark.parametrize("name", ["hadamard-diagonal", "linearpatch-r"])
+def test_a_rotated_channel_that_is_always_zero_stays_as_it_is(name: str) -> None:
+    H = hadamard(WIDTH)
+    for seed in range(5):
+        X = randn(50, 3, seed=seed) @ H[:, :3].T
+        op = solve(moments(X, X + randn(50, WIDTH, seed=seed + 9)), name)
+        torch.testing.assert_close((H.T @ op.W @ H).diagonal()[3:], EYE.diagonal()[3:])
+        assert op.rank == (3 if name == "hadamard-diagonal" else 0)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -51,6 +51,20 @@ def test_calibration_is_counted_as_calibrate_counts_it(llama):
     assert found.removed == 4
 
 
+@pytest.mark.parametrize("operator", ["refit", "ghost-refit"])
+def test_a_repair_of_the_mlp_is_counted_wherever_the_layers_are(llama, operator):
+    chosen, named = (
+        plan(llama, n=7, layers=layers, operator=operator).memory["calibration"]
+        for layers in (None, range(12, 19))
+    )
+    assert chosen == named
+    regressor = gl.OPERATORS[operator].regressor
+    once = gl.calibration_bytes(4096, [(12, 19)], hidden=14336, regressors=[regressor])
+    assert named == once.total + once.moments, "of the windows that are fitted, and of the others"
+    alone = plan(llama, n=7, layers=range(12, 19), operator=operator, windows=1)
+    assert alone.memory["calibration"] == once.total
+
+
 def test_spread_weights_need_not_fit(llama):
     whole, spread = plan(llama, n=7), plan(llama, n=7, spread=True)
     assert whole.peak - spread.peak == whole.memory["weights"]

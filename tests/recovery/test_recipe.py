@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, WIDTH, saved_and_loaded, tiny_model, tiny_windows
@@ -419,3 +420,29 @@ def test_a_repair_that_needs_a_ridge_chooses_it_by_windows_kept_out_of_the_fit(n
     assert not torch.allclose(plain, by_hand)
     with pytest.raises(ValueError, match="ghost is none of the candidates: " + name):
         recipe.fit(gap.removed, "ghost")
+
+
+def moe(**changes: Any) -> PreTrainedModel:
+    """Dense MLPs in some layers, routed ones, which nothing can be folded into, in the others."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    return tiny_model("qwen2_moe", shared_expert_intermediate_size=8, **experts | changes)
+
+
+@pytest.mark.parametrize("dense", [[0], [1, 2, 3, 4, 5]])
+def test_each_gap_is_asked_for_a_place(dense: list[int]) -> None:
+    model = moe(mlp_only_layers=dense)
+    recipe = Recipe(model, tiny_windows(4, 12), candidates=["refit", "ghost"])
+    for layers in ((1,), (3, 4), (1, 3)):
+        placed = all(gap.start - 1 in dense for gap in gl.runs(layers, LAYERS))
+        assert set(recipe.choose(layers).rivals) == {PRUNED, "ghost", *["refit"] * placed}
+        if not placed:
+            with pytest.raises(ValueError, match="nothing can be folded"):
+                recipe.fit(layers, "refit")
+    assert gl.recover(model, tiny_windows(4, 12), 2, "auto", verbose=False).config.recovery
+
+
+def test_a_number_of_layers_is_any_integer(model: PreTrainedModel) -> None:
+    how: dict[str, Any] = {"candidates": ["ghost"], "verbose": False}
+    found = gl.recover(model, windows(), np.int64(2), "auto", **how)
+    expected = gl.recover(model, windows(), 2, "auto", **how)
+    assert found.config.recovery == expected.config.recovery

@@ -1,5 +1,6 @@
 """Recover does one thing: what it does is recorded, and what it cannot do is refused by name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -199,3 +200,33 @@ def test_layers_of_any_kind_of_integer(model: PreTrainedModel) -> None:
     numpy = pytest.importorskip("numpy")
     for layers in (range(1, 3), (2, 1), {1, 2}, numpy.array([1, 2]), torch.tensor([1, 2])):
         assert torch.equal(logits(gl.prune(model, layers)), expected)
+
+
+@pytest.mark.parametrize(
+    ("operator", "options", "message"),
+    [
+        ("low-rank", {}, "low-rank needs rank="),
+        ("low-rank", {"rank": WIDTH + 1}, f"between 1 and the width {WIDTH}, got {WIDTH + 1}"),
+        ("two-branch", {"rank": 0}, "between 1 and the width"),
+        ("ghost", {"around": "foo"}, "around must be 'identity' or 'zero', got 'foo'"),
+        ("two-branch", {"relative_ridge": (1e-3, -1.0)}, "positive and finite, got -1.0"),
+        ("ghost", {"relative_ridge": (1e-3, 1e-3)}, "has 2 values for 1 features"),
+    ],
+)
+@pytest.mark.parametrize("fit", ["teacher", "sequential"])
+def test_an_option_out_of_range_is_refused_before_any_pass(
+    model: PreTrainedModel, operator: str, options: dict[str, Any], message: str, fit: str
+) -> None:
+    passes: list[Any] = []
+    handle = model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with handle, pytest.raises(ValueError, match=message):
+        gl.recover(model, tiny_windows(), REMOVED, operator, fit=fit, **options)
+    assert not passes
+
+
+def test_a_family_of_ones_own_without_a_ridge(model: PreTrainedModel) -> None:
+    """Its default options are no reason to look for one."""
+    pooled = replace(gl.OPERATORS["linearpatch-d"], name="lp", default=(("pooled", True),))
+    found = gl.recover(model, tiny_windows(), REMOVED, pooled)
+    expected = gl.recover(model, tiny_windows(), REMOVED, "linearpatch-d", pooled=True)
+    assert torch.equal(logits(found), logits(expected))

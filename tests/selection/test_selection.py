@@ -1,6 +1,8 @@
 """Criteria against brute force, first and last layers included."""
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from functools import cache
 
@@ -142,6 +144,16 @@ def test_taylor_serves_frozen_models():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_taylor_is_the_same_in_training_mode_and_without_gradients():
+    model, ids = tiny_model("gpt2"), tiny_windows(2, 12)
+    expected = gl.select_layers(model, ids, 2, "taylor").scores
+    with torch.no_grad():
+        assert gl.select_layers(model.train(), ids, 2, "taylor").scores == expected
+    assert model.training
+    with pytest.raises(ValueError, match="windows of one token predict nothing"):
+        gl.select_layers(model, ids[:, :1], 2, "taylor")
+
+
 def test_taylor_counts_weights_that_no_token_meets_as_nothing():
     """Such as those of an expert that is never chosen."""
     model, ids = tiny_model("llama"), tiny_windows(2, 12)
@@ -267,6 +279,38 @@ def test_a_calibration_serves_instead_of_windows():
     assert gl.select_layers(model, stats, 2) == gl.select_layers(model, ids, 2)
     with pytest.raises(ValueError, match=r"needs boundaries the calibration lacks, such as"):
         gl.select_layers(model, stats, 3)
+
+
+def test_statistics_of_another_model_are_refused():
+    stats = gl.calibrate(tiny_model("llama", seed=5), tiny_windows(), gl.contiguous(2, LAYERS))
+    with pytest.raises(ValueError, match=r"collected on model llama-.*, not on llama-"):
+        gl.select_layers(tiny_model("llama"), stats, 2, "residual")
+
+
+def test_a_selection_can_be_copied_and_pickled():
+    whole = Selection((3, 1), "cosine", {(1, 3): 0.5})
+    for same in (copy.copy(whole), copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        assert same == whole == (1, 3) and vars(same) == vars(whole)
+
+
+def test_the_residual_of_a_weighted_repair_has_no_unit():
+    """The final norm alone sees the scale of a stream of layers that read it through norms."""
+    scores = []
+    for scale in (1.0, 16.0):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(scale)
+            for layer in decoder_layers(model):
+                layer.self_attn.o_proj.weight.mul_(scale)
+                layer.mlp.down_proj.weight.mul_(scale)
+            model.config.rms_norm_eps = 0.0
+            for norm in model.modules():
+                if hasattr(norm, "variance_epsilon"):
+                    norm.variance_epsilon = 0.0
+        chosen = gl.select_layers(model, tiny_windows(2), 2, "residual", operator="n(x); 1/|y|")
+        scores.append(list(chosen.scores.values()))
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
+    assert all(0 < score < 1 for score in scores[0])
 
 
 @pytest.mark.thorough

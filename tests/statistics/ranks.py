@@ -32,6 +32,8 @@ def cases(rank: int) -> dict[str, Any]:
     options: dict[str, Any] = {"skip_leading": 1, "batch_size": 2}
     attempt("padded", model, mine, BOUNDARIES, attention_mask=gl.shard(mask), **options)
     attempt("similarities", model, mine, BOUNDARIES, moments=False)
+    regressors = {"x, n(x)", "n(prev)", "h", "f"}  # in another order in each process
+    attempt("several regressors", model, mine, BOUNDARIES, regressors=regressors)
     attempt("no windows", model, gl.shard(ids[:1]), BOUNDARIES)
     attempt("same windows", model, ids, BOUNDARIES)
     attempt("other boundaries", model, mine, [(1, 2 + rank)])

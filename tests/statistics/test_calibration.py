@@ -179,8 +179,20 @@ def test_similarities_alone_collect_no_moments():
     assert not bare and set(bare.similarities) == {(1, 3)}
     full = gl.calibrate(model, ids, [(1, 3)])
     assert full.similarities == bare.similarities
-    with pytest.raises(ValueError, match=r"no moments of x were collected: calibrate\(…, regress"):
+    with pytest.raises(ValueError, match=r"no moments of x were collected: .* moments=True, regr"):
         bare.of("x")
+    for regressor in ("x", "h"):
+        with pytest.raises(ValueError, match="collected as moments: leave moments=True"):
+            gl.calibrate(model, ids, [(1, 3)], moments=False, regressors=[regressor])
+
+
+def test_moments_put_in_by_hand_are_those_of_the_stream():
+    model, ids, gap = tiny_model("llama"), tiny_windows(4), Boundary(2, 4)
+    first, more, whole = (gl.calibrate(model, part, [gap]) for part in (ids[:1], ids[1:], ids))
+    first[gap] += more[gap]
+    assert_same_moments(first.of("x")[gap], whole[gap])
+    found, expected = (gl.recover(model, known, [2, 3])(ids).logits for known in (first, whole))
+    torch.testing.assert_close(found, expected)
 
 
 def test_bfloat16_activations_give_float64_moments():

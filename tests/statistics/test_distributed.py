@@ -77,6 +77,12 @@ def test_a_shared_gram_matrix_stays_shared(outcomes: list[dict[str, Any]]) -> No
 
 
 @pytest.mark.slow
+def test_a_set_of_regressors_has_no_order(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        assert outcome["several regressors"].of("x, n(x)").keys() == set(BOUNDARIES)
+
+
+@pytest.mark.slow
 def test_similarities_need_no_moments(outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         bare = outcome["similarities"]

@@ -265,6 +265,8 @@ def test_a_regressor_made_by_hand_is_checked_too() -> None:
     x = FEATURES["x"]
     with pytest.raises(ValueError, match="needs a tuple of features, such as"):
         Regressor(())
+    with pytest.raises(ValueError, match="needs a tuple of features"):
+        Regressor([x])  # which has no hash
     with pytest.raises(ValueError, match="names a feature twice"):
         Regressor((x, FEATURES["n(x)"], x))
     assert Regressor((x,)) == STREAM and STREAM.weight == UNIFORM

@@ -122,6 +122,7 @@ def test_integer_weights_repeat_tokens(counts: list[int], seed: int) -> None:
     for name in SUMS:
         torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name))
     assert weighted.weight == repeated.weight == sum(counts)
+    assert weighted.tokens == sum(times > 0)
     W = torch.randn(8, 8, dtype=torch.float64)
     assert weighted.error(W) == pytest.approx(repeated.error(W))
 
@@ -133,6 +134,7 @@ def test_a_sequence_in_which_no_token_counts_adds_nothing(empty: str) -> None:
     before = copy.copy(moments)
     if empty == "no tokens":
         moments.update(X[:0], Y[:0])
+        assert Moments(8, regressor="x, n(prev)").update(X[:0], Y[:0]).sequences == 0
     elif empty == "none used":
         moments.update(X, Y, used=torch.zeros(4))
     else:
@@ -253,7 +255,9 @@ def test_a_weight_by_the_norm_needs_a_norm() -> None:
         moments.update(X, Y)
     assert moments.tokens == 0
     assert Moments(8).update(X, Y).tokens == 5
-    assert moments.update(X, Y, used=torch.tensor([1, 1, 1, 0, 1])).tokens == 4
+    used = torch.tensor([1, 1, 1, 0, 1])
+    assert moments.update(X, Y, used=used).tokens == 4
+    assert_same(Moments(8, regressor="x; 1/|y|").update(X, Y, used.double()), moments)
 
 
 def test_update_leaves_activations_and_earlier_sums_alone() -> None:
@@ -439,14 +443,14 @@ def test_load_refuses_sums_of_another_precision_or_without_their_counts(tmp_path
     save_file(sums | {"G": sums["G"].float()}, path, metadata=meta)
     with pytest.raises(ValueError, match=r"G is \(8, 8\) torch.float32"):
         Moments.load(path)
-    for wrong in ("tokens", "regressor", "blocks", "bias"):
+    for wrong in ("tokens", "regressor", "hidden", "bias"):
         edited = {"moments": meta["moments"].replace(f'"{wrong}"', '"wrong"')}
         save_file(sums, path, metadata=edited)
         with pytest.raises(ValueError, match=f"cannot be read as moments: '{wrong}'"):
             Moments.load(path)
     edited = {"moments": meta["moments"].replace('"regressor": "x"', '"regressor": "x, n(x)"')}
     save_file(sums, path, metadata=edited)
-    with pytest.raises(ValueError, match=r"cannot be read as moments: .*argument 2 is shorter"):
+    with pytest.raises(ValueError, match=r"cannot be read as moments: G is \(8, 8\)"):
         Moments.load(path)
 
 
@@ -507,10 +511,10 @@ def test_a_part_is_what_is_collected_directly(regressor: str) -> None:
         assert part.error(op) == pytest.approx(alone.error(op))
 
 
-def test_a_bias_belongs_to_the_features_of_the_mlp() -> None:
+def test_a_bias_belongs_to_what_the_down_projection_reads() -> None:
     wide = Moments(8, regressor="x, h, f", hidden=5, bias=True)
-    parts = {name: wide.part(name).bias for name in ("x", "h", "x, h", "f", "x, f")}
-    assert parts == {"x": False, "h": True, "x, h": True, "f": True, "x, f": True}
+    parts = {name: wide.part(name).bias for name in ("x", "h", "x, h", "f", "x, f", "f, h")}
+    assert parts == {"x": False, "h": True, "x, h": True, "f": False, "x, f": False, "f, h": True}
 
 
 def test_leading_features_are_views_and_stay_apart_from_the_whole() -> None:
