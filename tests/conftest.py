@@ -121,7 +121,13 @@ def saved_and_loaded(model: PreTrainedModel, ids: torch.Tensor, folder: Path) ->
 KINDS = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "olmo2", "opt", "phi3")
 
 
-@pytest.fixture(params=KINDS)
+# Tracing for coverage costs half as much again, and the lines are mostly the same: two are traced.
+TRACED = ("gpt2", "llama")
+
+
+@pytest.fixture(
+    params=[pytest.param(k, marks=[] if k in TRACED else [pytest.mark.no_cover]) for k in KINDS]
+)
 def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
     """One tiny model of each kind in turn."""
     return tiny_model(request.param)
@@ -138,8 +144,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker("embedded")
-        if item.get_closest_marker("thorough"):  # tracing costs half as much again
-            item.add_marker("no_cover")
     asked = config.option.markexpr + " thorough slow" * config.option.thorough
     for marker in ("contract_all", "first_hour", "interop", "browser", "thorough", "slow"):
         if marker not in asked:

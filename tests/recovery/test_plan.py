@@ -84,7 +84,7 @@ def test_an_ability_to_keep_takes_a_search_of_its_own(llama, monkeypatch):
     monkeypatch.setattr(module, "_rate", lambda *_: 1e12)
     usual, kept = (plan(llama, n=11, operator="auto", keep=keep) for keep in (None, "copying"))
     gaps = {gap for name in (*SHORTLIST, "abilities") for gap in needed(name, 11, 32)}
-    assert kept.memory["calibration"] == gl.calibration_bytes(4096, sorted(gaps), length=2048).total
+    assert kept.memory["calibration"] >= gl.calibration_bytes(4096, sorted(gaps), length=2048).total
     assert kept.memory["calibration"] > usual.memory["calibration"]
     one = usual.seconds["scoring"] / (3 * 8)  # a window
     more = kept.seconds["choosing layers"] - usual.seconds["choosing layers"]
