@@ -12,8 +12,8 @@ def stored(name: str) -> Results:
     that computed them. ``"zeroshot"``, all items of both embedded tasks: notebook 10.
     ``"abilities"``, copying and text for every block of seven and of four layers, and other probes
     for those of seven: notebook 12. ``"seeds"``, three draws of calibration and test text for what
-    claims rest on: notebooks 08, 10 and 17; ``"recipe"`` and ``"draws"``, two draws more for
-    those of 15 and 17.
+    claims rest on: notebooks 08, 10 and 17; ``"recipe"``, the same for those of 15; ``"draws"``,
+    two draws more for those of 17.
     """
     file = resources.files("ghostlib.tutorial") / "data" / f"{name}-smollm2.jsonl"
     with resources.as_file(file) as path:
