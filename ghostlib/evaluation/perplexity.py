@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ghostlib.common import at_least, checked, track
-from ghostlib.models.streams import check_windows, final_hidden, head
+from ghostlib.models.streams import check_scored, final_hidden, head
 from ghostlib.text.corpora import CORPORA, tokenised
 from ghostlib.text.tokens import SEPARATOR, bos_token, encode
 
@@ -51,9 +51,7 @@ def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 
     >>> window_losses(LlamaForCausalLM(config), windows).shape
     torch.Size([3])
     """
-    check_windows(model, windows)
-    if windows.shape[1] < 2:
-        raise ValueError("windows of one token predict nothing: use a length of at least 2")
+    check_scored(model, windows)
     at_least(1, batch_size=batch_size)
     losses = []
     for ids in track(torch.split(windows, batch_size), "scoring", unit="batch"):

@@ -394,3 +394,9 @@ def fingerprint(model: PreTrainedModel) -> str:
             digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
     kind = model.config.model_type
     return f"{kind}-{num_layers(model)}x{hidden_size(model)}-{digest.hexdigest()[:12]}"
+
+
+def check_origin(what: str, known: str | None, model: PreTrainedModel) -> None:
+    """Refuse, by `ValueError`, statistics of a model with another fingerprint."""
+    if known != (own := fingerprint(model)):
+        raise ValueError(f"{what} collected on model {known}, not on {own}: calibrate again")

@@ -335,6 +335,13 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
         raise ValueError(f"attention_mask must hold 1, and 0 at padding, got {odd[0].item()}")
 
 
+def check_scored(model: PreTrainedModel, windows: Tensor) -> None:
+    """Refuse, by `ValueError`, windows that do not fit the model or that predict no token."""
+    check_windows(model, windows)
+    if windows.shape[1] < 2:
+        raise ValueError("windows of one token predict nothing: use a length of at least 2")
+
+
 def known_positions(model: PreTrainedModel) -> int | None:
     """How many positions the model was made for; None where its configuration sets no limit."""
     config = text_config(model)

@@ -105,6 +105,11 @@ class Family:
         """Whether it adds no parameter and no operation: the checkpoint stays a stock one."""
         return self.install in ("down-projection", "earlier-writes", "nothing")
 
+    @property
+    def ridged(self) -> bool:
+        """Whether it has a ridge by default, which windows kept out of the fit can choose."""
+        return "relative_ridge" in dict(self.default)
+
     @checked
     def check_place(self, gaps: Iterable[Boundary]) -> None:
         """Refuse a gap that has no layer before it, where the repair needs one.

@@ -151,7 +151,7 @@ def plan(
     scores = greedy * (total + (n - 1) * (TRIES if operator == AUTO else total))
     with_moments = operator == AUTO or "moments" in CRITERIA[criterion].needs
     known = calibration_bytes(C, gaps, length=length, hidden=width, regressors=regressors)
-    ridged = "relative_ridge" in dict(Family.of(names[0]).default) and windows > 1
+    ridged = Family.of(names[0]).ridged and windows > 1
     judged = operator == AUTO or ridged  # by moments of the windows kept out of the fit
     held = known.total + judged * known.moments
     if searched:

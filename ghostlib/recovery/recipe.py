@@ -393,8 +393,7 @@ def check_ground(model: PreTrainedModel, family: Family) -> None:
 def has_place(model: PreTrainedModel, family: Family, start: int) -> bool:
     """Whether a gap at layer ``start`` can take the family's repair; layers may differ."""
     with suppress(ValueError):
-        if family.regressor.reads_mlp:
-            projection_before(model, start, family.name)
+        check_place(model, [Boundary(start, start + 1)], family)
         return True
     return False
 

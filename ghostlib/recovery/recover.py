@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ghostlib.common import AUTO, checked
-from ghostlib.models.architectures import fingerprint, hidden_size, num_layers
+from ghostlib.models.architectures import check_origin, hidden_size, num_layers
 from ghostlib.models.boundaries import Boundary, runs
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import check_options, solve, warn_of_massive_activations
@@ -126,11 +126,7 @@ def recover(
         recovered = install(model, dict(operators), share=share)
         recovered.config.recovery |= {"fit": fit}
         return recovered
-    elif (
-        "relative_ridge" in dict(family.default)
-        and len(calibration) > 1
-        and not (options or set(passes) - {"batch_size"})
-    ):
+    elif family.ridged and len(calibration) > 1 and not (options or set(passes) - {"batch_size"}):
         recipe = Recipe(model, calibration, candidates=[family], **passes)
         removed = [layer for gap in gaps for layer in gap.removed]
         return install(model, dict(recipe.fit(removed, str(family))), share=share)
@@ -162,8 +158,6 @@ def _moments_of(
         )
     if moments.boundary not in (None, gap):
         raise ValueError(f"moments of boundary {moments.boundary} were given for {gap}")
-    if moments.model not in (None, own := fingerprint(model)):
-        raise ValueError(
-            f"moments were collected on model {moments.model}, not on {own}: calibrate again"
-        )
+    if moments.model is not None:
+        check_origin("moments were", moments.model, model)
     return moments

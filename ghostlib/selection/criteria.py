@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ghostlib.common import Registry, at_least, checked, told, track
 from ghostlib.evaluation.abilities import COPYING
-from ghostlib.models.architectures import fingerprint, num_layers
+from ghostlib.models.architectures import check_origin, num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
 from ghostlib.models.streams import refusal
 from ghostlib.operators.families import Family
@@ -173,11 +173,8 @@ def select_layers(
         regressors = [family.regressor, family.regressor.stream] if with_moments else []
         passes |= {"batch_size": batch_size, "moments": with_moments, "regressors": regressors}
         calibration = calibrate(model, calibration, boundaries, **passes)
-    elif calibration.model != (own := fingerprint(model)):
-        raise ValueError(
-            f"the calibration was collected on model {calibration.model}, not on {own}: "
-            "calibrate again"
-        )
+    else:
+        check_origin("the calibration was", calibration.model, model)
     _check(criterion, n, calibration, boundaries)
     probe = keep if "probes" in rule.needs else None
     evidence = Evidence(model, calibration, windows, family, batch_size, probe, weight)

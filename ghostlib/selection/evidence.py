@@ -14,10 +14,10 @@ from ghostlib.evaluation.abilities import ProbeSet
 from ghostlib.models.architectures import decoder_layers, num_layers
 from ghostlib.models.boundaries import Boundary, gaps_without, runs
 from ghostlib.models.placement import input_device
-from ghostlib.models.streams import evaluating
+from ghostlib.models.streams import check_scored, evaluating
 from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator, Operators, solve_quietly
-from ghostlib.selection.trials import Trials, check_scored
+from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, Similarity
 
 Layers = tuple[int, ...]

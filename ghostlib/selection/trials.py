@@ -22,7 +22,7 @@ from ghostlib.models.architectures import (
     num_layers,
 )
 from ghostlib.models.boundaries import gaps_without
-from ghostlib.models.streams import check_windows, excerpt, feed, final_hidden, record
+from ghostlib.models.streams import check_scored, excerpt, feed, final_hidden, record
 from ghostlib.operators.solve import Operators
 from ghostlib.surgery.cut import install
 
@@ -170,13 +170,6 @@ class Trials:
         repairs = (*operators.items(), *self.repairs.items())
         folded = any(gap.start == first and repair.regressor.reads_mlp for gap, repair in repairs)
         return first - 1 if folded else first
-
-
-def check_scored(model: PreTrainedModel, windows: Tensor) -> None:
-    """Refuse, by `ValueError`, windows that do not fit the model or that predict no token."""
-    check_windows(model, windows)
-    if windows.shape[1] < 2:
-        raise ValueError("windows of one token predict nothing: use a length of at least 2")
 
 
 def _survivors(layers: tuple[int, ...], total: int) -> list[int]:
