@@ -60,7 +60,8 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     of one size; a boundary that reads the token before keeps that one.
 
     Raises:
-        ValueError: ``tokens`` is negative or ``batch_size`` below 1.
+        ValueError: ``tokens`` is negative or ``batch_size`` below 1, or a model that keeps what it
+            has read in a cache of its own.
     """
     check_model(model)
     at_least(0, tokens=tokens)
@@ -86,7 +87,7 @@ def flops(
 
     Raises:
         ValueError: a negative ``context`` or ``logits``, ``tokens`` or ``batch_size`` below 1, or
-            more ``logits`` than ``tokens``.
+            more ``logits`` than ``tokens``; or a model whose operations depend on values.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 97}

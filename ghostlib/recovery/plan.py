@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ghostlib.common import AUTO, existing, shown
-from ghostlib.evaluation.cost import flops
+from ghostlib.evaluation.cost import count_parameters, flops
 from ghostlib.models.architectures import hidden_size, num_layers, text_config, weight_bytes
 from ghostlib.models.boundaries import Boundary, contiguous, runs
 from ghostlib.models.loading import EMBEDDED, check_reachable
@@ -166,9 +166,8 @@ def plan(
         "repair": len(gaps) * 3 * C * C * 8,
         "process": _PROCESS,
     }
-    counted = flops(model, length)  # with the logits of one position
-    forward = counted.total - counted.head
-    scored = forward + length * counted.head
+    forward, head = _operations(model, length)
+    scored = forward + length * head
     products = max(sum(r.widths(C, width)) for r in regressors)
     accumulated = 2 * length * products * (products + C) * len(gaps)
     fast, double = _rate(C, width, model.dtype, device), _rate(C, C, torch.float64, device)
@@ -191,7 +190,7 @@ def plan(
         spread=spread,
         device=device,
         removed=len(chosen),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=count_parameters(model),
     )
 
 
@@ -257,6 +256,16 @@ def _without_weights(name: str, dtype: str | None) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)
     return model
+
+
+def _operations(model: PreTrainedModel, length: int) -> tuple[int, int]:
+    """Operations of a pass over ``length`` tokens but for the head, and of one token's logits."""
+    try:
+        counted = flops(model, length)  # with the logits of one position
+    except ValueError:  # which experts they go through depends on the tokens: at most all of them
+        head = 2 * int(text_config(model).vocab_size) * hidden_size(model)
+        return 2 * length * count_parameters(model), head
+    return counted.total - counted.head, counted.head
 
 
 def _embedded_config() -> LlamaConfig:

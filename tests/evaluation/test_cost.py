@@ -145,6 +145,27 @@ def test_states_are_kept_beside_keys_and_values(kind):
         assert gl.cache_bytes(model, tokens, batch_size=BATCH) == size > 0
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("jetmoe", "what it computes depends on values"),
+        ("minimax", "MiniMax uses cache of its own"),
+        ("xlstm", "no attribute 'rnn_state'"),
+    ],
+)
+def test_what_cannot_be_counted_is_said_in_one_line(kind, why):
+    model = build(kind)
+    for count in (gl.flops, gl.cache_bytes):
+        with pytest.raises(ValueError, match=rf"^operations and cache of a {kind} [^\n]*{why}"):
+            count(model, TOKENS)
+
+
+def test_a_state_outside_the_cache_is_not_called_nothing():
+    with pytest.raises(ValueError, match=r"^a rwkv keeps nothing in the cache of transformers$"):
+        gl.cache_bytes(build("rwkv"), TOKENS)
+
+
 @pytest.mark.parametrize("kind", ["openai-gpt", "bert"])
 @pytest.mark.parametrize("logits", [1, 3])
 def test_a_head_of_several_parts_is_counted_where_it_is_passed(kind, logits):

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_model
-from transformers import LlamaConfig, MixtralConfig
+from transformers import JetMoeConfig, LlamaConfig, MixtralConfig
 
 import ghostlib as gl
-from ghostlib.recovery import plan as module
+from ghostlib.models.tiny import tiny_config
+from ghostlib.recovery import plan as plan_module
 from ghostlib.recovery.plan import Plan, minutes, plan
 from ghostlib.recovery.recipe import SHORTLIST
 from ghostlib.selection.criteria import needed
@@ -44,6 +45,18 @@ def test_a_mixture_of_experts_is_planned_in_every_dtype(tmp_path):
         assert plan(tmp_path, n=2, length=64, dtype=dtype).seconds["scoring"] > 0
 
 
+def test_operations_that_depend_on_values_are_those_of_all_experts(tmp_path):
+    config = tiny_config(JetMoeConfig())
+    config.save_pretrained(tmp_path)
+    model = plan_module._without_weights(str(tmp_path), None)
+    with pytest.raises(ValueError, match="depends on values"):
+        gl.flops(model, 8)
+    forward, head = plan_module._operations(model, 8)
+    assert forward == 16 * gl.count_parameters(model)
+    assert head == 2 * config.vocab_size * config.hidden_size
+    assert plan(tmp_path, n=2, length=64).seconds["scoring"] > 0
+
+
 def test_calibration_is_counted_as_calibrate_counts_it(llama):
     found = plan(llama, layers=[20, 21, 22, 24], n=7, length=1024)
     gaps = [(20, 23), (24, 25)]
@@ -71,7 +84,7 @@ def test_spread_weights_need_not_fit(llama):
 
 
 def test_more_windows_take_longer_and_no_more_memory(llama, monkeypatch):
-    monkeypatch.setattr(module, "_rate", lambda *_: 1e12)
+    monkeypatch.setattr(plan_module, "_rate", lambda *_: 1e12)
     few, many = plan(llama, n=7, windows=8), plan(llama, n=7, windows=32)
     assert few.memory == many.memory
     assert many.seconds["choosing layers"] == 4 * few.seconds["choosing layers"]
@@ -81,7 +94,7 @@ def test_more_windows_take_longer_and_no_more_memory(llama, monkeypatch):
 
 
 def test_an_ability_to_keep_takes_a_search_of_its_own(llama, monkeypatch):
-    monkeypatch.setattr(module, "_rate", lambda *_: 1e12)
+    monkeypatch.setattr(plan_module, "_rate", lambda *_: 1e12)
     usual, kept = (plan(llama, n=11, operator="auto", keep=keep) for keep in (None, "copying"))
     gaps = {gap for name in (*SHORTLIST, "abilities") for gap in needed(name, 11, 32)}
     assert kept.memory["calibration"] >= gl.calibration_bytes(4096, sorted(gaps), length=2048).total
@@ -95,7 +108,7 @@ def test_an_ability_to_keep_takes_a_search_of_its_own(llama, monkeypatch):
 
 
 def test_a_greedy_search_scores_one_window(llama, monkeypatch):
-    monkeypatch.setattr(module, "_rate", lambda *_: 1e12)
+    monkeypatch.setattr(plan_module, "_rate", lambda *_: 1e12)
     few, many = (plan(llama, n=3, criterion="perplexity", windows=w).seconds for w in (1, 9))
     one = few["scoring"] / (3 * 8)
     assert few["choosing layers"] > 3 * 31 * one
@@ -107,11 +120,11 @@ def test_what_the_hub_has_and_the_cache_lacks_is_to_be_downloaded(monkeypatch):
     files |= {"original/a.safetensors": 100, "config.json": 1}
     listed = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
     api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=listed))
-    monkeypatch.setattr(module, "HfApi", lambda: api)
-    assert module._download("org/model") == 12
+    monkeypatch.setattr(plan_module, "HfApi", lambda: api)
+    assert plan_module._download("org/model") == 12
     there = {"model-1.safetensors": "here"}
-    monkeypatch.setattr(module, "try_to_load_from_cache", lambda _, name: there.get(name))
-    assert module._download("org/model") == 7
+    monkeypatch.setattr(plan_module, "try_to_load_from_cache", lambda _, name: there.get(name))
+    assert plan_module._download("org/model") == 7
 
 
 def test_the_embedded_model_is_known_before_it_is_fetched(monkeypatch, tmp_path):
@@ -151,7 +164,7 @@ def test_times_as_people_say_them():
 @pytest.mark.embedded
 def test_what_is_known_of_the_embedded_model_is_true(embedded):
     model, _ = embedded
-    known, own = module._embedded_config().to_dict(), model.config.to_dict()
+    known, own = plan_module._embedded_config().to_dict(), model.config.to_dict()
     sizes = [k for k in own if k.endswith(("size", "layers", "heads", "embeddings"))]
     assert len(sizes) >= 8 and {k: known[k] for k in sizes} == {k: own[k] for k in sizes}
     assert plan("smollm2", n=7).parameters == model.num_parameters()
