@@ -28,6 +28,7 @@ from ghostlib.operators.families import Family
 from ghostlib.recovery.recipe import BUDGETS, TRIES, shortlisted
 from ghostlib.selection.criteria import CRITERIA, needed
 from ghostlib.statistics.calibration import available_bytes, calibration_bytes, readable
+from ghostlib.surgery.cut import check_dense
 from ghostlib.text.assets import MODEL, cache_dir
 
 _WHEEL = 98_000_000  # of the embedded model
@@ -129,11 +130,13 @@ def plan(
         spread: whether weights may be put on several devices and on disk.
 
     Raises:
-        ValueError: no causal language model, layers that it has not, or more than it has.
+        ValueError: no causal language model or one recovered before, layers that it has not, or
+            more than it has.
         ConnectionError: a hub id, and no hub.
     """
     name = os.path.expanduser(name)
     model = _without_weights(name, dtype)
+    check_dense(model)
     cuda = torch.device(device).type == "cuda"
     total, C = num_layers(model), hidden_size(model)
     width = int(getattr(text_config(model), "intermediate_size", None) or 4 * C)

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from conftest import tiny_model
+from conftest import tiny_model, tiny_windows
 from transformers import JetMoeConfig, LlamaConfig, MixtralConfig
 
 import ghostlib as gl
@@ -143,6 +143,13 @@ def test_what_does_not_fit_is_refused():
     Plan(0, sizes, 3, {"scoring": 1.0}, True, "cpu", 7, 5).check()
     with pytest.raises(OSError, match="have to be fetched"):
         Plan(10**18, sizes, 12, {"scoring": 1.0}, False, "cpu", 7, 5).check()
+
+
+@pytest.mark.parametrize("operator", ["refit", "ghost"])
+def test_a_model_that_was_recovered_is_refused(tmp_path, operator):
+    gl.recover(tiny_model("llama"), tiny_windows(), [2], operator).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="recovered before: start from the dense model"):
+        plan(tmp_path, n=1, length=8)
 
 
 @pytest.mark.parametrize("layers", [None, range(6)])
