@@ -46,8 +46,8 @@ test: ## lint, unit tests and all notebooks, from a fresh state
 	$(MAKE) --no-print-directory lint assets unit nbval && \
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
 
-test-all: test test-browser test-hour ## … the browser, the first hour, and every causal type through the contract of docs/models.md
-	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --thorough -m contract_all tests/models/test_contract.py)
+test-all: test test-browser test-hour ## … the browser, the first hour, and every type of model
+	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --thorough -m every_type tests)
 
 test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
 	$(call phase,installing the lowest versions,$(ALIVE) python3.11 -m venv --clear $(LOWEST) && \

@@ -116,18 +116,21 @@ def saved_and_loaded(model: PreTrainedModel, ids: torch.Tensor, folder: Path) ->
     return again
 
 
-# One of each: pre-norm and post-norm, LayerNorm and RMSNorm, Linear and Conv1D, sliding windows,
-# soft caps. The contract over all types is in tests/models/test_contract.py.
-KINDS = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "olmo2", "opt", "phi3")
-
-
+# Pre-norm and post-norm, LayerNorm and RMSNorm, Linear and Conv1D, sliding windows, soft caps.
+KINDS = ("gemma2", "gpt2", "llama", "olmo2")
+# Norms of queries, parallel branches, learned positions, fused projections: in `make test-all`.
+# A sample of all types goes through the contract in tests/models/test_contract.py.
+MORE_KINDS = ("gemma3_text", "gpt_neox", "opt", "phi3")
 # Tracing for coverage costs half as much again, and the lines are mostly the same: two are traced.
 TRACED = ("gpt2", "llama")
 
 
-@pytest.fixture(
-    params=[pytest.param(k, marks=[] if k in TRACED else [pytest.mark.no_cover]) for k in KINDS]
-)
+def _kind(name: str) -> Any:
+    marks = [] if name in TRACED else [pytest.mark.no_cover]
+    return pytest.param(name, marks=[*marks, *[pytest.mark.every_type] * (name in MORE_KINDS)])
+
+
+@pytest.fixture(params=map(_kind, (*KINDS, *MORE_KINDS)))
 def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
     """One tiny model of each kind in turn."""
     return tiny_model(request.param)
@@ -145,7 +148,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker("embedded")
     asked = config.option.markexpr + " thorough slow" * config.option.thorough
-    for marker in ("contract_all", "first_hour", "interop", "browser", "thorough", "slow"):
+    for marker in ("every_type", "first_hour", "interop", "browser", "thorough", "slow"):
         if marker not in asked:
             tail = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=tail)

@@ -1,8 +1,17 @@
-"""Results of experiments with the embedded model that come with the package."""
+"""Results with the embedded model that come with the package: experiments, and further draws."""
 
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ghostlib.experiments.results import Results, read_results
+
+_DATA = resources.files("ghostlib.tutorial") / "data"
 
 
 def stored(name: str) -> Results:
@@ -13,8 +22,48 @@ def stored(name: str) -> Results:
     ``"abilities"``, copying and text for every block of seven and of four layers, and other probes
     for those of seven: notebook 12. ``"seeds"``, three draws of calibration and test text for what
     claims rest on: notebooks 08, 10 and 17; ``"recipe"``, the same for those of 15; ``"draws"``,
-    two draws more for those of 17.
+    for that of 17 on the paper's table 3.
     """
-    file = resources.files("ghostlib.tutorial") / "data" / f"{name}-smollm2.jsonl"
-    with resources.as_file(file) as path:
+    with resources.as_file(_DATA / f"{name}-smollm2.jsonl") as path:
         return read_results(path)
+
+
+def over_seeds(
+    name: str,
+    compute: Callable[[int], Mapping[str, Any]],
+    first: Mapping[str, Any],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    rtol: float = 2e-3,
+) -> list[dict[str, np.ndarray]]:
+    """What a notebook measures on several draws of the text: the first computed, the rest stored.
+
+    With ``GHOSTLIB_RECOMPUTE=1`` in the environment all are computed and stored anew.
+
+    Args:
+        name: under which they are stored.
+        compute: numbers by name, from a seed.
+        first: what it gives for the first seed, which the notebook has at hand.
+        seeds: of the draws.
+        rtol: by how much ``first`` may differ from what is stored of that seed.
+
+    Raises:
+        ValueError: ``first`` is not what is stored, so that the others may not be either.
+    """
+    path = Path(str(_DATA / f"{name}-draws.json"))
+    if os.environ.get("GHOSTLIB_RECOMPUTE") == "1":
+        found = {str(seed): first if seed == seeds[0] else compute(seed) for seed in seeds}
+        plain = {
+            seed: {k: np.asarray(v).tolist() for k, v in f.items()} for seed, f in found.items()
+        }
+        path.with_suffix(".new").write_text(json.dumps(plain), encoding="utf-8")
+        path.with_suffix(".new").replace(path)
+    known = json.loads(path.read_text(encoding="utf-8"))
+    draws = [{k: np.array(v) for k, v in known[str(seed)].items()} for seed in seeds]
+    for key, values in draws[0].items():
+        if key not in first or not np.allclose(first[key], values, rtol=rtol, atol=0):
+            raise ValueError(
+                f"{key!r} differs from what is stored in {path.name}: with GHOSTLIB_RECOMPUTE=1 "
+                "all draws are computed again"
+            )
+    return draws

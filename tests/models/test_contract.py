@@ -31,7 +31,7 @@ SAMPLE = (
 @pytest.mark.parametrize(
     "model_type",
     [
-        pytest.param(name, marks=[] if name in SAMPLE else [pytest.mark.contract_all])
+        pytest.param(name, marks=[] if name in SAMPLE else [pytest.mark.every_type])
         for name in contract.TYPES
     ],
 )

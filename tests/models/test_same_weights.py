@@ -17,6 +17,7 @@ AS_LLAMA: dict[str, dict[str, Any]] = {
     "qwen2": {},  # with biases of zero
 }
 LAYERS = range(12, 19)
+EVERY = pytest.mark.every_type
 
 
 def rewritten(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
@@ -36,8 +37,12 @@ def rewritten(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
     return other
 
 
+@pytest.mark.no_cover
 @pytest.mark.embedded
-@pytest.mark.parametrize("model_type", AS_LLAMA)
+@pytest.mark.parametrize(
+    "model_type",
+    ["granite", "qwen2", *(pytest.param(t, marks=EVERY) for t in ("mistral", "smollm3"))],
+)
 def test_another_type_gives_the_same_perplexities(model_type, embedded, wiki) -> None:
     model, _ = embedded
     other = rewritten(model, model_type)
