@@ -87,7 +87,7 @@ def test_a_recovery_killed_at_any_moment_is_whole_or_not_there(
         gl.save(recovered, folder, TOKENIZER)
 
     (tmp_path / "whole").mkdir()
-    killed = moments(work, tmp_path / "whole", 10)
+    killed = moments(work, tmp_path / "whole", 6)
     expected = {p.name: p.read_bytes() for p in (tmp_path / "whole" / "whole").iterdir()}
     expected.pop("README.md")  # which has the name of the folder
     for moment in killed:
@@ -132,7 +132,7 @@ def test_an_experiment_killed_at_any_moment_is_resumed(tmp_path: Path) -> None:
     plan = specification(tmp_path)
     run = partial(run_experiment, plan, model=MODEL, tokenizer=TOKENIZER)
     (tmp_path / "whole").mkdir()
-    killed = moments(run, tmp_path / "whole", 12)
+    killed = moments(run, tmp_path / "whole", 6)
     expected = measured(tmp_path / "whole" / "whole")
     for moment in killed:
         place = tmp_path / str(moment)

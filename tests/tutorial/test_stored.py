@@ -9,7 +9,8 @@ import ghostlib as gl
 from ghostlib.experiments.tables import choices, scores, selections
 from ghostlib.models.boundaries import spell
 from ghostlib.recovery.recipe import SHORTLIST
-from ghostlib.tutorial.stored import stored
+from ghostlib.tutorial import stored as module
+from ghostlib.tutorial.stored import over_seeds, stored
 
 pytestmark = pytest.mark.thorough
 
@@ -126,3 +127,36 @@ def test_they_are_of_a_specification_that_can_be_run(embedded):
             for key, value in identity.items()
         }
     assert {record["seed"] for record in stored("ablation").of("specification")} == {0, 1, 2}
+
+
+def test_further_draws_stand_beside_the_first_and_are_computed_again_when_asked(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "_DATA", tmp_path)
+    monkeypatch.setenv("GHOSTLIB_RECOMPUTE", "1")
+    asked = []
+
+    def compute(seed):
+        asked.append(seed)
+        return {"loss": np.arange(3.0) + seed, "error": 10.0 + seed}
+
+    draws = over_seeds("toy", compute, {"loss": [0, 1, 2], "error": 10})
+    assert asked == [1, 2] and [d["error"] for d in draws] == [10, 11, 12]
+    assert list(tmp_path.iterdir()) == [tmp_path / "toy-draws.json"]
+    monkeypatch.delenv("GHOSTLIB_RECOMPUTE")
+    again = over_seeds("toy", compute, {"loss": [0, 1.001, 2], "error": 10})
+    assert asked == [1, 2], "nothing is computed"
+    for one, other in zip(draws, again, strict=True):
+        np.testing.assert_array_equal(one["loss"], other["loss"])
+    for first in ({"loss": [0, 1.1, 2], "error": 10}, {"error": 10}):
+        with pytest.raises(ValueError, match="'loss' differs from what is stored in toy-draws"):
+            over_seeds("toy", compute, first)
+
+
+@pytest.mark.parametrize("name", ["constrained", "sequences", "sources", "tuning"])
+def test_further_draws_are_others(name):
+    """Three draws of the same numbers, all finite, no two alike."""
+    draws = [*module.json.loads((module._DATA / f"{name}-draws.json").read_text()).values()]
+    flat = [np.concatenate([np.ravel(v) for v in draw.values()]) for draw in draws]
+    assert len(flat) == 3 and len({tuple(draw) for draw in draws}) == 1
+    assert np.isfinite(flat).all() and len({part.tobytes() for part in flat}) == 3
