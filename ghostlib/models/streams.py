@@ -8,6 +8,7 @@ every weight with the model it is taken from.
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -176,6 +177,9 @@ def share(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         # Some keep a tensor of their last pass, which may have a graph and cannot be copied.
         own = (module._parameters, module._buffers, vars(module))
         memo |= {id(v): v for held in own for v in held.values() if isinstance(v, Tensor)}
+        # A dozen empty dictionaries of hooks a module: an empty one is made sooner than copied.
+        empty = (v for v in vars(module).values() if type(v) in (dict, OrderedDict) and not v)
+        memo |= {id(v): type(v)() for v in empty}
     # Copying modules is what takes time. How layers are numbered shows in the first and the last.
     layers = decoder_layers(model)
     for index in set(range(1, len(layers) - 1)).difference(kept):
