@@ -63,7 +63,7 @@ def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMode
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:
                 parameter.normal_(std=0.25)
     return model.eval()
 
