@@ -121,13 +121,10 @@ KINDS = ("gemma2", "gpt2", "llama", "olmo2")
 # Norms of queries, parallel branches, learned positions, fused projections: in `make test-all`.
 # A sample of all types goes through the contract in tests/models/test_contract.py.
 MORE_KINDS = ("gemma3_text", "gpt_neox", "opt", "phi3")
-# Tracing for coverage costs half as much again, and the lines are mostly the same: two are traced.
-TRACED = ("gpt2", "llama")
 
 
 def _kind(name: str) -> Any:
-    marks = [] if name in TRACED else [pytest.mark.no_cover]
-    return pytest.param(name, marks=[*marks, *[pytest.mark.every_type] * (name in MORE_KINDS)])
+    return pytest.param(name, marks=[pytest.mark.every_type] * (name in MORE_KINDS))
 
 
 @pytest.fixture(params=map(_kind, (*KINDS, *MORE_KINDS)))
@@ -141,12 +138,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="also what is marked thorough or slow")
 
 
+# Tracing for coverage costs half as much again. What is quick is traced, and of the rest the tests
+# in these files, which alone reach some of the lines.
+TRACED = ("test_abilities", "test_cli", "test_distributed", "test_inspect", "test_installers")
+TRACED += ("test_plan", "test_portable", "test_recipe", "test_run", "test_saving", "test_testing")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what asks for the embedded model; what takes many minutes only runs when asked for."""
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker("embedded")
+        long = any(map(item.get_closest_marker, ("thorough", "slow", "embedded")))
+        if long and item.path.stem not in TRACED:
+            item.add_marker("no_cover")
     asked = config.option.markexpr + " thorough slow" * config.option.thorough
     for marker in ("every_type", "first_hour", "interop", "browser", "thorough", "slow"):
         if marker not in asked:

@@ -60,7 +60,6 @@ ADVICE = re.compile(
 
 
 @pytest.mark.thorough
-@pytest.mark.no_cover
 @pytest.mark.parametrize("case", CASES, ids=[re.sub(r"\W+", " ", case.name) for case in CASES])
 def test_bad_input_is_refused_in_one_line(case: Case, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)

@@ -290,7 +290,6 @@ def test_items_are_one_record():
     assert Item([1], [0], [2]).wrong == () and issubclass(LeftOut, ValueError)
 
 
-@pytest.mark.no_cover
 @pytest.mark.embedded
 def test_the_cosine_block_loses_copying_and_text_does_not_show_it(embedded):
     model, tokenizer = embedded

@@ -71,7 +71,6 @@ def test_a_boundary_costs_its_matrix_and_both_operators_cost_the_same(any_tiny):
         assert kept * LAYERS == whole * (LAYERS - 3)
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 @pytest.mark.parametrize("context", [0, 20])
 def test_every_part_is_what_the_sizes_of_its_matrices_say(any_tiny, context):
@@ -194,7 +193,6 @@ def test_nothing_but_shapes_is_needed():
     assert gl.cache_bytes(model, TOKENS) == gl.cache_bytes(real, TOKENS)
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_as_large_as_the_file(any_tiny, dtype, tmp_path):

@@ -40,7 +40,6 @@ def prompts() -> list[str]:
     ]
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("repaired", [False, True], ids=["dense", "recovered"])

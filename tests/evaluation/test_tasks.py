@@ -172,7 +172,6 @@ def test_limit_and_several_tasks(model: PreTrainedModel, tmp_path: Path) -> None
 
 
 @pytest.mark.thorough
-@pytest.mark.no_cover
 def test_the_harness_own_tasks_by_name(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 import contract
 import pytest
 
-pytestmark = [pytest.mark.thorough, pytest.mark.no_cover]
+pytestmark = pytest.mark.thorough
 
 # One of each kind: plain, positions, experts, state spaces, towers, several streams, tables by
 # layer, shared blocks, exceptions, refusals.

@@ -86,7 +86,6 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor)
     assert gl.perplexity(one, ids) == gl.perplexity(other, ids)
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "placer"), PAIRS)
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")

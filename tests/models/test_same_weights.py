@@ -37,7 +37,6 @@ def rewritten(model: PreTrainedModel, model_type: str) -> PreTrainedModel:
     return other
 
 
-@pytest.mark.no_cover
 @pytest.mark.embedded
 @pytest.mark.parametrize(
     "model_type",

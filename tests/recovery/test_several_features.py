@@ -29,7 +29,6 @@ READS_RAW = ("olmo2",)
 RIDGE = 1e-3
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", BRANCHED)
 def test_recovered_models_of_every_architecture(

@@ -162,7 +162,6 @@ def test_taylor_counts_weights_that_no_token_meets_as_nothing():
     assert gl.select_layers(model, ids, 2, "taylor").scores == expected
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gemma3_text"])
 @pytest.mark.parametrize("criterion", ["perplexity", "greedy-recovered"])
@@ -421,7 +420,6 @@ def test_unknown_criterion_is_named():
         gl.select_layers(tiny_model("llama"), tiny_windows(), 2, "cosin")
 
 
-@pytest.mark.no_cover
 def test_embedded_model_chooses_the_published_block(embedded, wiki):
     """DESIGN's measurement beforehand: n = 7 by cosine removes layers 12 … 18."""
     selection = gl.select_layers(embedded[0], wiki, 7)

@@ -64,7 +64,6 @@ def test_windows_whose_streams_are_not_kept_score_alike(monkeypatch, share):
         torch.testing.assert_close(trials.losses(layers), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["replaceme", "magnitude", "low-rank", "affine"])
 def test_every_kind_of_repair(any_tiny, name):

@@ -76,7 +76,6 @@ def test_recovered_tiny_models_of_every_architecture(any_tiny, layers, tmp_path)
     ]
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize("layers", EMBEDDED_LAYERS.values(), ids=EMBEDDED_LAYERS)
 def test_recovered_embedded_model(embedded, wiki, layers, tmp_path):
     model, _ = embedded
