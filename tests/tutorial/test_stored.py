@@ -153,10 +153,13 @@ def test_further_draws_stand_beside_the_first_and_are_computed_again_when_asked(
             over_seeds("toy", compute, first)
 
 
-@pytest.mark.parametrize("name", ["constrained", "sequences", "sources", "tuning"])
-def test_further_draws_are_others(name):
-    """Three draws of the same numbers, all finite, no two alike."""
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("constrained", 3), ("few-tokens", 2), ("sequences", 3), ("sources", 3), ("tuning", 3)],
+)
+def test_further_draws_are_others(name, count):
+    """So many draws of the same numbers, all finite, no two alike."""
     draws = [*module.json.loads((module._DATA / f"{name}-draws.json").read_text()).values()]
     flat = [np.concatenate([np.ravel(v) for v in draw.values()]) for draw in draws]
-    assert len(flat) == 3 and len({tuple(draw) for draw in draws}) == 1
-    assert np.isfinite(flat).all() and len({part.tobytes() for part in flat}) == 3
+    assert len(flat) == count and len({tuple(draw) for draw in draws}) == 1
+    assert np.isfinite(flat).all() and len({part.tobytes() for part in flat}) == count
