@@ -93,6 +93,13 @@ def test_what_claims_rest_on_is_there_for_three_draws():
             ]
 
 
+def test_the_claim_on_table_3_rests_on_three_draws_and_sixteen_windows():
+    rows = scores(stored("draws")).query("layers != ''")
+    assert len(rows) == 3 * 26 * 3 * 2 and set(rows["evidence"].map(len)) == {16}
+    assert set(rows["layers"]) == set(selections(stored("grid"))["layers"])
+    assert set(rows.groupby(["layers", "operator", "dataset"])["seed"].nunique()) == {3}
+
+
 def test_claims_of_the_recipe_rest_on_three_draws_and_sixteen_windows():
     rows = scores(stored("recipe")).query("layers != ''")
     assert set(rows["layers"]) == {"0–6", "13–15"} and set(rows["seed"]) == {0, 1, 2}
