@@ -26,7 +26,7 @@ TWICE  := -n 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help run test mutation test-all test-browser test-hour test-interop test-lowest lint unit nbval lab explore notebooks fill \
+.PHONY: help run test mutation test-all test-browser test-hour test-interop test-lowest lint unit nbval solutions lab explore notebooks fill \
   format site classroom wheel bench assets clean distclean
 
 # $(call phase,name,command): run the command, say how long it took, fail if it fails
@@ -42,12 +42,12 @@ help: ## list the targets
 run: $(STAMP)-run assets ## install, fetch the embedded model, run the quickstart, print its table
 	@$(PY) tools/notebooks.py run $(QUICK)
 
-test: ## lint, unit tests and all notebooks, from a fresh state
+test: ## lint, unit tests and the notebooks, from a fresh state
 	@begin=$$(date +%s); \
 	$(MAKE) --no-print-directory lint assets unit nbval && \
 	printf '\nAll passed in %s s\n' $$(( $$(date +%s) - begin ))
 
-test-all: test test-browser test-hour ## … the browser, the first hour, and every type of model
+test-all: test solutions test-browser test-hour ## … the solutions, the browser, the first hour, and every type of model
 	$(call phase,all types,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --thorough -m every_type tests)
 
 test-lowest: ## unit tests with the lowest versions that pyproject.toml admits (needs python3.11)
@@ -76,8 +76,14 @@ lint: $(DEV) ## formatting, style, types, and the house rules of the notebooks
 unit: $(DEV) ## unit tests and docstring examples, with coverage
 	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --thorough -m 'not interop and not browser' --durations=10 --cov)
 
+NBVAL = PYTHONPATH=tests GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -p forked $(TWICE) --dist loadscope \
+  --nbval-lax --nbval-current-env --durations=10
+
 nbval: $(DEV) ## every notebook, cell by cell
-	$(call phase,notebooks,PYTHONPATH=tests GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -p forked $(TWICE) --dist loadscope --nbval-lax --nbval-current-env --durations=10 notebooks)
+	$(call phase,notebooks,$(NBVAL) notebooks --ignore notebooks/solutions)
+
+solutions: $(DEV) assets ## the solutions of the exercises, cell by cell
+	$(call phase,solutions,$(NBVAL) notebooks/solutions)
 
 lab: $(STAMP)-notebooks ## open JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks
