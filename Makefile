@@ -76,11 +76,13 @@ lint: $(DEV) ## formatting, style, types, and the house rules of the notebooks
 unit: $(DEV) ## unit tests and docstring examples, with coverage
 	$(call phase,unit tests,GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -q $(TWICE) --thorough -m 'not interop and not browser' --durations=10 --cov)
 
-NBVAL = PYTHONPATH=tests GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -p forked $(TWICE) --dist loadscope \
-  --nbval-lax --nbval-current-env --durations=10
+# The longest first, so that neither of the two has one left when the other has ended.
+LONG  := $(wildcard notebooks/12_*.ipynb notebooks/17_*.ipynb)
+NBVAL  = PYTHONPATH=tests GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -p forked $(TWICE) --dist loadscope \
+  --no-loadscope-reorder --nbval-lax --nbval-current-env --durations=10
 
 nbval: $(DEV) ## every notebook, cell by cell
-	$(call phase,notebooks,$(NBVAL) notebooks --ignore notebooks/solutions)
+	$(call phase,notebooks,$(NBVAL) $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb))))
 
 solutions: $(DEV) assets ## the solutions of the exercises, cell by cell
 	$(call phase,solutions,$(NBVAL) notebooks/solutions)
