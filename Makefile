@@ -81,7 +81,7 @@ LONG  := $(wildcard notebooks/12_*.ipynb notebooks/17_*.ipynb)
 NBVAL  = PYTHONPATH=tests GHOSTLIB_PROGRESS=0 $(PAIR) $(PY) -m pytest -p forked $(TWICE) --dist loadscope \
   --no-loadscope-reorder --nbval-lax --nbval-current-env --durations=10
 
-nbval: $(DEV) ## every notebook, cell by cell
+nbval: $(DEV) ## every notebook of the course, cell by cell
 	$(call phase,notebooks,$(NBVAL) $(LONG) $(filter-out $(LONG),$(sort $(wildcard notebooks/*.ipynb))))
 
 solutions: $(DEV) assets ## the solutions of the exercises, cell by cell

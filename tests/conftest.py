@@ -141,7 +141,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Tracing for coverage costs half as much again. What is quick is traced, and of the rest the tests
 # in these files, which alone reach some of the lines.
 TRACED = ("test_abilities", "test_cli", "test_distributed", "test_inspect", "test_installers")
-TRACED += ("test_plan", "test_portable", "test_recipe", "test_run", "test_saving", "test_testing")
+TRACED += ("test_plan", "test_recipe", "test_run", "test_saving", "test_testing")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the markers
