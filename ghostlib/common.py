@@ -100,6 +100,17 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of ``path`` once it is whole, or leaves it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def existing(path: Path) -> Path:
     """The file or folder itself, or the nearest one above it that is there."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -5,7 +5,6 @@ whose colours are hard to tell apart, in grey or for the colour-blind, have diff
 dense model is always the same line without markers.
 """
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -26,7 +25,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
-from ghostlib.common import Registry
+from ghostlib.common import Registry, replacing
 from ghostlib.operators.families import FAMILIES
 
 
@@ -293,14 +292,10 @@ def save(drawn: Axes | FigureBase, name: str | Path) -> tuple[Path, Path]:
     written = []
     for ending, dated in (("svg", "Date"), ("png", "Software")):
         target = path.with_name(f"{path.name}.{ending}")
-        partial = target.with_name(f".{target.name}.partial")
         metadata = {"Description": alt_text(figure), dated: None}
-        try:
-            with plt.rc_context({"svg.hashsalt": path.name}):  # the same file for the same figure
-                figure.savefig(partial, format=ending, dpi=200, metadata=metadata)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        # the salt: the same file for the same figure
+        with replacing(target) as partial, plt.rc_context({"svg.hashsalt": path.name}):
+            figure.savefig(partial, format=ending, dpi=200, metadata=metadata)
         written.append(target)
     return written[0], written[1]
 

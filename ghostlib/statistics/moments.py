@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ghostlib.common import at_least, checked
+from ghostlib.common import at_least, checked, replacing
 from ghostlib.linalg.gram import Gram, gram
 from ghostlib.linalg.hadamard import has_hadamard, rotate
 from ghostlib.models.boundaries import Boundary, check_boundary
@@ -499,15 +499,12 @@ class Moments:
             "boundary": self.boundary,
             "model": self.model,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        tensors = {name: t.cpu().contiguous() for name, t in self.tensors().items()}
         try:
-            tensors = {name: t.cpu().contiguous() for name, t in self.tensors().items()}
-            save_file(tensors, temporary, metadata={"moments": json.dumps(facts)})
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={"moments": json.dumps(facts)})
         except SafetensorError as error:  # of a full disk, or no such folder
             raise OSError(f"{path} could not be written ({error}): name another") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     @checked

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ghostlib.common import replacing
 from ghostlib.experiments.results import Results, read_results
 
 _DATA = resources.files("ghostlib.tutorial") / "data"
@@ -56,8 +57,8 @@ def over_seeds(
         plain = {
             seed: {k: np.asarray(v).tolist() for k, v in f.items()} for seed, f in found.items()
         }
-        path.with_suffix(".new").write_text(json.dumps(plain), encoding="utf-8")
-        path.with_suffix(".new").replace(path)
+        with replacing(path) as new:
+            new.write_text(json.dumps(plain), encoding="utf-8")
     known = json.loads(path.read_text(encoding="utf-8"))
     draws = [{k: np.array(v) for k, v in known[str(seed)].items()} for seed in seeds]
     for key, values in draws[0].items():
