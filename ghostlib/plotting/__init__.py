@@ -16,6 +16,7 @@ from ghostlib.plotting.results import lattice as lattice
 from ghostlib.plotting.results import operator_lattice as operator_lattice
 from ghostlib.plotting.results import perplexity_bars as perplexity_bars
 from ghostlib.plotting.results import published_and_measured as published_and_measured
+from ghostlib.plotting.results import ratio_by_start as ratio_by_start
 from ghostlib.plotting.results import ratios as ratios
 from ghostlib.plotting.results import removed_layers as removed_layers
 from ghostlib.plotting.results import start_by_length as start_by_length

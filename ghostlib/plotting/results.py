@@ -4,7 +4,7 @@ Every function attaches an alternative text made of its data (`ghostlib.plotting
 """
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -189,6 +189,7 @@ def by_start(
     curves: Mapping[str, Mapping[int, float]],
     *,
     ranges: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
+    rings: Collection[str] = (),
     most: float | None = None,
     ylabel: str = PERPLEXITY,
     title: str = "",
@@ -201,13 +202,18 @@ def by_start(
             every start.
         ranges: ``{repair: {first removed layer: (lowest, highest)}}`` over seeds, a shade behind
             some or all lines.
+        rings: repairs whose markers are large and open, around those of a line that coincides.
         most: upper end of the axis; triangles mark what lies above, and the legend says how far.
         ylabel: another score, on a linear axis.
     """
     ax = ax or plt.gca()
     for name, curve in curves.items():
         starts = sorted(curve)
-        ax.plot(starts, [curve[start] for start in starts], **style(name), label=name)
+        line = style(name)
+        if name in rings:
+            line |= {"markersize": 13, "markeredgewidth": 1.8, "mfc": "none", "zorder": 1}
+            line.pop("markerfacecolor", None)
+        ax.plot(starts, [curve[start] for start in starts], **line, label=name)
         if over_seeds := (ranges or {}).get(name):
             lows, highs = zip(*(over_seeds[start] for start in sorted(over_seeds)), strict=True)
             shade: dict[str, Any] = {"color": color(name), "alpha": 0.2, "linewidth": 0}
@@ -392,6 +398,50 @@ def ratios(
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     return list(axes)
+
+
+def ratio_by_start(
+    ratios: Mapping[int, Sequence[float]],
+    repair: str,
+    *,
+    beside: Mapping[int, float] | None = None,
+    band: tuple[int, int] | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """A repair compared with another after removing a block, against its first layer.
+
+    A circle with its 95 % interval at each start: full where the interval excludes 1, open where
+    it does not and which of the two is better is undecided.
+
+    Args:
+        ratios: ``{first removed layer: (estimate, low, high, ...)}`` of perplexities; below 1 the
+            repair is better than the other.
+        repair: whose look the circles have.
+        beside: the same ratio by another measurement, without interval: crosses.
+        band: first and last of the starts that have a grey ground.
+    """
+    ax = ax or plt.gca()
+    if band:
+        ax.axvspan(band[0] - 0.5, band[1] + 0.5, color="#eeeeee", zorder=0)
+    ax.axhline(1, color="#404040", linewidth=1)
+    decided = {start: low > 1 or high < 1 for start, (_, low, high, *_) in ratios.items()}
+    for start, (estimate, low, high, *_) in ratios.items():
+        ends = [[estimate - low], [high - estimate]]
+        inside = color(repair) if decided[start] else "white"
+        ax.errorbar(start, estimate, ends, fmt="o", color=color(repair), mfc=inside, capsize=3)
+    if beside:
+        ax.plot(list(beside), list(beside.values()), "x", color="#404040", markersize=5)
+    ax.set(yscale="log", xlabel="first removed layer", title=title)
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))
+    ax.minorticks_off()
+    plain_numbers(ax.yaxis)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    texts = [
+        f"{start}: {short(estimate)}" + " undecided" * (not decided[start])
+        for start, (estimate, *_) in ratios.items()
+    ]
+    return describe(ax, f"Ratio of perplexities by first removed layer: {', '.join(texts)}.")
 
 
 # ---------------------------------------------------------------- the residual stream

@@ -459,8 +459,33 @@ def test_seeds_by_start_are_a_shade_behind_the_line():
     assert "start 0, seeds up to 1.5" in alt_text(ax).partition("ghost")[2]
 
 
+def test_rings_by_start_are_open_large_and_behind():
+    curves = {"auto": {0: 9.0, 1: 8.0}, "auto matrix": {0: 9.0, 1: 8.5}}
+    ax = plotting.by_start(curves, rings=["auto matrix"])
+    points, rings = ax.lines
+    assert rings.get_markerfacecolor() == "none" and points.get_markerfacecolor() != "none"
+    assert rings.get_markersize() > 1.5 * points.get_markersize()
+    assert rings.get_zorder() < points.get_zorder() and len(ax.collections) == 0
+    assert ax.get_legend().get_lines()[1].get_markersize() == rings.get_markersize()
+
+
 def test_other_scores_by_start_are_linear():
     curves = {"dense": {0: 2.6, 1: 2.6}, "ghost": {0: 11.9, 1: 5.1}}
     ax = plotting.by_start(curves, ylabel="copying, nats (lower is better)")
     assert ax.get_yscale() == "linear" and ax.get_ylabel().startswith("copying")
     assert alt_text(ax).startswith("copying, nats (lower is better) by first removed layer. dense")
+
+
+def test_a_ratio_by_start_is_open_where_its_interval_decides_nothing():
+    found = {0: (0.5, 0.4, 0.6, 3, 192), 1: (0.9, 0.7, 1.1), 2: (2.0, 1.5, 3.0)}
+    ax = plotting.ratio_by_start(
+        found, "refit", beside={0: 0.6, 2: 1.9}, band=(1, 2), title="refit ÷ ghost"
+    )
+    circles = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    fills = [line.get_markerfacecolor() for line in circles]
+    assert fills == [plotting.color("refit"), "white", plotting.color("refit")]
+    (crosses,) = (line for line in ax.get_lines() if line.get_marker() == "x")
+    assert list(crosses.get_ydata()) == [0.6, 1.9]
+    assert ax.get_yscale() == "log"
+    for words in ("refit ÷ ghost", "0: 0.500,", "1: 0.900 undecided", "2: 2.00."):
+        assert words in plotting.alt_text(ax)
