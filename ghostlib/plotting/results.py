@@ -211,8 +211,8 @@ def by_start(
         starts = sorted(curve)
         line = style(name)
         if name in rings:
-            line |= {"markersize": 13, "markeredgewidth": 1.8, "mfc": "none", "zorder": 1}
-            line.pop("markerfacecolor", None)
+            line |= {"markersize": 13, "markeredgewidth": 1.8, "markerfacecolor": "none"}
+            line["zorder"] = 1
         ax.plot(starts, [curve[start] for start in starts], **line, label=name)
         if over_seeds := (ranges or {}).get(name):
             lows, highs = zip(*(over_seeds[start] for start in sorted(over_seeds)), strict=True)

@@ -6,6 +6,7 @@ dense model is always the same line without markers.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, ScaledTranslation
 
 from ghostlib.common import Registry, replacing
 from ghostlib.operators.families import FAMILIES
@@ -303,6 +304,7 @@ def save(drawn: Axes | FigureBase, name: str | Path) -> tuple[Path, Path]:
 # ---------------------------------------------------------------- labels and limits
 
 _MARKER = 7  # its size, in points
+_TRIANGLE = 9
 
 
 def label_points(
@@ -346,25 +348,35 @@ def label_points(
 def clip(ax: Axes, low: float | None = None, high: float | None = None) -> None:
     """Limit the vertical axis, and mark every value of a labelled line that lies beyond.
 
-    A triangle stands at the edge, and the line's label says how far it goes.
+    A triangle stands at the edge, beside those of other lines that leave there, and the line's
+    label says how far it goes.
     """
     ax.set_ylim(bottom=low, top=high)
+    marks = []  # of a line at one edge
     for line in list(ax.get_lines()):
         if str(line.get_label()).startswith("_") or line.get_transform() != ax.transData:
             continue
         x, y = (np.asarray(values, dtype=float) for values in line.get_data())
         above = y > (np.inf if high is None else high)
         below = y < (-np.inf if low is None else low)
-        for out, marker, height in ((above, "^", 0.975), (below, "v", 0.025)):
+        for out, marker in ((above, "^"), (below, "v")):
             if out.any():
                 farthest = y[out].max() if marker == "^" else y[out].min()
                 way = "up to" if marker == "^" else "down to"
                 line.set_label(f"{line.get_label()} ({way} {short(farthest)})")
-                options: dict[str, Any] = {
-                    "color": line.get_color(),
-                    "markersize": 9,
-                    "label": "_beyond",
-                }
-                at_edge = ax.get_xaxis_transform()  # x of the data, a fraction of the height
-                heights = np.full(out.sum(), height)
-                ax.plot(x[out], heights, marker, transform=at_edge, **options)
+                marks.append((line.get_color(), marker, x[out]))
+    figure: Any = ax.get_figure(root=True)
+    at_edge = ax.get_xaxis_transform()  # x of the data, a fraction of the height
+    beside = Counter((marker, at) for _, marker, out in marks for at in out)
+    drawn: Counter[tuple[str, float]] = Counter()
+    for shade, marker, out in marks:
+        shifts: dict[float, list[float]] = {}  # points: x
+        for at in out:
+            place = drawn[marker, at] - (beside[marker, at] - 1) / 2
+            shifts.setdefault(_TRIANGLE * place, []).append(at)
+        drawn.update((marker, at) for at in out)
+        for points, where in shifts.items():
+            options: dict[str, Any] = {"color": shade, "markersize": _TRIANGLE, "label": "_beyond"}
+            aside = at_edge + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
+            heights = np.full(len(where), 0.975 if marker == "^" else 0.025)
+            ax.plot(where, heights, marker, transform=aside, **options)

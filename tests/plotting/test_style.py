@@ -266,6 +266,22 @@ def test_values_beyond_the_limits_are_marked_and_told():
     assert [line.get_label() for line in fine.get_lines()] == ["ghost"]
 
 
+def test_triangles_of_several_lines_at_one_place_stand_side_by_side():
+    ax = plt.figure().gca()
+    for name, values in {"pruned": [200.0, 300.0], "auto none": [400.0, 5.0]}.items():
+        ax.plot([0, 1], values, label=name, color=plotting.color(name))
+    plotting.clip(ax, 1, 100)
+    plt.gcf().draw_without_rendering()
+    beyond = [line for line in ax.get_lines() if line.get_label() == "_beyond"]
+    spots = {}
+    for line in beyond:
+        for x, y in zip(*line.get_data(), strict=True):
+            at = line.get_transform().transform((x, y))[0] - ax.transData.transform((x, y))[0]
+            spots[line.get_color(), float(x)] = at / (plt.gcf().dpi / 72)  # points
+    pruned, none = plotting.color("pruned"), plotting.color("auto none")
+    assert spots == pytest.approx({(pruned, 0.0): -4.5, (none, 0.0): 4.5, (pruned, 1.0): 0.0})
+
+
 def test_numbers_are_short():
     numbers = (0.00432, 0.5, 18.04, 200, 999.6, 2248, 1e6)
     assert [plotting.short(n) for n in numbers] == [
