@@ -312,7 +312,7 @@ def label_points(
 ) -> None:
     """Write a label beside each point, at the nearest place where it covers nothing.
 
-    A label is nearer to its own point than to any other, or a thin line leads to it.
+    A label is clearly nearer to its own point than to any other, or a line leads to it.
 
     Args:
         points: ``(x, y, label)`` in the units of the axes, whose limits must be set.
@@ -325,24 +325,33 @@ def label_points(
     spots = ax.transData.transform([(x, y) for x, y, _ in points])
     taken = [text.get_window_extent(renderer) for text in ax.texts]
     half = _MARKER * pixel / 2
-    others = ax.transData.transform(np.reshape(list(beside), (-1, 2)))
-    taken += [Bbox.from_extents(*(at - half), *(at + half)) for at in (*spots, *others)]
+    curve = ax.transData.transform(np.reshape(list(beside), (-1, 2)))
+    taken += [Bbox.from_extents(*(at - half), *(at + half)) for at in (*spots, *curve)]
     angles = np.radians(np.arange(45, 405, 15))
-    for spot, (x, y, text) in zip(spots, points, strict=True):
-        line = {"arrowstyle": "-", "color": "#a0a0a0", "linewidth": 0.7, "shrinkB": _MARKER / 2}
+    for number, (x, y, text) in enumerate(points):
+        spot, others = spots[number], np.delete(spots, number, axis=0)
+        line = {"arrowstyle": "-", "color": "#606060", "linewidth": 0.8, "shrinkB": _MARKER / 2}
         centred: dict[str, Any] = {"ha": "center", "va": "center", "textcoords": "offset points"}
-        label = ax.annotate(text, (x, y), (0, 0), **centred, fontsize=10, arrowprops=line)
+        label: Any = ax.annotate(text, (x, y), (0, 0), **centred, fontsize=10, arrowprops=line)
         for radius, angle in product((11, 14, 18, 24, 32, 42, 56, 75), angles):
             offset = radius * np.array([np.cos(angle), np.sin(angle)])
-            nearest = np.hypot(*(spots - spot - offset * pixel).T).min()
-            if radius <= 18 and nearest < 0.99 * radius * pixel:
+            led = radius > 18
+            way = spot + np.outer(np.linspace(0.4 if led else 1, 1, 9), offset * pixel)
+            nearest = np.linalg.norm(way[:, None] - others, axis=2).min(initial=np.inf)
+            if nearest < (1.5 * half if led else 1.5 * radius * pixel):
                 continue
             label.set_position(tuple(offset))
             label.update_positions(renderer)
             box = Text.get_window_extent(label, renderer)  # without the line
-            if ax.bbox.count_contains(box.corners()) == 4 and not box.count_overlaps(taken):
+            inside = ax.bbox.count_contains(box.corners()) == 4
+            crossed = any(other.count_contains(way) for other in taken)
+            if inside and not crossed and not box.count_overlaps(taken):
                 break
         taken.append(box)
+        if led:
+            taken += [Bbox.from_extents(*(at - 1), *(at + 1)) for at in way]
+        else:
+            label.arrow_patch.set_visible(False)
 
 
 def clip(ax: Axes, low: float | None = None, high: float | None = None) -> None:

@@ -245,6 +245,13 @@ def test_labels_cover_neither_points_nor_each_other(crowd: int):
     for box in boxes:
         assert ax.bbox.count_contains(box.corners()) == 4
         assert not box.count_contains(ax.transData.transform(np.column_stack([x, y])))
+    spots = ax.transData.transform(np.column_stack([x, y]))
+    for n, (text, box) in enumerate(zip(ax.texts, boxes, strict=True)):
+        away = np.hypot(*(spots - (box.p0 + box.p1) / 2).T)
+        clear = away[n] < 0.75 * np.delete(away, n).min()
+        assert clear or text.arrow_patch.get_visible(), f"whose label {n} is cannot be seen"
+    led = [text.arrow_patch.get_visible() for text in ax.texts]
+    assert crowd == 2 or (led[0] and led[1] and not all(led))
 
 
 def test_values_beyond_the_limits_are_marked_and_told():
