@@ -236,8 +236,8 @@ def warn_of_massive_activations(moments: Mapping[Boundary, Moments], family: Fam
         if collected.tokens > 0 and share < _FEW * collected.tokens:
             warn(
                 f"boundary {boundary}: {share:.0f} of {collected.tokens} tokens own the squared "
-                f"error that {family} minimises (massive activations born in the removed layers), "
-                "so the others may fare worse than without repair: use operator="
+                f"error that {family} minimises (massive activations born or ended in the removed "
+                "layers), so the others may fare worse than without repair: use operator="
                 "'two-branch-relative', which weights each token by 1/|y|, or operator='auto'",
                 MassiveActivationWarning,
             )
