@@ -73,8 +73,8 @@ CLAIMS: dict[int, Claim] = {
         "paper, appendix F, table A7, of two corpora of English prose; extended by us",
     ),
     11: Claim(
-        "Inference costs what fused LinearPatch costs",
-        "paper, tables 5, A8, A9",
+        "Inference needs exactly the operations and parameters of fused LinearPatch",
+        "paper, tables 5, A8, A9, which time it; time is undecided here",
     ),
     12: Claim("Tuning only the operator by distillation improves it further", "paper, appendix D"),
     13: Claim("Min-norm in M and min-norm in W differ exactly on directions calibration never saw"),
