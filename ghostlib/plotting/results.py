@@ -431,7 +431,8 @@ def ratio_by_start(
         inside = color(repair) if decided[start] else "white"
         ax.errorbar(start, estimate, ends, fmt="o", color=color(repair), mfc=inside, capsize=3)
     if beside:
-        ax.plot(list(beside), list(beside.values()), "x", color="#404040", markersize=5)
+        right = [start + 0.3 for start in beside]  # clear of the circles
+        ax.plot(right, list(beside.values()), "x", color="#404040", markersize=5, zorder=3)
     ax.set(yscale="log", xlabel="first removed layer", title=title)
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))
     ax.minorticks_off()
