@@ -20,10 +20,10 @@ def stored(name: str) -> Results:
 
     ``"grid"``, ``"starts"``, ``"beyond"``, ``"ablation"``: notebooks 15 and 17 name the commands
     that computed them. ``"zeroshot"``, all items of both embedded tasks: notebook 10.
-    ``"abilities"``, copying and text for every block of seven and of four layers, and other probes
-    for those of seven: notebook 12. ``"seeds"``, three draws of calibration and test text for what
-    claims rest on: notebooks 08, 10 and 17; ``"recipe"``, the same for those of 15; ``"draws"``,
-    for that of 17 on the paper's table 3.
+    ``"abilities"``, text and every probe for every block of seven and of four layers: notebook 12.
+    ``"seeds"``, three draws of calibration and test text for what claims rest on: notebooks 08, 10
+    and 17; ``"recipe"``, the same for those of 15; ``"draws"``, for that of 17 on the paper's
+    table 3.
     """
     with resources.as_file(_DATA / f"{name}-smollm2.jsonl") as path:
         return read_results(path)

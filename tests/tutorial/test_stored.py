@@ -72,10 +72,15 @@ def test_copying_is_stored_for_every_block():
             assert draws[operator][every[1:]].min() >= 3
 
 
-def test_every_probe_is_stored_for_every_block_of_seven():
-    rows = scores(stored("abilities")).query("measure == 'ability' and layers in @BLOCKS")
-    asked = rows.query("dataset != 'copying'").groupby(["dataset", "operator"])["layers"].nunique()
-    assert len(asked) == 10 * 3 and asked.min() == 24
+@pytest.mark.parametrize("n", [4, 7])
+def test_every_probe_is_stored_for_every_block_and_every_repair(n):
+    blocks = {spell(range(start, start + n)) for start in range(31 - n)}
+    rows = scores(stored("abilities")).query("measure == 'ability' and layers in @blocks")
+    asked = rows.groupby(["dataset", "operator"])["layers"].agg(set)
+    assert len(asked) == 11 * 8
+    first = {spell(range(n))}  # before layer 0 there is no projection to write to
+    for (_, repair), found in asked.items():
+        assert found == (blocks - first if repair in ("replaceme", *REFITS) else blocks)
 
 
 def test_what_claims_rest_on_is_there_for_three_draws():
