@@ -299,7 +299,7 @@ def front(
     edge = np.array([points[name] for name in best])
     corners = np.repeat(edge, 2, axis=0)
     steps = np.column_stack([corners[1:, 0], corners[:-1, 1]])  # right, then down
-    ax.plot(*steps.T, color=color("ghost"), zorder=0, label="none is better in both")
+    ax.plot(*steps.T, color=NEUTRAL.color, zorder=0, label="none is better in both")
     ax.set(xlabel=f"{xlabel} (lower is better)", ylabel=f"{ylabel} (lower is better)", title=title)
     ax.margins(0.08)
     ax.legend(loc="upper right")
@@ -841,6 +841,8 @@ def grid(
     )
     low, high = limits or ((0.0, 1.0) if shares else (np.nanmin(values), np.nanmax(values)))
     colours = f"{label}\n({'' if shares else 'log colours; '}light: better)"
+    beyond = int(np.nanmin(values) < low) + 2 * int(np.nanmax(values) > high)
+    bar = {"label": colours, "extend": ("neither", "min", "max", "both")[beyond]}
     sns.heatmap(
         merged,
         annot=texts if numbers else None,
@@ -848,7 +850,7 @@ def grid(
         norm=Normalize(low, high) if shares else LogNorm(low, high),
         cmap="viridis" if shares else "viridis_r",
         cbar=colour_bar,
-        cbar_kws={"label": colours} if colour_bar else None,
+        cbar_kws=bar if colour_bar else None,
         annot_kws={"fontsize": 9},
         ax=ax,
     )
