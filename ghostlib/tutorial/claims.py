@@ -1,10 +1,10 @@
-"""The claims ledger: what the paper and we assert, and how a notebook enters what it measured.
+"""The claims ledger: the paper's claims and ours, and the notebooks' measurements of them.
 
-A notebook ends a check with `record`. That prints the claim and its verdict for the reader and
-leaves the same facts in the cell's output as data; `ledger` makes a page of all of them.
+A notebook ends a check with `record`, which prints the claim and its verdict and stores the same
+facts in the cell's output as data; `ledger` makes a page of them all.
 
-A verdict is *holds*, *does not hold* or *undecided*. An identity holds or does not, by an
-assertion. A measurement is decided only where its interval excludes the other side; one without an
+A verdict is *holds*, *does not hold* or *undecided*. An assertion decides whether an identity
+holds. A measurement is decided only where its interval excludes the other side; one without an
 interval says so, and names its threshold.
 """
 
@@ -20,7 +20,7 @@ HOLDS, FAILS, UNDECIDED, UNMEASURED = "holds", "does not hold", "undecided", "no
 
 
 class Claim(NamedTuple):
-    """A statement and where it is made.
+    """A statement and its source.
 
     Attributes:
         text: the statement.
@@ -154,7 +154,7 @@ CLAIMS: dict[int, Claim] = {
 def verdict(
     interval: tuple[float, float], *, above: float | None = None, below: float | None = None
 ) -> str:
-    """Whether a quantity lies above (or below, or between) given values, as its interval tells.
+    """Decide from a confidence interval whether a quantity is above, below or between bounds.
 
     Args:
         interval: low and high end of the quantity's confidence interval.
@@ -166,7 +166,7 @@ def verdict(
         is, ``"undecided"`` otherwise.
 
     Raises:
-        ValueError: an interval that is none, or no value to compare with.
+        ValueError: low end above high end, nothing to compare with, or ``above >= below``.
 
     >>> [verdict(interval, above=0) for interval in ((2, 5), (-1, 5), (-3, -1))]
     ['holds', 'undecided', 'does not hold']
@@ -188,15 +188,15 @@ def verdict(
 
 
 def interval(values: Any) -> tuple[float, tuple[float, float]]:
-    """Mean of independent values, and its 95 % interval (Student's t).
+    """Mean of independent values and its 95 % confidence interval (Student's t).
 
-    Such as differences of two models' losses, one a window or seed: keywords ``estimate`` and
-    ``interval`` of `record`.
+    For the keywords ``estimate`` and ``interval`` of `record`; values are, say, differences between
+    two models' losses, one per window or seed.
 
     >>> interval([1.0, 2.0, 3.0])  # doctest: +ELLIPSIS
     (2.0, (-0.48..., 4.48...))
     """
-    from ghostlib.evaluation.abilities import t_interval  # and torch, which the ledger needs not
+    from ghostlib.evaluation.abilities import t_interval  # imports torch; the ledger does not
 
     mean, low, high = t_interval(values)
     return mean, (low, high)
@@ -217,39 +217,39 @@ def record(
     threshold: str = "",
     condition: str = "",
 ) -> None:
-    """Enter what was measured for a claim, as the last statement of the cell that measured it.
+    """Record a measurement of a claim, as the last statement of the cell that made it.
 
     An identity, which the cell asserts to rounding:
 
         record(1, f"pieces sum to Δ up to {off:.0e} of the stream", holds=off < 1e-5)
 
-    A single measurement without an interval, whose threshold is then shown with the verdict:
+    A single measurement without an interval, whose threshold is shown with the verdict:
 
         record(20, f"{extra:.2f} MB more", holds=extra < 0.1, threshold="less than 0.1 MB more")
 
-    A measurement, which decides by itself (see `verdict`):
+    A measurement whose interval decides (see `verdict`):
 
         record(7, "ghost − linearpatch-r, points of accuracy", estimate=100 * d.difference,
                interval=(100 * d.low, 100 * d.high), above=0, items=d.n, seeds=1)
 
     Args:
         number: key of `CLAIMS`.
-        figure: with ``holds`` the measured numbers in a few words; with ``estimate`` what it is an
-            estimate of, with its unit.
+        figure: with ``holds`` the measured numbers in a few words; with ``estimate`` the name and
+            unit of the quantity.
         holds: outcome of an exact check, or with ``threshold`` of a single measurement.
-        estimate: of the quantity that the claim is about.
+        estimate: of the quantity in the claim.
         interval: its 95 % confidence interval.
-        above, below: what the claim says of the quantity, as in `verdict`.
-        items: how many questions the estimate rests on.
-        seeds: how many calibrations.
-        windows: how many windows of held-out text.
+        above, below: bounds that the claim sets, as in `verdict`.
+        items: number of questions that the estimate rests on.
+        seeds: number of calibrations.
+        windows: number of windows of held-out text.
         threshold: in words, where a single measurement without an interval would cease to hold.
-        condition: what the verdict is limited to; empty if nothing.
+        condition: to which the verdict is limited, if any.
 
     Raises:
         ValueError: an unknown number; both or neither of ``holds`` and ``estimate``; a threshold
-            beside an estimate; an estimate outside its interval, or without one, or without any of
-            ``items``, ``seeds`` and ``windows``; and what `verdict` refuses.
+            with an estimate; an estimate outside its interval, or without one, or without any of
+            ``items``, ``seeds`` and ``windows``; arguments that `verdict` refuses.
     """
     if number not in CLAIMS:
         raise ValueError(f"no claim {number}: the ledger has 1 … {max(CLAIMS)}")
@@ -260,25 +260,25 @@ def record(
         raise ValueError("threshold= goes with holds=; an estimate has above= or below=")
     facts: dict[str, Any] = {"claim": number, "condition": condition}
     if estimate is None:
-        once = f"measured once, no interval; holds if {threshold}"
-        rule = once if threshold else "exact check"
+        single = f"measured once, no interval; holds if {threshold}"
+        rule = single if threshold else "exact check"
         facts |= {"verdict": HOLDS if holds else FAILS, "figure": figure, "rule": rule}
     else:
         if interval is None or not interval[0] <= estimate <= interval[1]:
             raise ValueError(f"estimate {estimate} needs an interval that holds it, got {interval}")
-        counts = {"items": items, "seeds": seeds, "windows": windows}
-        known = {name: count for name, count in counts.items() if count is not None}
-        sizes = [f"{n:,} {name}" if n != 1 else f"one {name[:-1]}" for name, n in known.items()]
+        sample = {"items": items, "seeds": seeds, "windows": windows}
+        counts = {name: n for name, n in sample.items() if n is not None}
+        sizes = [f"{n:,} {name}" if n != 1 else f"one {name[:-1]}" for name, n in counts.items()]
         if not sizes:
             raise ValueError("say what the estimate rests on: items=, seeds= or windows=")
         sides = {"above": above, "below": below}
-        wanted = " and ".join(f"{side} {v:.3g}" for side, v in sides.items() if v is not None)
+        bounds = " and ".join(f"{side} {v:.3g}" for side, v in sides.items() if v is not None)
         value = f"{estimate:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
         facts |= {
             "verdict": verdict(interval, above=above, below=below),
             "figure": f"{figure}: {value}",
             "value": value,
-            "rule": f"holds if the 95 % interval lies {wanted}; {', '.join(sizes)}",
+            "rule": f"holds if the 95 % interval lies {bounds}; {', '.join(sizes)}",
         }
     detail = "; ".join(filter(None, (facts["rule"], condition)))
     plain = f"Claim {number} ({claim.text}): {facts['verdict']}\n{facts['figure']}\n({detail})"
@@ -286,17 +286,17 @@ def record(
         f"**[Claim {number}](../docs/claims.md#claim-{number}): {facts['verdict']}.** "
         f"*{claim.text}* ({claim.source})\n\n{facts['figure']}\n\n<small>{detail}</small>"
     )
-    shown = {"text/plain": plain, "text/markdown": markdown, MIME: facts}
-    display(shown, raw=True)  # type: ignore[no-untyped-call]
+    output = {"text/plain": plain, "text/markdown": markdown, MIME: facts}
+    display(output, raw=True)  # type: ignore[no-untyped-call]
 
 
 class Measurement(NamedTuple):
-    """An entry of `record`, and where it stands.
+    """An entry of `record` and its place.
 
     Attributes:
-        notebook: its file name without the ending, such as ``"00_quickstart"``.
+        notebook: its file name without the suffix, such as ``"00_quickstart"``.
         cell: execution count of the cell.
-        facts: what the output holds under `MIME`.
+        facts: contents of the cell's output under `MIME`.
     """
 
     notebook: str
@@ -305,21 +305,22 @@ class Measurement(NamedTuple):
 
 
 def ledger(measurements: Iterable[Measurement]) -> str:
-    """The page of all claims, in Markdown: a line each, then the evidence, folded.
+    """Page of all claims in Markdown: a table with a row per claim, then the evidence, folded.
 
     A claim that was measured more than once has the least favourable of its verdicts.
 
     Args:
         measurements: of all notebooks, in their order.
     """
-    found: dict[int, list[Measurement]] = {number: [] for number in CLAIMS}
-    for measured in measurements:
-        found[measured.facts["claim"]].append(measured)
+    entries_of: dict[int, list[Measurement]] = {number: [] for number in CLAIMS}
+    for measurement in measurements:
+        entries_of[measurement.facts["claim"]].append(measurement)
+    order = (HOLDS, UNDECIDED, FAILS, UNMEASURED)
     rows, evidence, verdicts = [], [], []
-    for number, entries in found.items():
-        claim, measured_as = CLAIMS[number], [entry.facts["verdict"] for entry in entries]
-        word = min(measured_as, key=_ORDER.index, default=UNMEASURED)
-        verdicts.append(word)
+    for number, entries in entries_of.items():
+        claim = CLAIMS[number]
+        worst = max((e.facts["verdict"] for e in entries), key=order.index, default=UNMEASURED)
+        verdicts.append(worst)
         values, places, details = [], [], []
         for notebook, cell, facts in entries:
             place = f"[{notebook[:2]}, cell {cell}](../notebooks/{notebook}.ipynb)"
@@ -329,21 +330,19 @@ def ledger(measurements: Iterable[Measurement]) -> str:
             values.append(textwrap.shorten(value, 60, placeholder=" …") + limit)
             text = "; ".join(filter(None, (facts["figure"], facts["rule"], facts["condition"])))
             details.append(f"- **{facts['verdict']}** ({place}): {text}")
-        row = (f"[{number}](#claim-{number})", claim.text, word, "; ".join(values))
+        row = (f"[{number}](#claim-{number})", claim.text, worst, "; ".join(values))
         cells = [cell.replace("|", "\\|") for cell in (*row, "; ".join(places))]
         rows.append(f"| {' | '.join(cells)} |")
-        heading = f"{number} · {word} · {claim.text}"
+        heading = f"{number} · {worst} · {claim.text}"
         opening = f'<a id="claim-{number}"></a>\n<details><summary>{heading}</summary>'
-        listed = "\n".join([f"From: {claim.source}.\n", *details])
-        evidence.append(f"{opening}\n\n{listed}\n\n</details>")
-    words = (HOLDS, UNDECIDED, FAILS, UNMEASURED)
-    tally = ", ".join(f"{word}: {verdicts.count(word)}" for word in words)
+        body = "\n".join([f"From: {claim.source}.\n", *details])
+        evidence.append(f"{opening}\n\n{body}\n\n</details>")
+    tally = ", ".join(f"{word}: {verdicts.count(word)}" for word in order)
     return _PAGE.format(
         count=len(CLAIMS), tally=tally, rows="\n".join(rows), evidence="\n\n".join(evidence)
     )
 
 
-_ORDER = (FAILS, UNDECIDED, HOLDS)
 _PAGE = """\
 # The claims, checked
 

@@ -1,4 +1,4 @@
-"""The ledger: what the reader sees, what the page is made of, and how a verdict is reached."""
+"""The ledger: output for the reader, the page of claims, and the rules for a verdict."""
 
 from typing import Any
 
@@ -13,14 +13,13 @@ from ghostlib.tutorial.claims import CLAIMS, MIME, Measurement, ledger, record, 
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`record`, which then returns what the cell's output holds."""
-    seen: list[Any] = []
-    monkeypatch.setattr(claims, "display", lambda bundle, raw: seen.append(bundle))
+    """`record`, returning the contents of the cell's output."""
+    outputs: list[Any] = []
+    monkeypatch.setattr(claims, "display", lambda output, raw: outputs.append(output))
 
-    def recorded(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
         record(*args, **kwargs)
-        bundle: dict[str, Any] = seen.pop()
-        return bundle
+        return outputs.pop()
 
     return recorded
 
@@ -134,14 +133,14 @@ def test_bad_entries_are_refused(number, options, message):
         ((0, 1), {"above": 2, "below": 1}, "no value is above 2 and below 1"),
     ],
 )
-def test_intervals_that_are_none_are_refused(interval, options, message):
+def test_bad_intervals_and_bounds_are_refused(interval, options, message):
     with pytest.raises(ValueError, match=message):
         verdict(interval, **options)
 
 
 def entry(number: int, word: str, notebook: str = "00_quickstart", **facts: str) -> Measurement:
-    known = {"figure": "1 < 2", "rule": "exact check", "condition": ""}
-    return Measurement(notebook, 7, {"claim": number, "verdict": word} | known | facts)
+    defaults = {"figure": "1 < 2", "rule": "exact check", "condition": ""}
+    return Measurement(notebook, 7, {"claim": number, "verdict": word} | defaults | facts)
 
 
 def test_the_page_has_a_line_for_every_claim_and_its_evidence_below():
