@@ -14,6 +14,9 @@ from ghostlib.experiments.results import Results, read_results
 
 _DATA = resources.files("ghostlib.tutorial") / "data"
 
+FILES = {"wikitext2.valid.raw": "WikiText-2 valid", "c4.sample.jsonl": "C4 sample"}
+"""Local files that some stored results were scored on, and how tables and figures name them."""
+
 
 def stored(name: str) -> Results:
     """The results stored under a name.

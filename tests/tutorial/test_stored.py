@@ -9,8 +9,9 @@ import ghostlib as gl
 from ghostlib.experiments.tables import choices, scores, selections
 from ghostlib.models.boundaries import spell
 from ghostlib.recovery.recipe import SHORTLIST
+from ghostlib.text.corpora import CORPORA
 from ghostlib.tutorial import stored as module
-from ghostlib.tutorial.stored import over_seeds, stored
+from ghostlib.tutorial.stored import FILES, over_seeds, stored
 
 pytestmark = pytest.mark.thorough
 
@@ -33,6 +34,11 @@ def test_a_few_numbers(name, layers, operator, dataset, seed, first, last):
     row = rows.loc[(layers, operator, dataset, seed)]
     assert (row.evidence[0], row.evidence[-1]) == (first, last)
     assert row.value == pytest.approx(math.exp(np.mean(row.evidence)))
+
+
+@pytest.mark.parametrize("name", ["ablation", "beyond"])
+def test_every_local_file_has_a_name_for_readers(name):
+    assert set(scores(stored(name))["dataset"]) - set(CORPORA) == set(FILES)
 
 
 @pytest.mark.parametrize(("task", "items"), [("wiki-topic", 297), ("wiki-description", 300)])
