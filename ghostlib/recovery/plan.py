@@ -1,7 +1,7 @@
-"""What a recovery will take, before anything starts: bytes to fetch, memory and time.
+"""Cost of a recovery, estimated before it starts: bytes to download, memory and time.
 
-Bytes are counted from the configuration alone, on a model without weights. Seconds are operations
-by the rate at which this device multiplies matrices of the model's size, measured in a moment.
+Bytes are counted on a model without weights, from its configuration. Seconds are operations divided
+by the rate at which this device multiplies matrices of the model's size, which takes a moment.
 """
 
 import os
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from ghostlib.common import AUTO, existing, shown
 from ghostlib.evaluation.cost import count_parameters, flops
 from ghostlib.models.architectures import hidden_size, num_layers, text_config, weight_bytes
-from ghostlib.models.boundaries import Boundary, contiguous, runs
+from ghostlib.models.boundaries import contiguous, runs
 from ghostlib.models.loading import EMBEDDED, check_reachable
 from ghostlib.operators.families import Family
 from ghostlib.recovery.recipe import BUDGETS, TRIES, shortlisted
@@ -35,23 +35,23 @@ _WHEEL = 98_000_000  # of the embedded model
 _PROCESS = 600_000_000  # Python with torch and transformers, or a CUDA context
 _CHUNK = 256  # positions whose logits exist at once, see `window_losses`
 _SOLVE = 25  # C^3 float64 operations of a solution: decomposition, products
-_REACHED = 0.75  # share of the rate of one large product that a whole pass reaches
-_SECONDS = 0.2  # for each measurement of a rate
+_UTILISATION = 0.75  # rate of a whole pass over that of one large product
+_SECONDS = 0.2  # of each measurement of a rate
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recovery is expected to take.
+    """Estimated cost of a recovery.
 
     Attributes:
-        download: bytes of weights to be fetched.
-        memory: bytes at once on the device, by what they are for.
+        download: bytes of weights to download.
+        memory: peak bytes on the device, by purpose.
         available: bytes free on the device.
-        seconds: by step, in order.
-        spread: the weights are spread over devices, memory and disk, and need not fit in one place.
+        seconds: duration of each step, in order.
+        spread: whether weights are spread over devices, memory and disk, and need not fit on one.
         device: where the model will be.
-        removed: number of layers.
-        parameters: of the dense model.
+        removed: number of removed layers.
+        parameters: number of parameters of the dense model.
     """
 
     download: int
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes at once that have to fit on the device."""
+        """Peak bytes that must fit on the device."""
         return sum(self.memory.values()) - (self.memory["weights"] if self.spread else 0)
 
     @property
@@ -73,11 +73,11 @@ class Plan:
         return ", ".join(f"{name} {readable(size)}" for name, size in self.memory.items())
 
     def check(self) -> None:
-        """Refuse what cannot fit.
+        """Refuse a recovery that does not fit.
 
         Raises:
-            MemoryError: more memory is needed than the device has; the message has both numbers.
-            OSError: the disk has less room than the download needs.
+            MemoryError: the device has too little memory; the message has both numbers.
+            OSError: the disk has too little room for the download.
         """
         if self.peak > self.available:
             raise MemoryError(
@@ -93,15 +93,13 @@ class Plan:
             )
 
     def rows(self) -> list[tuple[str, str]]:
-        """What is expected, as rows of a table."""
+        """The estimates as rows of a table."""
+        memory = f"about {readable(self.peak)} of {readable(self.available)}"
         return [
             ("layers to remove", str(self.removed)),
             ("parameters", f"{self.parameters / 1e6:,.1f} million"),
             ("to download", readable(self.download) if self.download else "nothing"),
-            (
-                f"memory on {self.device}",
-                f"about {readable(self.peak)} of {readable(self.available)}",
-            ),
+            (f"memory on {self.device}", memory),
             ("of which", self._parts),
             ("time", f"about {minutes(sum(self.seconds.values()))}"),
         ]
@@ -123,48 +121,47 @@ def plan(
     device: str = "cpu",
     spread: bool = False,
 ) -> Plan:
-    """Count beforehand what ``ghostlib recover`` with these options will take.
+    """Estimate the cost of ``ghostlib recover`` with these options.
 
     Args:
-        name: as for `ghostlib.load_model`; of a model on the hub only the configuration is read.
+        name: as for `ghostlib.load_model`; only the configuration of a hub model is read.
         spread: whether weights may be put on several devices and on disk.
 
     Raises:
-        ValueError: no causal language model or one recovered before, layers that it has not, or
-            more than it has.
-        ConnectionError: a hub id, and no hub.
+        ValueError: a model that is not a causal language model or was recovered before, or layers
+            that cannot be removed from it.
+        ConnectionError: a hub id while the hub is out of reach.
     """
     name = os.path.expanduser(name)
     model = _without_weights(name, dtype)
     check_dense(model)
-    cuda = torch.device(device).type == "cuda"
+    cuda, auto = torch.device(device).type == "cuda", operator == AUTO
     total, C = num_layers(model), hidden_size(model)
     width = int(getattr(text_config(model), "intermediate_size", None) or 4 * C)
-    chosen = list(layers or range(n))
-    names = BUDGETS[budget] if operator == AUTO else (operator,)
-    regressors = [Family.of(family).regressor for family in names]
-    rules = shortlisted(keep) if operator == AUTO else (criterion,)
-    rules = () if layers else rules
-    choices = len(rules) or 1
+    removed = list(layers or range(n))
+    families = [Family.of(family) for family in (BUDGETS[budget] if auto else (operator,))]
+    regressors = [family.regressor for family in families]
+    criteria = shortlisted(keep) if auto else (criterion,)
+    criteria = () if layers else criteria
+    choices = len(criteria) or 1
     # The last ones: a gap at layer 0 has no MLP to collect.
-    gaps = runs(chosen, total) if layers else contiguous(n, total)[-choices:]
-    # what the choice of layers compares, and how many sets of layers it scores
-    searched: list[Boundary] = sorted({gap for name in rules for gap in needed(name, n, total)})
-    greedy = sum(CRITERIA[name].search == "greedy" for name in rules)
-    scores = greedy * (total + (n - 1) * (TRIES if operator == AUTO else total))
-    with_moments = operator == AUTO or "moments" in CRITERIA[criterion].needs
-    known = calibration_bytes(C, gaps, length=length, hidden=width, regressors=regressors)
-    ridged = Family.of(names[0]).ridged and windows > 1
-    judged = operator == AUTO or ridged  # by moments of the windows kept out of the fit
-    held = known.total + judged * known.moments
-    if searched:
-        search = calibration_bytes(C, searched, length=length, moments=with_moments)
-        held = max(held, search.total)
-    item = model.dtype.itemsize
+    gaps = runs(removed, total) if layers else contiguous(n, total)[-choices:]
+    # Gaps that the choice of layers compares, and how many sets of layers it scores.
+    compared = sorted({gap for name in criteria for gap in needed(name, n, total)})
+    greedy = sum(CRITERIA[name].search == "greedy" for name in criteria)
+    scores = greedy * (total + (n - 1) * (TRIES if auto else total))
+    with_moments = auto or "moments" in CRITERIA[criterion].needs
+    fit = calibration_bytes(C, gaps, length=length, hidden=width, regressors=regressors)
+    calibration = fit.total
+    if auto or (families[0].ridged and windows > 1):
+        calibration += fit.moments  # of the windows kept out of the fit
+    if compared:
+        search = calibration_bytes(C, compared, length=length, moments=with_moments)
+        calibration = max(calibration, search.total)
     memory = {
         "weights": weight_bytes(model),
-        "calibration": held,
-        "activations": length * (8 * C + 4 * width) * item
+        "calibration": calibration,
+        "activations": length * (8 * C + 4 * width) * model.dtype.itemsize
         + 3 * _CHUNK * int(text_config(model).vocab_size) * 4,
         "repair": len(gaps) * 3 * C * C * 8,
         "process": _PROCESS,
@@ -174,11 +171,11 @@ def plan(
     products = max(sum(r.widths(C, width)) for r in regressors)
     accumulated = 2 * length * products * (products + C) * len(gaps)
     fast, double = _rate(C, width, model.dtype, device), _rate(C, C, torch.float64, device)
-    trials = choices * len(names) if operator == AUTO else 0
-    moments = 4 * length * C * C * len(searched) * with_moments
+    trials = choices * len(families) if auto else 0
+    moments = 4 * length * C * C * len(compared) * with_moments
     solving = _SOLVE * len(gaps) * sum(sum(r.widths(C, width)) ** 3 for r in regressors)
     seconds = {
-        "choosing layers": windows * (bool(rules) * forward / fast + moments / double)
+        "choosing layers": windows * (bool(criteria) * forward / fast + moments / double)
         + scores * (scored / fast + with_moments * _SOLVE * C**3 / double),
         "calibrating": windows * (forward / fast + accumulated / double)
         + trials * scored / fast
@@ -192,20 +189,20 @@ def plan(
         seconds=seconds,
         spread=spread,
         device=device,
-        removed=len(chosen),
+        removed=len(removed),
         parameters=count_parameters(model),
     )
 
 
 class Steps:
-    """Says on the error stream which step begins, and about how long all of the rest will take."""
+    """Prints on standard error which step begins, and about how long the rest will take."""
 
     def __init__(self, expected: Plan) -> None:
         self._expected = dict(expected.seconds)
-        self._start = self._begun = time.perf_counter()
-        self._left = sum(self._expected.values())
+        self._start = self._step_start = time.perf_counter()
+        self._remaining = sum(self._expected.values())
         self._pace = 1.0  # measured time of a step over its expected time
-        self._running = 0.0
+        self._current = 0.0  # expected time of the step that runs
 
     @property
     def seconds(self) -> float:
@@ -213,19 +210,19 @@ class Steps:
         return time.perf_counter() - self._start
 
     def begin(self, step: str) -> None:
-        """The step before is done, and this one begins."""
+        """End the previous step and begin ``step``."""
         now = time.perf_counter()
-        if self._running:
-            self._pace = (now - self._begun) / self._running
-        self._begun, self._running = now, self._expected.get(step, 0.0)
+        if self._current:
+            self._pace = (now - self._step_start) / self._current
+        self._step_start, self._current = now, self._expected.get(step, 0.0)
         if shown():
-            left = minutes(self._pace * self._left)
-            print(f"{step}; about {left} left", file=sys.stderr, flush=True)
-        self._left -= self._running
+            rest = minutes(self._pace * self._remaining)
+            print(f"{step}; about {rest} left", file=sys.stderr, flush=True)
+        self._remaining -= self._current
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes held at once so far: on a CUDA device, or else by this process."""
+    """Peak memory so far, in bytes: of a CUDA device, or else of this process."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -233,46 +230,45 @@ def peak_memory(device: str) -> int:
 
 
 def minutes(seconds: float) -> str:
-    """A time as people say it.
+    """A duration in hours, minutes and seconds.
 
-    >>> [minutes(s) for s in (0.4, 42, 100, 4000)]
-    ['1 s', '42 s', '1 min 40 s', '1 h 6 min']
+    >>> [minutes(s) for s in (0, 42, 59.7, 100, 3599, 3600, 4000)]
+    ['1 s', '42 s', '1 min 0 s', '1 min 40 s', '59 min 59 s', '1 h 0 min', '1 h 6 min']
     """
-    whole = max(round(seconds), 1)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    rounded = max(round(seconds), 1)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60} min"
 
 
 def _without_weights(name: str, dtype: str | None) -> PreTrainedModel:
     """The model that will be loaded, in its dtype, on the meta device."""
-    config: Any
-    if name == EMBEDDED:
-        config = _embedded_config()
-    else:
+    config: Any = _embedded_config()
+    if name != EMBEDDED:
         check_reachable(name)
         config = AutoConfig.from_pretrained(name)
-    kept = getattr(config, "dtype", None) or torch.float32
-    wanted = getattr(torch, dtype) if dtype not in (None, "auto") else kept
+    as_dtype = getattr(config, "dtype", None) or torch.float32
+    if dtype not in (None, "auto"):
+        as_dtype = getattr(torch, dtype)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=as_dtype)
     return model
 
 
 def _operations(model: PreTrainedModel, length: int) -> tuple[int, int]:
-    """Operations of a pass over ``length`` tokens but for the head, and of one token's logits."""
+    """Operations of a pass over ``length`` tokens without the head, and of one token's logits."""
     try:
         counted = flops(model, length)  # with the logits of one position
-    except ValueError:  # which experts they go through depends on the tokens: at most all of them
+    except ValueError:  # routing depends on the tokens: all experts are an upper bound
         head = 2 * int(text_config(model).vocab_size) * hidden_size(model)
         return 2 * length * count_parameters(model), head
     return counted.total - counted.head, counted.head
 
 
 def _embedded_config() -> LlamaConfig:
-    """Of the embedded model, which need not have been fetched."""
+    """Configuration of the embedded model, which may not be downloaded yet."""
     return LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -286,7 +282,7 @@ def _embedded_config() -> LlamaConfig:
 
 
 def _download(name: str) -> int:
-    """Bytes of weights that are not here yet."""
+    """Bytes of weights that are not on this machine yet."""
     if name == EMBEDDED:
         return 0 if (cache_dir() / MODEL).is_dir() else _WHEEL
     if os.path.isdir(name):
@@ -301,7 +297,7 @@ def _download(name: str) -> int:
 
 
 def _rate(rows: int, columns: int, dtype: torch.dtype, device: str) -> float:
-    """Operations a second that a pass over a stream of this width reaches."""
+    """Operations per second of a pass over a stream of this width."""
     place = "cpu" if dtype == torch.float64 and torch.device(device).type == "mps" else device
     W = torch.ones(rows, columns, dtype=dtype, device=place)
     for tokens in (8, 64, 512):
@@ -312,6 +308,6 @@ def _rate(rows: int, columns: int, dtype: torch.dtype, device: str) -> float:
             (X @ W)[0, 0].item()
             rounds += 1
         seconds = (time.perf_counter() - begin) / rounds
-        if seconds > _SECONDS:  # bfloat16 where the machine has none: more would take minutes
+        if seconds > _SECONDS:  # bfloat16 without hardware for it: more would take minutes
             break
-    return _REACHED * 2 * X.numel() * columns / seconds
+    return _UTILISATION * 2 * X.numel() * columns / seconds

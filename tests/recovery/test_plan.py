@@ -1,5 +1,6 @@
-"""What is expected of a recovery before it starts, against what is known of the models."""
+"""Estimates of a recovery before it starts, against known sizes of the models."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import JetMoeConfig, LlamaConfig, MixtralConfig
 import ghostlib as gl
 from ghostlib.models.tiny import tiny_config
 from ghostlib.recovery import plan as plan_module
-from ghostlib.recovery.plan import Plan, minutes, plan
+from ghostlib.recovery.plan import Plan, plan
 from ghostlib.recovery.recipe import SHORTLIST
 from ghostlib.selection.criteria import needed
 
@@ -32,10 +33,10 @@ def llama(tmp_path):
 
 
 def test_weights_of_an_8b_model_are_counted_without_them(llama):
-    found = plan(llama, n=7)
-    assert found.parameters == 8_030_261_248
-    assert found.memory["weights"] == 2 * found.parameters
-    assert plan(llama, n=7, dtype="float32").memory["weights"] == 4 * found.parameters
+    expected = plan(llama, n=7)
+    assert expected.parameters == 8_030_261_248
+    assert expected.memory["weights"] == 2 * expected.parameters
+    assert plan(llama, n=7, dtype="float32").memory["weights"] == 4 * expected.parameters
 
 
 def test_a_mixture_of_experts_is_planned_in_every_dtype(tmp_path):
@@ -58,10 +59,10 @@ def test_operations_that_depend_on_values_are_those_of_all_experts(tmp_path):
 
 
 def test_calibration_is_counted_as_calibrate_counts_it(llama):
-    found = plan(llama, layers=[20, 21, 22, 24], n=7, length=1024)
+    expected = plan(llama, layers=[20, 21, 22, 24], n=7, length=1024)
     gaps = [(20, 23), (24, 25)]
-    assert found.memory["calibration"] == gl.calibration_bytes(4096, gaps, length=1024).total
-    assert found.removed == 4
+    assert expected.memory["calibration"] == gl.calibration_bytes(4096, gaps, length=1024).total
+    assert expected.removed == 4
 
 
 @pytest.mark.parametrize("operator", ["refit", "ghost-refit"])
@@ -73,7 +74,7 @@ def test_a_repair_of_the_mlp_is_counted_wherever_the_layers_are(llama, operator)
     assert chosen == named
     regressor = gl.OPERATORS[operator].regressor
     once = gl.calibration_bytes(4096, [(12, 19)], hidden=14336, regressors=[regressor])
-    assert named == once.total + once.moments, "of the windows that are fitted, and of the others"
+    assert named == once.total + once.moments, "of the fitted windows, and of those held out"
     alone = plan(llama, n=7, layers=range(12, 19), operator=operator, windows=1)
     assert alone.memory["calibration"] == once.total
 
@@ -100,11 +101,11 @@ def test_an_ability_to_keep_takes_a_search_of_its_own(llama, monkeypatch):
     assert kept.memory["calibration"] >= gl.calibration_bytes(4096, sorted(gaps), length=2048).total
     assert kept.memory["calibration"] > usual.memory["calibration"]
     one = usual.seconds["scoring"] / (3 * 8)  # a window
-    more = kept.seconds["choosing layers"] - usual.seconds["choosing layers"]
-    assert more > (32 + 10 * 9) * one
+    search = kept.seconds["choosing layers"] - usual.seconds["choosing layers"]
+    assert search > (32 + 10 * 9) * one
     options = {"n": 1, "layers": [3], "operator": "auto"}
-    given = [plan(llama, **options, keep=keep).seconds for keep in (None, "copying")]
-    assert given[0] == given[1] and given[0]["choosing layers"] == 0
+    first, second = (plan(llama, **options, keep=keep).seconds for keep in (None, "copying"))
+    assert first == second and first["choosing layers"] == 0
 
 
 def test_a_greedy_search_scores_one_window(llama, monkeypatch):
@@ -115,34 +116,33 @@ def test_a_greedy_search_scores_one_window(llama, monkeypatch):
     assert many["choosing layers"] - few["choosing layers"] < 9 * one
 
 
-def test_what_the_hub_has_and_the_cache_lacks_is_to_be_downloaded(monkeypatch):
-    files = {"model-1.safetensors": 5, "model-2.safetensors": 7, "pytorch_model.bin": 12}
-    files |= {"original/a.safetensors": 100, "config.json": 1}
-    listed = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
-    api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=listed))
+def test_weights_that_the_cache_lacks_are_downloaded(monkeypatch):
+    sizes = {"model-1.safetensors": 5, "model-2.safetensors": 7, "pytorch_model.bin": 12}
+    sizes |= {"original/a.safetensors": 100, "config.json": 1}
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    api = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=files))
     monkeypatch.setattr(plan_module, "HfApi", lambda: api)
     assert plan_module._download("org/model") == 12
-    there = {"model-1.safetensors": "here"}
-    monkeypatch.setattr(plan_module, "try_to_load_from_cache", lambda _, name: there.get(name))
+    cache = {"model-1.safetensors": "path"}
+    monkeypatch.setattr(plan_module, "try_to_load_from_cache", lambda _, name: cache.get(name))
     assert plan_module._download("org/model") == 7
 
 
-def test_the_embedded_model_is_known_before_it_is_fetched(monkeypatch, tmp_path):
+def test_the_embedded_model_is_planned_before_it_is_downloaded(monkeypatch, tmp_path):
     monkeypatch.setenv("GHOSTLIB_CACHE", str(tmp_path))
-    found = plan("smollm2", n=7)
-    assert found.parameters == 134_515_008 and found.download == 98_000_000
+    expected = plan("smollm2", n=7)
+    assert expected.parameters == 134_515_008 and expected.download == 98_000_000
     assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_fit_is_refused():
-    sizes = {"weights": 10, "process": 2}
-    made = Plan(0, sizes, 11, {"scoring": 1.0}, False, "cpu", 7, 5)
+    fits = Plan(0, {"weights": 10, "process": 2}, 12, {"scoring": 1.0}, False, "cpu", 7, 5)
+    fits.check()
+    replace(fits, available=3, spread=True).check()
     with pytest.raises(MemoryError, match=r"needs about 0\.0 MB on cpu"):
-        made.check()
-    Plan(0, sizes, 12, {"scoring": 1.0}, False, "cpu", 7, 5).check()
-    Plan(0, sizes, 3, {"scoring": 1.0}, True, "cpu", 7, 5).check()
+        replace(fits, available=11).check()
     with pytest.raises(OSError, match="have to be fetched"):
-        Plan(10**18, sizes, 12, {"scoring": 1.0}, False, "cpu", 7, 5).check()
+        replace(fits, download=10**18).check()
 
 
 @pytest.mark.parametrize("operator", ["refit", "ghost"])
@@ -153,25 +153,16 @@ def test_a_model_that_was_recovered_is_refused(tmp_path, operator):
 
 
 @pytest.mark.parametrize("layers", [None, range(6)])
-def test_layers_that_cannot_go_are_refused(tmp_path, layers):
+def test_layers_that_cannot_be_removed_are_refused(tmp_path, layers):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"(n = 6 layers cannot|leaves no layer)"):
         plan(tmp_path, n=6, layers=layers)
 
 
-def test_times_as_people_say_them():
-    assert [minutes(s) for s in (0, 59.7, 3599, 3600)] == [
-        "1 s",
-        "1 min 0 s",
-        "59 min 59 s",
-        "1 h 0 min",
-    ]
-
-
 @pytest.mark.embedded
-def test_what_is_known_of_the_embedded_model_is_true(embedded):
+def test_the_configuration_of_the_embedded_model_is_its_own(embedded):
     model, _ = embedded
-    known, own = plan_module._embedded_config().to_dict(), model.config.to_dict()
+    planned, own = plan_module._embedded_config().to_dict(), model.config.to_dict()
     sizes = [k for k in own if k.endswith(("size", "layers", "heads", "embeddings"))]
-    assert len(sizes) >= 8 and {k: known[k] for k in sizes} == {k: own[k] for k in sizes}
+    assert len(sizes) >= 8 and {k: planned[k] for k in sizes} == {k: own[k] for k in sizes}
     assert plan("smollm2", n=7).parameters == model.num_parameters()
