@@ -1,4 +1,4 @@
 """Linear algebra: Gram matrices with their factorisations, and Hadamard matrices.
 
-In come float64 matrices, out come solutions, spectra and rotations. Nothing here knows a model.
+Input: float64 matrices. Output: solutions, spectra and rotations. Independent of models.
 """

@@ -1,10 +1,10 @@
-"""The Gram matrix and its regularised inverses, each computed when it is first asked for.
+"""The Gram matrix and its regularised inverses, each computed on first use.
 
 With ``G = V diag(s) V'`` every regularised inverse used here is ``V diag(gain) V'``: the truncated
 SVD of the paper's text (section 3.2.2) has ``gain = 1/s`` on the singular values kept and 0 on
 those dropped, the normal equations of its code (appendix H) have ``gain = 1/(s + ridge)``. The
-second needs no spectrum: a Cholesky factorisation of ``G + ridge I`` solves it for a tenth of the
-time, and the spectrum is computed only where the factorisation fails or someone asks for it.
+second needs no spectrum: a Cholesky factorisation of ``G + ridge I`` solves it in a tenth of the
+time, and the spectrum is computed only on request or where the factorisation fails.
 """
 
 import math
@@ -20,12 +20,12 @@ from torch import Tensor
 from ghostlib.common import checked
 
 RCOND = 1e-6
-# A ridge below this multiple of the mean eigenvalue regularises nothing that can be measured.
-_RIDGE_THAT_COUNTS = 1e-6
+# A smaller multiple of the mean eigenvalue has no measurable effect as a ridge.
+_EFFECTIVE_RIDGE = 1e-6
 
 
 class Regularisation(TypedDict, total=False):
-    """The options of `Gram.regularise`, of which at most one may be given."""
+    """Options of `Gram.regularise`, at most one of them set."""
 
     rcond: float | None
     ridge: float | None
@@ -40,12 +40,12 @@ class SingularGramWarning(UserWarning):
 class Spectrum:
     """Eigendecomposition ``V diag(s) V'`` of a symmetric positive semidefinite matrix.
 
-    The same as ``scipy.linalg.eigh``, with negative rounding set to zero and a noise level.
+    As ``scipy.linalg.eigh``, with negative eigenvalues set to zero and a noise level.
 
     Attributes:
         values: (p,) eigenvalues s in ascending order; their roots are the singular values of ``X``.
         vectors: (p, p) eigenvectors V, one per column.
-        noise: eigenvalues up to here cannot be told from rounding.
+        noise: eigenvalues up to this one may be rounding error.
     """
 
     values: Tensor
@@ -54,10 +54,10 @@ class Spectrum:
 
     @classmethod
     def of(cls, G: Tensor, scale: float = 0.0) -> "Spectrum":
-        """Decompose a symmetric (p, p) matrix made of terms as large as ``scale``."""
+        """Decompose a symmetric (p, p) matrix, a sum of terms as large as ``scale``."""
         values, vectors = torch.linalg.eigh(G)
         scale = max(scale, float(values[-1]))
-        # Sums over tokens, made block by block, are off by tens of eps however narrow the matrix.
+        # Blockwise sums over tokens are off by tens of eps, however narrow the matrix.
         noise = max(len(G), 64) * torch.finfo(G.dtype).eps * scale
         return cls(values.clamp_min(0.0), vectors, noise)
 
@@ -67,24 +67,22 @@ class Spectrum:
         low, high = float(self.values[0]), float(self.values[-1])
         return high / low if low > self.noise else math.inf
 
-    def seen(self, rcond: float = RCOND) -> Tensor:
+    def significant(self, rcond: float = RCOND) -> Tensor:
         """(p,) mask of the directions whose singular value exceeds ``rcond`` times the largest."""
         return self.values > max(rcond**2 * float(self.values[-1]), self.noise)
 
 
 class Gram:
-    """The Gram matrix of one feature, or of several side by side, and what its inverse needs.
+    """The Gram matrix of one or more concatenated features, with its factorisations.
 
     Features differ in size by orders of magnitude. Each is measured in its own unit, the root mean
-    eigenvalue of its own Gram matrix: truncation and relative ridges see ``F_k / u_k``, of which
-    every block has mean eigenvalue 1. So neither the scale of the stream, nor a rotation of its
-    basis, nor the number or order of the tokens changes what a value of ``rcond`` or
-    ``relative_ridge`` does.
+    eigenvalue of its own Gram matrix: truncation and relative ridges apply to ``F_k / u_k``, whose
+    Gram matrix has mean eigenvalue 1. The effect of ``rcond`` or ``relative_ridge`` therefore does
+    not depend on the scale or basis of the stream, or on the number or order of the tokens.
 
     Args:
         G: (p, p) symmetric, float64. blocks: widths of the features, with sum p; one by default.
-        terms: (p,) diagonal of the matrix that another was subtracted from, where ``G`` is what is
-            left; its rounding is of that size.
+        terms: (p,) diagonal of the minuend where ``G`` is a difference: the size of its rounding.
     """
 
     def __init__(self, G: Tensor, blocks: Sequence[int] = (), terms: Tensor | None = None) -> None:
@@ -101,10 +99,11 @@ class Gram:
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """That of ``G`` in the features' own units."""
-        return self._spectrum(self.unit)
+        """Spectrum of ``G`` in the features' own units."""
+        return self.scaled_spectrum(self.unit)
 
-    def _spectrum(self, scaling: Tensor) -> Spectrum:
+    def scaled_spectrum(self, scaling: Tensor) -> Spectrum:
+        """Spectrum of ``G / d d'``, for a ``scaling`` d (p,)."""
         scale = 0.0 if self.terms is None else float((self.terms / scaling.square()).max())
         return Spectrum.of(self.G / torch.outer(scaling, scaling), scale)
 
@@ -115,7 +114,7 @@ class Gram:
         ridge: float | None = None,
         relative_ridge: float | Sequence[float] | None = None,
     ) -> "Regularised":
-        """Choose a regularised inverse; ``rcond = 1e-6`` where nothing is given.
+        """Choose a regularised inverse, by default ``rcond = 1e-6``.
 
         Args:
             rcond: drop singular values of ``X`` up to this fraction of the largest.
@@ -124,19 +123,19 @@ class Gram:
                 one value for all features, or one for each.
 
         Raises:
-            ValueError: more than one of them, ``rcond`` outside (0, 1), a ridge that is not
+            ValueError: more than one option, ``rcond`` outside (0, 1), a ridge that is not
                 positive and finite, or another number of ridges than of features.
         """
-        given = {"rcond": rcond, "ridge": ridge, "relative_ridge": relative_ridge}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if len(chosen) > 1:
-            raise ValueError(f"choose one of rcond, ridge and relative_ridge, got {chosen}")
+        options = {"rcond": rcond, "ridge": ridge, "relative_ridge": relative_ridge}
+        options = {name: value for name, value in options.items() if value is not None}
+        if len(options) > 1:
+            raise ValueError(f"choose one of rcond, ridge and relative_ridge, got {options}")
         if ridge is not None:
-            # With one feature the unit is one number: the spectrum of every ridge is the same.
+            # With one feature the unit is a scalar: all ridges share one spectrum.
             scaling = self.unit if len(self.blocks) == 1 else torch.ones_like(self.unit)
             return Regularised(self, scaling, check_ridge(ridge) / float(scaling[0]) ** 2)
         if relative_ridge is not None:
-            ridges = [check_ridge(ridge) for ridge in listed(relative_ridge)]
+            ridges = [check_ridge(ridge) for ridge in as_list(relative_ridge)]
             if len(ridges) not in (1, len(self.blocks)):
                 raise ValueError(
                     f"relative_ridge has {len(ridges)} values for {len(self.blocks)} features: "
@@ -153,12 +152,13 @@ class Gram:
 
 
 class Regularised:
-    """A `Gram` matrix with the regularised inverse that was chosen for it.
+    """The regularised inverse of a `Gram` matrix.
 
     Args:
-        gram: the matrix. scaling: (p,) d, by which columns are divided. shift: added to the
-            eigenvalues of ``G / d d'``, so that the penalty is ``shift * ||diag(d) M||^2``; 0 for
-            truncation. rcond: where to truncate.
+        gram: the matrix.
+        scaling: (p,) d, which divides the columns.
+        shift: added to the spectrum of ``G / d d'``, for the penalty ``shift * ||diag(d) M||^2``.
+        rcond: where to truncate, if ``shift`` is 0.
     """
 
     def __init__(
@@ -168,17 +168,18 @@ class Regularised:
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """Of ``G / d d'``, which the shift is added to."""
+        """Spectrum of ``G / d d'``, without the shift."""
         shared = self.scaling is self.gram.unit
-        return self.gram.spectrum if shared else self.gram._spectrum(self.scaling)
+        return self.gram.spectrum if shared else self.gram.scaled_spectrum(self.scaling)
 
     @property
     def kept(self) -> Tensor:
         """(p,) mask of the directions in use."""
-        # Where X has no component, X'Delta has none either: what rounding leaves there must be
-        # dropped, for it would be divided by the ridge alone.
-        values = self.spectrum
-        return values.seen(self.rcond) if self.rcond else values.values > values.noise
+        spectrum = self.spectrum
+        if self.rcond:
+            return spectrum.significant(self.rcond)
+        # Where X has no component X'Delta is rounding error, which the ridge alone would divide.
+        return spectrum.values > spectrum.noise
 
     @property
     def gain(self) -> Tensor:
@@ -188,56 +189,51 @@ class Regularised:
 
     @property
     def rank(self) -> int:
-        """Number of directions the data determine: those kept, or seen at 1e-6 under a ridge."""
-        return int((self.gram.spectrum.seen() if self.shift else self.kept).sum())
+        """Number of directions that the data determine, at ``rcond = 1e-6`` under a ridge."""
+        return int((self.gram.spectrum.significant() if self.shift else self.kept).sum())
 
     @property
-    def condition(self) -> float:
-        """Condition number of the Gram matrix in the features' own units."""
-        return self.gram.spectrum.condition
-
-    @property
-    def counts(self) -> bool:
-        """Whether there is a ridge large enough to make up for directions never seen."""
+    def effective(self) -> bool:
+        """Whether the ridge is large enough to make up for directions without data."""
         smallest = self.shift * float((self.scaling / self.gram.unit).square().min())
-        return smallest >= _RIDGE_THAT_COUNTS
+        return smallest >= _EFFECTIVE_RIDGE
 
     @cached_property
     def _factor(self) -> Tensor | None:
-        """Lower Cholesky factor of ``G + shift d d'``; None where it is not to be trusted."""
-        spectrum_known = self.scaling is self.gram.unit and "spectrum" in vars(self.gram)
-        if not self.shift or spectrum_known:
+        """Lower Cholesky factor of ``G + shift d d'``; None where it is not reliable."""
+        has_spectrum = self.scaling is self.gram.unit and "spectrum" in vars(self.gram)
+        if not self.shift or has_spectrum:
             return None
         A = self.gram.G.clone()
         A.diagonal().add_(self.shift * self.scaling.square())
         factor, info = torch.linalg.cholesky_ex(A, out=(A, A.new_empty(0, dtype=torch.int32)))
-        trusted = not int(info) and (self.counts or self._full_rank(factor))
-        return factor if trusted else None
+        reliable = not int(info) and (self.effective or self._full_rank(factor))
+        return factor if reliable else None
 
     def _full_rank(self, factor: Tensor) -> bool:
         """Whether the factor of ``G + shift d d'`` proves that ``G`` itself has full rank.
 
-        In the features' units the smallest eigenvalue is at least ``1 / tr(inverse)``, of which the
-        shift may be a part, and the largest at most the trace, p.
+        In the features' units the smallest eigenvalue, shift included, is at least
+        ``1 / tr(inverse)``, and the largest eigenvalue of ``G`` at most its trace, p.
         """
         p, unit2 = len(factor), self.gram.unit.square()
         smallest = 1 / float(torch.cholesky_inverse(factor).diagonal() @ unit2)
-        added = self.shift * float((self.scaling.square() / unit2).max())
-        seen = max(RCOND**2, max(p, 64) * torch.finfo(factor.dtype).eps)
-        return smallest - added > seen * p
+        largest_shift = self.shift * float((self.scaling.square() / unit2).max())
+        threshold = p * max(RCOND**2, max(p, 64) * torch.finfo(factor.dtype).eps)
+        return smallest - largest_shift > threshold
 
     def solve(self, C: Tensor) -> Tensor:
-        """Apply the inverse to ``C`` (p, q): the smallest fit ``M`` with ``G M = C``."""
+        """Apply the inverse to ``C`` (p, q): the smallest ``M`` with ``G M = C``."""
         if self._factor is not None:
             return torch.cholesky_solve(C, self._factor)
         V, d = self.spectrum.vectors, self.scaling[:, None]
         return (V @ (V.T @ (C / d)).mul_(self.gain[:, None])).div_(d)
 
     def explained(self, M: Tensor, C: Tensor) -> float | None:
-        """By how much ``M = solve(C)`` lowers the squared error, without a product with ``G``.
+        """Reduction of the squared error by ``M = solve(C)``, without a product with ``G``.
 
-        The normal equations say what ``G M`` is. None where directions were dropped, whose rounding
-        they do not see.
+        The normal equations give ``G M``. None where directions were dropped, to which they do not
+        apply.
         """
         if self._factor is None:
             return None
@@ -245,46 +241,42 @@ class Regularised:
         penalty = self.shift * (self.scaling * rows).square().sum()
         return float(torch.tensordot(M, C) + penalty)
 
-    def trouble(self, tokens: int, blind: int = 0) -> str | None:
-        """What is wrong with fitting a full matrix to these tokens, and what to do; or None.
+    def diagnosis(self, tokens: int, nullity: int = 0) -> str | None:
+        """Why a full matrix fitted to these tokens is not unique, with a remedy; or None.
 
         Args:
-            blind: directions in which no data can have a component.
+            nullity: number of directions in which no data can have a component.
         """
-        if self.counts or self._factor is not None:
+        if self.effective or self._factor is not None:
             return None
-        p = len(self.gram.G) - blind
+        p = len(self.gram.G) - nullity
         if self.rank == p:
             return None
         return (
             f"{tokens} tokens determine {self.rank} of {p} directions (condition number "
-            f"{self.condition:.1e}), so the fit is not unique and need not generalise: "
-            f"calibrate on at least {10 * p} tokens, or pass relative_ridge=1e-3 "
+            f"{self.gram.spectrum.condition:.1e}), so the fit is not unique and need not "
+            f"generalise: calibrate on at least {10 * p} tokens, or pass relative_ridge=1e-3 "
             f"(choose_ridge finds a value)"
         )
 
 
-_known: WeakValueDictionary[tuple[int, tuple[int, ...]], Gram] = WeakValueDictionary()
+_cache: WeakValueDictionary[tuple[int, tuple[int, ...]], Gram] = WeakValueDictionary()
 
 
 def gram(G: Tensor, blocks: Sequence[int] = ()) -> Gram:
-    """The one `Gram` of ``G`` (p, p), whose spectrum is computed once for all who hold it.
+    """The cached `Gram` of ``G`` (p, p), for as long as one is in use.
 
-    `Moments` rebind their sums and never change them in place, and boundaries that start at the
-    same layer share one ``G``: known by the tensor, they share its decomposition as well, for as
-    long as one of them lives.
+    Boundaries that start at the same layer share one ``G``, and so its decomposition. The cache
+    goes by the tensor's identity: `Moments` rebind their sums and never change them in place.
     """
     key = id(G), tuple(blocks) or (len(G),)  # an id belongs to G while a Gram keeps it alive
-    known = _known.get(key)
-    if known is None:
-        known = _known[key] = Gram(G, blocks)
-    return known
+    return _cache.setdefault(key, Gram(G, blocks))
 
 
-def listed(ridges: float | Iterable[float]) -> list[float]:
-    """One ridge, or those of a list, tensor or array, as a list."""
-    several = isinstance(ridges, Iterable) and getattr(ridges, "ndim", 1) > 0
-    return list(ridges) if several else [ridges]  # type: ignore[arg-type, list-item]
+def as_list(ridges: float | Iterable[float]) -> list[float]:
+    """One ridge, or a list, tensor or array of them, as a list."""
+    iterable = isinstance(ridges, Iterable) and getattr(ridges, "ndim", 1) > 0
+    return list(ridges) if iterable else [ridges]  # type: ignore[arg-type, list-item]
 
 
 def check_ridge(ridge: float) -> float:

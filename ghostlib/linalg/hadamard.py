@@ -1,9 +1,9 @@
-"""Hadamard matrices: rotations that spread every channel evenly over all the others.
+"""Hadamard matrices: rotations that spread every channel evenly over all channels.
 
-LinearPatch (NeurIPS 2025) matches channel magnitudes in such a rotated basis. Nothing is tabulated
-here: a matrix of order n is a Kronecker product of those that Sylvester's and Paley's constructions
-give over prime fields. That covers every multiple of 64 up to 2,688, hence all widths in common
-use; Paley's construction over prime powers would add just one multiple of 64 below 8,192 (2,752).
+LinearPatch (NeurIPS 2025) matches channel magnitudes in such a rotated basis. A matrix of order n
+is a Kronecker product of Sylvester and Paley matrices over prime fields. That covers every multiple
+of 64 up to 2,688, hence all widths in common use; Paley's construction over prime powers would add
+just one multiple of 64 below 8,192 (2,752).
 """
 
 import operator
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def has_hadamard(n: int) -> bool:
-    """Whether `hadamard` can build order ``n``; cached, and no matrix is built.
+    """Whether `hadamard` can build order ``n``, without building a matrix; cached.
 
     Raises:
         ValueError: ``n`` is not positive.
@@ -30,7 +30,7 @@ def has_hadamard(n: int) -> bool:
 def hadamard(n: int) -> Tensor:
     """The normalised Hadamard matrix ``H`` of order ``n``: entries ``±1/sqrt(n)``, ``H'H = I``.
 
-    For a power of two the same as ``scipy.linalg.hadamard(n) / sqrt(n)``.
+    For a power of two, the same as ``scipy.linalg.hadamard(n) / sqrt(n)``.
 
     Args:
         n: order; 1, 2, or a multiple of 4 that factorises into Sylvester and Paley orders.
@@ -39,7 +39,7 @@ def hadamard(n: int) -> Tensor:
         (n, n) float64 matrix. It is not symmetric in general.
 
     Raises:
-        ValueError: no construction known here reaches ``n``; the message names the nearest widths.
+        ValueError: no construction reaches ``n``; the message names the nearest widths that work.
         TypeError: ``n`` is not an integer.
 
     >>> hadamard(576).shape
@@ -51,8 +51,8 @@ def hadamard(n: int) -> Tensor:
 def rotate(X: Tensor, *, inverse: bool = False) -> Tensor:
     """``X @ H``, or ``X @ H'`` with ``inverse``, by the two Kronecker factors of ``H = A ⊗ B``.
 
-    A row of ``X`` is an array (a, b), ``A`` multiplies its first axis and ``B`` its second:
-    O(n (a + b)) operations a row instead of O(n^2).
+    ``A`` multiplies the first axis of a row reshaped to (a, b) and ``B`` the second: O(n (a + b))
+    operations per row instead of O(n^2).
 
     Args:
         X: (..., n) activations of any floating dtype, on any device.
@@ -60,7 +60,7 @@ def rotate(X: Tensor, *, inverse: bool = False) -> Tensor:
 
     Returns:
         (..., n) rotated activations, in the dtype of ``X``. Half precision is computed in float32:
-        the sums grow like ``sqrt(n)`` before they are normalised.
+        sums grow like ``sqrt(n)`` before they are normalised.
 
     Raises:
         ValueError: a width without a Hadamard matrix, or values that are not floating point.
@@ -78,7 +78,7 @@ def rotate(X: Tensor, *, inverse: bool = False) -> Tensor:
     Z = X.to(work)
     for orders in _halves(n):
         H = _signs(orders, work, X.device)
-        # The first axis is multiplied and becomes the last: after both factors, order is restored.
+        # Each product moves the first axis to the end, so two of them restore the order.
         Z = Z.reshape(-1, len(H), n // len(H)).transpose(1, 2) @ (H.T if inverse else H)
     return (Z.reshape(X.shape) / sqrt(n)).to(X.dtype)
 
@@ -105,31 +105,30 @@ def _require_factors(n: int) -> tuple[int, ...]:
 
 @cache
 def _factors(n: int) -> tuple[int, ...] | None:
-    """Sorted primitive orders of product ``n`` and smallest sum; None where there are none."""
+    """Sorted primitive orders with product ``n`` and the smallest sum, or None."""
     if n == 1:
         return ()
     if n > 2 and n % 4:
         return None
-    products = []
-    for order in range(2, n + 1):
-        if n % order == 0 and _is_primitive(order):
-            rest = _factors(n // order)
-            if rest is not None:
-                products.append((*rest, order))
+    products = [
+        (*rest, order)
+        for order in range(2, n + 1)
+        if n % order == 0 and _is_primitive(order) and (rest := _factors(n // order)) is not None
+    ]
     return tuple(sorted(min(products, key=sum))) if products else None
 
 
 @cache
 def _halves(n: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The factors of ``n`` parted in two, whose products are as near to each other as can be."""
+    """The factors of ``n`` split in two, with products as close to each other as possible."""
     factors = _require_factors(n)
-    parted = [(factors[:i], factors[i:]) for i in range(len(factors) + 1)]
-    return min(parted, key=lambda halves: prod(halves[0]) + prod(halves[1]))
+    splits = [(factors[:i], factors[i:]) for i in range(len(factors) + 1)]
+    return min(splits, key=lambda halves: prod(halves[0]) + prod(halves[1]))
 
 
 @lru_cache(maxsize=64)
 def _signs(orders: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`_kronecker`, kept for the next call of `rotate`."""
+    """`_kronecker` in this dtype and on this device, cached for `rotate`."""
     return _kronecker(orders).to(device, dtype)
 
 
@@ -158,7 +157,7 @@ def _is_prime(n: int) -> bool:
 
 
 def _primitive(n: int) -> Tensor:
-    """The (n, n) float64 matrix of ±1 that Sylvester or Paley give for a primitive order."""
+    """Sylvester's or Paley's (n, n) float64 matrix of ±1 for a primitive order."""
     sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     if n == 2:
         return sylvester

@@ -1,5 +1,5 @@
-"""Operators: the closed forms. A `Family` is one record in one table; `solve` turns moments into
-an `Operator`; paths give every ridge or rank for the price of one decomposition.
+"""Operators: the closed forms, from `Moments` to matrices, independent of models.
 
-In come `Moments`, out come matrices. Nothing here touches a model.
+A `Family` is one record in one table; `solve` turns moments into an `Operator`; paths evaluate all
+ridges or ranks with one decomposition.
 """

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ghostlib.common import Registry, checked, warn, whole
-from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, listed
+from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, as_list
 from ghostlib.linalg.hadamard import rotate
 from ghostlib.models.boundaries import Boundary
 from ghostlib.statistics.features import FEATURES, STREAM, Regressor
@@ -332,7 +332,7 @@ def joint_least_squares(
         if condition < _FOLDABLE:
             return fit
         ridges = options.get("relative_ridge")
-        raised = [10 * r for r in listed(_SMALLEST_RIDGE if ridges is None else ridges)]
+        raised = [10 * r for r in as_list(_SMALLEST_RIDGE if ridges is None else ridges)]
         warn(
             f"I + M has condition number {condition:.1e}, too close to singular to fold what the "
             f"MLP takes in float32: solved with relative_ridge={raised} instead",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ghostlib.common import checked, warn
-from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, gram, listed
+from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, as_list, gram
 from ghostlib.models.boundaries import Boundary
 from ghostlib.operators.families import FAMILIES, Family, Shape, check_rank, low_rank
 from ghostlib.statistics.features import STREAM, Regressor, Sources
@@ -99,7 +99,7 @@ class Operator:
         if self._diagonal is not None:
             low, high = float(self._diagonal.min()), float(self._diagonal.max())
             return high / low if low > 0 else float("inf")
-        return self._inverse.condition if self._inverse else 1.0
+        return self._inverse.gram.spectrum.condition if self._inverse else 1.0
 
     @checked
     def apply(
@@ -174,9 +174,9 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
     fit = family.solve(moments, **({} if ridges & given else dict(family.default)) | given)
     if fit.inverse is not None:
         # The channels of a standardised token sum to zero.
-        blind = sum(feature.norm == "layer" for feature in moments.regressor.features)
-        if trouble := fit.inverse.trouble(moments.tokens, blind):
-            warn(f"{family}: {trouble}", SingularGramWarning)
+        nullity = sum(feature.norm == "layer" for feature in moments.regressor.features)
+        if problem := fit.inverse.diagnosis(moments.tokens, nullity):
+            warn(f"{family}: {problem}", SingularGramWarning)
     rank = options.get("rank") or 0
     shape = Shape(moments.width, sum(moments.blocks), rank, fit.bias is not None)
     residual = moments.error_of(fit.M, fit.bias) if fit.error is None else fit.error
@@ -215,7 +215,7 @@ def check_options(family: Family, options: Mapping[str, Any], width: int | None 
     features = len(family.regressor.features)
     if family is FAMILIES["branches"]:  # of as many as the moments will have
         ridges = shared.get("relative_ridge")
-        features = 1 if ridges is None else max(len(listed(ridges)), 1)
+        features = 1 if ridges is None else max(len(as_list(ridges)), 1)
     gram(torch.eye(features, dtype=torch.float64), (1,) * features).regularise(**shared)
     if (around := options.get("around", "zero")) not in ("identity", "zero"):
         raise ValueError(f"around must be 'identity' or 'zero', got {around!r}")

@@ -1,10 +1,10 @@
-"""Features: what a repair may read, and how much the error of each token weighs.
+"""Features: the inputs of a repair, and the weight of each token's error.
 
-The removed layers never saw the raw stream: every pre-norm sub-layer reads a normalised copy of it.
-A `Regressor` names several features side by side, ``F = [f_1, f_2 …]``, and a token weight;
-``Delta`` is regressed on ``F`` from the same additive moments as ever, and the solution repairs
-the stream as ``X + F M``. With one weight of tokens the moments of many features hold those of some
-of them as blocks, so that a pass collects the widest regressors alone.
+The removed layers never read the raw stream: every pre-norm sub-layer reads a normalised copy of
+it. A `Regressor` is a list of features, ``F = [f_1, f_2 …]``, and a token weight; ``Delta`` is
+regressed on ``F`` from additive moments, and the solution repairs the stream as ``X + F M``. For
+one token weight the moments of a subset of features are blocks of the moments of all of them, so a
+pass collects the widest regressors only.
 """
 
 import math
@@ -19,47 +19,47 @@ from ghostlib.common import Registry, at_least, checked, fits, told
 
 
 def rms_norm(X: Tensor) -> Tensor:
-    """``X / rms(X)`` over channels, what RMSNorm gives before its learnt scale; 0 for a zero token.
+    """``X / rms(X)`` over channels: RMSNorm without its learnt scale; 0 for a zero token.
 
     In float32 at least, as models compute it. Without the small constant that models add to the
-    square, so that the scale of the stream goes out exactly.
+    mean square, so that the scale of the stream cancels exactly.
 
     >>> rms_norm(torch.tensor([[3.0, 4.0], [30.0, 40.0]]))
     tensor([[0.8485, 1.1314],
             [0.8485, 1.1314]])
     """
-    return _divide(X.to(_wide(X)), X)
+    return _divide(_wide(X), X)
 
 
 def standardise(X: Tensor) -> Tensor:
-    """``(X - mean) / std`` over channels, what LayerNorm gives before its learnt scale and shift.
+    """``(X - mean) / std`` over channels: LayerNorm without its learnt scale and shift.
 
-    0 for a token whose channels are all alike.
+    0 for a token whose channels are all equal.
     """
-    wide = X.to(_wide(X))
+    wide = _wide(X)
     return _divide(wide - wide.mean(-1, keepdim=True), X)
 
 
-def _wide(X: Tensor) -> torch.dtype:
-    return torch.promote_types(X.dtype, torch.float32)
+def _wide(X: Tensor) -> Tensor:
+    return X.to(torch.promote_types(X.dtype, torch.float32))
 
 
 def _divide(values: Tensor, X: Tensor) -> Tensor:
     """``values`` over their root mean square, in the dtype of the stream ``X`` they come from."""
     root = values.square().mean(-1, keepdim=True).sqrt()
-    # What the subtraction of a mean leaves of equal channels is rounding at the size of the stream.
+    # Equal channels less their mean are rounding error at the size of the stream.
     noise = torch.finfo(values.dtype).eps * X.abs().amax(-1, keepdim=True).to(values.dtype)
     return torch.where(root > noise, values / root.where(root > noise, 1.0), 0.0).to(X.dtype)
 
 
 class Sources(NamedTuple):
-    """What features are taken of, for the same tokens.
+    """Activations that features are computed from, for the same tokens.
 
     Attributes:
         stream: (…, tokens, width) before the gap.
-        hidden: (…, tokens, intermediate) what the down-projection of the last layer before the gap
-            reads; None where no feature needs it.
-        output: (…, tokens, width) what that down-projection returns; None likewise.
+        hidden: (…, tokens, intermediate) input of the last down-projection before the gap, or None
+            if no feature needs it.
+        output: (…, tokens, width) output of that down-projection, or None.
     """
 
     stream: Tensor
@@ -67,10 +67,9 @@ class Sources(NamedTuple):
     output: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Sources":
-        """The same function of each."""
-        hidden = None if self.hidden is None else function(self.hidden)
-        output = None if self.output is None else function(self.output)
-        return Sources(function(self.stream), hidden, output)
+        """Apply a function to every source."""
+        mapped = (None if source is None else function(source) for source in self)
+        return Sources(*mapped)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,12 @@ class Feature:
     """A function of one token, (…, width) -> (…, width), with ``of(0) = 0``.
 
     Attributes:
-        name: as people spell it.
+        name: its spelling.
         of: the function.
-        source: what it is taken of, a field of `Sources`.
-        previous: it is taken of the token before, and is 0 at the first token of a sequence.
-        norm: ``"rms"`` or ``"layer"`` for a normalised copy, by the norm that the model's layers
-            read through; None for what does not depend on it.
+        source: its input, a field of `Sources`.
+        previous: whether its input is the previous token; it is 0 at the first of a sequence.
+        norm: ``"rms"`` or ``"layer"``, the norm through which the model's layers read the stream;
+            None for a feature that does not depend on it.
     """
 
     name: str
@@ -99,8 +98,8 @@ class Feature:
         """The same feature for a model whose layers read through this norm."""
         if self.norm is None or self.norm == norm:
             return self
-        asked = (norm, self.source, self.previous)
-        return next(f for f in FEATURES.values() if (f.norm, f.source, f.previous) == asked)
+        key = (norm, self.source, self.previous)
+        return next(f for f in FEATURES.values() if (f.norm, f.source, f.previous) == key)
 
 
 def _same(X: Tensor) -> Tensor:
@@ -108,9 +107,9 @@ def _same(X: Tensor) -> Tensor:
 
 
 FEATURES: Registry[Feature] = Registry("feature")
-"""The stream; its normalised copy, this token's or that of the token before (``n`` by RMSNorm,
-``z`` by LayerNorm: ask for ``n``, and `Regressor.resolve` takes what the model's layers read); what
-the last down-projection before the gap reads, ``h``, and what it returns, ``f``."""
+"""The stream ``x``; its normalised copy, of this or the previous token (``n`` by RMSNorm, ``z`` by
+LayerNorm: name ``n``, and `Regressor.resolve` chooses by the model); the input ``h`` and output
+``f`` of the last down-projection before the gap."""
 for _feature in (
     Feature("x", _same),
     Feature("n(x)", rms_norm, norm="rms"),
@@ -127,9 +126,9 @@ for _feature in (
 class Weight:
     """The weight of a token's squared error, as a function of the norm of its ``X_post``.
 
-    Multiplying all streams by ``a`` multiplies all weights alike, so no fit depends on their scale.
-    ``1/|y|^2`` makes every error relative; ``1/|y|`` is half way (a token 100 times the norm of the
-    others counts 100 times as much as they, and not 10,000 times).
+    Scaling all streams scales all weights equally, so no fit depends on the scale. ``1/|y|^2``
+    makes every error relative; ``1/|y|`` is halfway: a token with 100 times the norm of the others
+    has 100 times their influence instead of 10,000 times.
     """
 
     name: str
@@ -152,22 +151,22 @@ UNIFORM = WEIGHTS["1"]
 
 @dataclass(frozen=True)
 class Regressor:
-    """What ``Delta`` is regressed on, and how tokens are weighted; spelt ``"x, n(x); 1/|y|"``.
+    """Features that ``Delta`` is regressed on, and a token weight; spelt ``"x, n(x); 1/|y|"``.
 
     Attributes:
-        features: side by side, in this order.
+        features: in the order of their columns.
         weight: of each token.
 
     Raises:
-        ValueError: no feature, or one that is named twice.
+        ValueError: no feature, or a duplicate.
     """
 
     features: tuple[Feature, ...]
     weight: Weight = UNIFORM
 
     def __post_init__(self) -> None:
-        several = isinstance(self.features, tuple) and fits(self.features, tuple[Feature, ...])
-        if not self.features or not several:
+        is_tuple = isinstance(self.features, tuple) and fits(self.features, tuple[Feature, ...])
+        if not self.features or not is_tuple:
             raise ValueError(
                 f"a regressor needs a tuple of features, such as those of Regressor.parse('x'), "
                 f"got {told(self.features)}"
@@ -176,28 +175,28 @@ class Regressor:
             raise ValueError(f"regressor '{self}' names a feature twice: name each once")
 
     def __str__(self) -> str:
-        listed = ", ".join(map(str, self.features))
-        return listed + (f"; {self.weight}" if self.weight != UNIFORM else "")
+        names = ", ".join(map(str, self.features))
+        return names if self.weight == UNIFORM else f"{names}; {self.weight}"
 
     @classmethod
     def parse(cls, spelling: "str | Regressor") -> "Regressor":
-        """Read what ``str`` writes; the one place where a spelling is read.
+        """Parse a spelling, the inverse of ``str``.
 
         Raises:
-            ValueError: an unknown feature or weight, or a feature named twice.
+            ValueError: an unknown feature or weight, or a duplicate feature.
 
         >>> Regressor.parse("x, n(x); 1/|y|").features[1].name
         'n(x)'
         """
         if isinstance(spelling, Regressor):
             return spelling
-        listed, _, weight = str(spelling).partition(";")
-        features = tuple(FEATURES[name.strip()] for name in listed.split(","))
+        names, _, weight = str(spelling).partition(";")
+        features = tuple(FEATURES[name.strip()] for name in names.split(","))
         return cls(features, WEIGHTS[weight.strip() or "1"])
 
     @checked
     def resolve(self, norm: str) -> "Regressor":
-        """The same for a model whose layers read through a ``"rms"`` or a ``"layer"`` norm.
+        """The same for a model whose layers read through an ``"rms"`` or ``"layer"`` norm.
 
         Raises:
             ValueError: another norm.
@@ -208,12 +207,12 @@ class Regressor:
 
     @property
     def generic(self) -> "Regressor":
-        """The one that is asked for, whatever norm this one was resolved for."""
+        """The regressor before `resolve`."""
         return self.resolve("rms")
 
     @property
     def stream(self) -> "Regressor":
-        """The plain stream with the same weight of tokens."""
+        """The plain stream with the same token weight."""
         return Regressor(STREAM.features, self.weight)
 
     @property
@@ -233,12 +232,12 @@ class Regressor:
 
     @property
     def reads_previous(self) -> bool:
-        """Whether a feature is taken of the token before."""
+        """Whether it reads the previous token."""
         return any(feature.previous for feature in self.features)
 
     @property
     def has_identity(self) -> bool:
-        """Whether ``W = I + M`` says the same as ``M``: it acts on one untransformed feature."""
+        """Whether ``W = I + M`` is defined: its one feature is not transformed."""
         return len(self.features) == 1 and self.features[0].name in ("x", "f")
 
     @checked
@@ -246,7 +245,7 @@ class Regressor:
         """Width of each feature, for a stream and an MLP of these widths.
 
         Raises:
-            ValueError: it reads what the down-projection reads, and ``hidden`` is not given.
+            ValueError: ``hidden`` is missing where a feature needs it.
         """
         at_least(1, width=width, hidden=hidden)
         if "hidden" in self.sources and hidden is None:
@@ -257,16 +256,16 @@ class Regressor:
 
     @checked
     def design(self, sources: Sources, real: Tensor | None = None, p: int | None = None) -> Tensor:
-        """The features side by side, (…, tokens, p).
+        """The design matrix (…, tokens, p): all features, concatenated.
 
         Args:
-            sources: whole sequences where a feature is of the token before.
-            real: (…, tokens), false at padding, which is nobody's token before.
-            p: how many columns there must be; any number by default.
+            sources: complete sequences where a feature reads the previous token.
+            real: (…, tokens), false at padding, which is never the previous token.
+            p: required number of columns; any by default.
 
         Raises:
-            ValueError: a source that is missing, of other tokens or of another width, a mask of
-                another shape, or no axis of tokens where a feature is of the token before.
+            ValueError: a source that is missing or has other tokens or another width, a mask of
+                another shape, or no token axis where a feature reads the previous token.
         """
         leading = tuple(sources.stream.shape[:-1])
         if self.reads_previous and not leading:
@@ -279,16 +278,15 @@ class Regressor:
                     f"{name} must be of the same tokens as the stream, {leading}, "
                     f"got {tuple(source.shape[:-1])}"
                 )
-        before = sources.map(lambda part: _shifted(part, real)) if self.reads_previous else sources
-        parts = []
+        blocks = []
         for feature in self.features:
-            source = getattr(before if feature.previous else sources, feature.source)
+            source = getattr(sources, feature.source)
             if source is None:
                 raise ValueError(
                     f"{self} reads the MLP before the gap: pass {feature.source}=… as well"
                 )
-            parts.append(feature.of(source))
-        F = torch.cat(parts, -1)
+            blocks.append(feature.of(_shifted(source, real) if feature.previous else source))
+        F = torch.cat(blocks, -1)
         if p is not None and F.shape[-1] != p:
             raise ValueError(
                 f"{self} has {F.shape[-1]} columns here, where {p} are needed: hidden must be "
@@ -297,7 +295,7 @@ class Regressor:
         return F
 
     def contains(self, other: "Regressor") -> bool:
-        """Whether its moments hold those of ``other``."""
+        """Whether its moments contain those of ``other``."""
         other = Regressor.parse(other)
         return self.weight == other.weight and set(other.features) <= set(self.features)
 
@@ -306,7 +304,7 @@ STREAM = Regressor.parse("x")
 
 
 def widest(regressors: Iterable[Regressor]) -> list[Regressor]:
-    """The fewest regressors whose moments hold those of all; features in one order for each weight.
+    """The smallest subset of regressors whose moments contain those of all.
 
     >>> [str(r) for r in widest(map(Regressor.parse, ["x", "x, n(x)", "x; 1/|y|"]))]
     ['x, n(x)', 'x; 1/|y|']
@@ -321,25 +319,25 @@ def widest(regressors: Iterable[Regressor]) -> list[Regressor]:
 def previous(
     X: Tensor, real: Tensor | None = None, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """For each token the last real one before it, and the last real one of all.
+    """For each token the last real one before it, and the last real token of the sequence.
 
     Args:
         X: (batch, tokens, width).
         real: (batch, tokens), false at padding; None where all are real.
-        before: (batch, width) the last real token of what came earlier; None at the beginning.
+        before: (batch, width) the last real token of an earlier call; None at the beginning.
 
     Returns:
-        (batch, tokens, width), zero where there is none, and (batch, width) to resume from.
+        (batch, tokens, width), zero where there is none, and (batch, width) for the next call.
     """
     batch, tokens, width = X.shape
     if real is None:
         real = torch.ones(batch, tokens, dtype=torch.bool, device=X.device)
     first = X.new_zeros(batch, width) if before is None else before.to(X)
-    known = torch.cat([first[:, None], X], 1)
-    place = torch.arange(1, tokens + 1, device=X.device)
-    latest = torch.where(real, place, 0).cummax(1).values  # of the tokens so far, from 1; 0: none
+    padded = torch.cat([first[:, None], X], 1)
+    positions = torch.arange(1, tokens + 1, device=X.device)
+    latest = torch.where(real, positions, 0).cummax(1).values  # 0: no real token so far
     latest = nn.functional.pad(latest, (1, 0))
-    gathered = known.gather(1, latest[..., None].expand(-1, -1, width))
+    gathered = padded.gather(1, latest[..., None].expand(-1, -1, width))
     return gathered[:, :-1], gathered[:, -1]
 
 

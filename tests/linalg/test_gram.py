@@ -58,14 +58,18 @@ def test_rounding_is_told_from_eigenvalues(rank: int, size: float) -> None:
     X = size * randn(50, rank) @ randn(rank, 6, seed=1)
     spectrum = Spectrum.of(X.T @ X)
     assert (spectrum.values >= 0).all()
-    assert int((spectrum.values > spectrum.noise).sum()) == int(spectrum.seen(1e-15).sum()) == rank
+    assert (
+        int((spectrum.values > spectrum.noise).sum())
+        == int(spectrum.significant(1e-15).sum())
+        == rank
+    )
     assert spectrum.condition == INF
 
 
 def test_seen_counts_singular_values_and_not_eigenvalues() -> None:
     Q = torch.linalg.qr(randn(20, 5)).Q * 10.0 ** -torch.arange(5)
     spectrum = Spectrum.of(Q.T @ Q)
-    counts = [int(spectrum.seen(rcond).sum()) for rcond in (0.5, 0.05, 5e-4)]
+    counts = [int(spectrum.significant(rcond).sum()) for rcond in (0.5, 0.05, 5e-4)]
     assert counts == [1, 2, 4]
 
 
@@ -86,7 +90,7 @@ def test_every_feature_is_measured_in_its_own_unit(blocks: tuple[int, ...]) -> N
     scaled = in_units(F, blocks)
     expected = torch.linalg.svdvals(scaled).square().flip(0)
     torch.testing.assert_close(made.spectrum.values, expected)
-    assert made.regularise().condition == pytest.approx(float(expected[-1] / expected[0]))
+    assert made.spectrum.condition == pytest.approx(float(expected[-1] / expected[0]))
     assert Gram(F.T @ F).blocks == (6,)
 
 
@@ -139,7 +143,7 @@ def test_solve_is_ridge_regression(options: dict[str, Any], seed: int) -> None:
         inverse = made.regularise(**options)
         solved = inverse.solve(F.T @ D)
         torch.testing.assert_close(unit * solved, unit * expected, rtol=1e-7, atol=1e-7)
-        assert inverse.rank == 6 and inverse.trouble(30) is None
+        assert inverse.rank == 6 and inverse.diagnosis(30) is None
         gain = inverse.spectrum.vectors.T / inverse.scaling  # the same inverse, spelt out
         spelt = gain.T @ torch.diag(inverse.gain) @ gain @ F.T @ D
         torch.testing.assert_close(unit * spelt, unit * expected, rtol=1e-7, atol=1e-7)
@@ -201,7 +205,7 @@ def test_a_ridge_that_counts_needs_no_spectrum(decomposed: list[Tensor]) -> None
     for options in OPTIONS[2:]:
         inverse = Gram(F.T @ F, (4, 2)).regularise(**options)
         inverse.solve(F.T @ randn(30, 2))
-        assert inverse.trouble(30) is None
+        assert inverse.diagnosis(30) is None
         assert not decomposed, options
     assert inverse.rank == 6 and len(decomposed) == 1  # for those who ask
 
@@ -220,8 +224,8 @@ def test_the_smallest_of_the_ridges_must_count() -> None:
     for ridges in ([1.0, 1e-9], [1e-9, 1.0], (1e-9, 1e-9)):
         inverse = Gram(F.T @ F, (4, 2)).regularise(relative_ridge=ridges)
         inverse.solve(F.T @ randn(3, 2))
-        assert "3 tokens determine 3 of 6 directions" in (inverse.trouble(3) or "")
-    assert Gram(F.T @ F, (4, 2)).regularise(relative_ridge=[1e-3, 1.0]).trouble(3) is None
+        assert "3 tokens determine 3 of 6 directions" in (inverse.diagnosis(3) or "")
+    assert Gram(F.T @ F, (4, 2)).regularise(relative_ridge=[1e-3, 1.0]).diagnosis(3) is None
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3])
@@ -229,7 +233,7 @@ def test_one_ridge_for_features_of_all_sizes_hides_no_missing_direction(ridge: f
     F = features(3, (4, 2))
     inverse = Gram(F.T @ F, (4, 2)).regularise(ridge=ridge)
     inverse.solve(F.T @ randn(3, 2))
-    assert "3 tokens determine 3 of 6 directions" in (inverse.trouble(3) or "")
+    assert "3 tokens determine 3 of 6 directions" in (inverse.diagnosis(3) or "")
 
 
 def wilkinson(p: int) -> Tensor:
@@ -256,20 +260,20 @@ def test_a_ridge_that_does_not_count_hides_no_missing_direction(
     for options in ({"relative_ridge": relative}, {"ridge": absolute}):
         inverse = Gram(G).regularise(**options)
         inverse.solve(G)
-        assert (inverse.trouble(9) is None) == (relative >= 1e-6)
+        assert (inverse.diagnosis(9) is None) == (relative >= 1e-6)
         assert inverse.rank == rank
 
 
 def test_the_trouble_is_told_with_numbers_and_remedies() -> None:
     F = randn(5, 8)
     inverse = Gram(F.T @ F).regularise()
-    assert inverse.trouble(5) == (
+    assert inverse.diagnosis(5) == (
         "5 tokens determine 5 of 8 directions (condition number inf), so the fit is not unique and "
         "need not generalise: calibrate on at least 80 tokens, or pass relative_ridge=1e-3 "
         "(choose_ridge finds a value)"
     )
-    assert inverse.trouble(5, blind=3) is None
-    assert "5 of 7 directions" in (inverse.trouble(5, blind=1) or "")
+    assert inverse.diagnosis(5, nullity=3) is None
+    assert "5 of 7 directions" in (inverse.diagnosis(5, nullity=1) or "")
 
 
 @pytest.mark.parametrize("ridge", [1e-12, 1e-9])
@@ -284,7 +288,7 @@ def test_what_centring_cancels_is_rounding_of_the_size_of_the_terms() -> None:
     X[:, 2] = 1e6 / 7
     centred = X.T @ X - torch.outer(X.sum(0), X.mean(0))
     kept = Gram(centred, terms=(X.T @ X).diagonal()).regularise()
-    assert kept.rank == 3 and kept.trouble(200) is not None
+    assert kept.rank == 3 and kept.diagnosis(200) is not None
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -320,12 +324,12 @@ def test_one_matrix_is_decomposed_once_for_all_who_hold_it(decomposed: list[Tens
 
 
 def test_nothing_is_kept_of_a_matrix_that_nobody_holds() -> None:
-    before = len(module._known)
+    before = len(module._cache)
     X = randn(9, 6)
     kept = gram(X.T @ X)
-    assert kept.spectrum.values.all() and len(module._known) == before + 1
+    assert kept.spectrum.values.all() and len(module._cache) == before + 1
     del kept
-    assert len(module._known) == before, "freed at once, not when garbage is collected"
+    assert len(module._cache) == before, "freed at once, not when garbage is collected"
 
 
 # --- bad options --------------------------------------------------------------------------------
