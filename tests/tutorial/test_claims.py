@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from ghostlib.tutorial import claims
-from ghostlib.tutorial.claims import CLAIMS, MIME, Measurement, ledger, record, verdict
+from ghostlib.tutorial.claims import CLAIMS, MIME, Measurement, holm, ledger, record, verdict
 
 
 @pytest.fixture
@@ -193,3 +195,21 @@ def test_an_interval_is_that_of_any_array() -> None:
     assert mean - low == pytest.approx(high - mean) and low < mean < high
     for same in (np.array(values), torch.tensor(values)):
         assert claims.interval(same) == (mean, (low, high))
+
+
+@given(
+    st.dictionaries(st.integers(), st.floats(0, 1), min_size=1, max_size=8),
+    st.floats(0.001, 0.999),
+)
+def test_holm_rejects_as_the_step_down_procedure(p_values, level):
+    rejected, left = set(), dict(p_values)
+    while left:  # the smallest p-value is compared with level / number left, until one is kept
+        name = min(left, key=left.__getitem__)
+        if left[name] * len(left) > level:
+            break
+        rejected.add(name)
+        del left[name]
+    corrected = holm(p_values)
+    assert corrected.keys() == p_values.keys()
+    assert list(corrected.values()) == sorted(corrected.values())
+    assert {name for name, p_value in corrected.items() if p_value <= level} == rejected
