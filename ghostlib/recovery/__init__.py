@@ -1,5 +1,5 @@
-"""Recovery: calibrate, solve and install in one call; gap after gap; or by a recipe that chooses.
+"""Recovery: calibrate, solve and install in one call, sequentially, or as a recipe chooses.
 
-In come the dense model, calibration windows and the layers to remove; out comes the repaired model,
-whose ``config.recovery`` says what was done.
+Takes the dense model, calibration windows and the layers to remove; returns the repaired model,
+whose ``config.recovery`` records what was done.
 """

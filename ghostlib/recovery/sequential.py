@@ -1,8 +1,8 @@
-"""Sequential fitting: every boundary learns from the model as repaired up to there.
+"""Sequential fitting: every boundary learns from the model as repaired before it.
 
-With several boundaries the dense model's ``X_pre`` is not what a later operator will meet: earlier
-repairs are not perfect. Here each boundary's ``X_pre`` comes from the model as pruned and repaired
-so far, its ``X_post`` still from the dense model.
+With several boundaries a later operator does not receive the dense model's ``X_pre``, because
+earlier repairs are not perfect. Here each boundary's ``X_pre`` comes from the model as pruned and
+repaired so far, its ``X_post`` still from the dense model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,8 +36,8 @@ def dense_streams(
 ) -> dict[int, Tensor]:
     """The streams that enter layers ``indices`` of the dense model, for `fit_sequential`.
 
-    Several choices of layers can share them. They are kept on the CPU in the model's dtype: 75 MB
-    an index for 16 windows of 2,048 tokens at width 576 in float32.
+    Several sets of layers can share them. They stay on the CPU in the model's dtype: 75 MB per
+    index for 16 windows of 2,048 tokens at width 576 in float32.
 
     Args:
         indices: from 0 to the number of layers, which stands for the final norm.
@@ -51,15 +51,14 @@ def dense_streams(
     """
     check_windows(model, windows, attention_mask)
     at_least(1, batch_size=batch_size)
-    wanted = sorted(set(indices))
-    kept: dict[int, list[Tensor]] = {index: [] for index in wanted}
+    batches: dict[int, list[Tensor]] = {index: [] for index in sorted(set(indices))}
     mask = torch.ones_like(windows) if attention_mask is None else attention_mask
-    parts = list(zip(windows.split(batch_size), mask.split(batch_size), strict=True))
-    for ids, m in track(parts, "recording", unit="batch"):
-        streams = record(model, ids, wanted, attention_mask=m.to(input_device(model)))
+    inputs = list(zip(windows.split(batch_size), mask.split(batch_size), strict=True))
+    for ids, m in track(inputs, "recording", unit="batch"):
+        streams = record(model, ids, list(batches), attention_mask=m.to(input_device(model)))
         for index, stream in streams.items():
-            kept[index].append(stream.cpu())
-    return {index: torch.cat(parts) for index, parts in kept.items()}
+            batches[index].append(stream.cpu())
+    return {index: torch.cat(parts) for index, parts in batches.items()}
 
 
 @checked
@@ -75,11 +74,11 @@ def fit_sequential(
     streams: Mapping[int, Tensor] | None = None,
     **options: Any,
 ) -> dict[Boundary, Operator]:
-    """Solve one operator per boundary, in order, each on what the earlier ones let through.
+    """Solve one operator per boundary, in order, each on the output of the earlier ones.
 
     One pass of the dense model records the first ``X_pre`` and every ``X_post``; after that only
-    the layers between two boundaries run again, once each. The recorded streams are kept, which
-    `calibrate` avoids: (boundaries + 1) times tokens times width numbers of the model's dtype.
+    the layers between two boundaries run again, once each. Unlike in `calibrate`, the streams are
+    stored: (boundaries + 1) times tokens times width numbers of the model's dtype.
 
     Args:
         model: the dense model; it is not changed.
@@ -87,7 +86,7 @@ def fit_sequential(
         boundaries: runs of removed layers, in ascending order, with a kept layer between any two.
         operator: a name from `FAMILIES`, or a regressor such as ``"x, n(x); 1/|y|"``.
         attention_mask, skip_leading, batch_size: as in `calibrate`.
-        streams: `dense_streams` at the first start and at every stop, where at hand.
+        streams: `dense_streams` at the first start and at every stop, if recorded before.
         options: passed on to the solver.
 
     Raises:
@@ -109,11 +108,11 @@ def fit_sequential(
     regressor = suited(model, family.regressor)
     family.check_place(gaps)
     if streams is None:
-        wanted = [gaps[0].start, *(gap.stop for gap in gaps)]
-        streams = dense_streams(model, windows, wanted, attention_mask=mask, batch_size=batch_size)
+        indices = [gaps[0].start, *(gap.stop for gap in gaps)]
+        streams = dense_streams(model, windows, indices, attention_mask=mask, batch_size=batch_size)
     before = Sources(_stream(streams, gaps[0].start, windows))
     if regressor.reads_mlp:
-        before = _arrive(excerpt(model, 0, gaps[0].start), windows, None, mask, batch_size, True)
+        before = _run(excerpt(model, 0, gaps[0].start), windows, None, mask, batch_size, True)
     operators: dict[Boundary, Operator] = {}
     for gap, following in zip(gaps, [*gaps[1:], None], strict=True):
         moments = empty_moments(model, gap, regressor, fingerprint(model))
@@ -128,13 +127,13 @@ def fit_sequential(
         if following is not None:
             x, hidden, output = before
             repaired: Tensor | None = operators[gap].apply(x, real, hidden=hidden, output=output)
-            if looks_back(model):  # all layers before the gap again, repaired so far
-                whole = install(model, dict(operators), at_gap=True)
-                removed = sum(len(done.removed) for done in operators)
-                part, repaired = excerpt(whole, 0, following.start - removed), None
+            if looks_back(model):  # every layer before the following gap, repaired so far
+                recovered = install(model, dict(operators), at_gap=True)
+                removed = sum(len(fitted.removed) for fitted in operators)
+                part, repaired = excerpt(recovered, 0, following.start - removed), None
             else:
                 part = excerpt(model, gap.stop, following.start)
-            before = _arrive(part, windows, repaired, mask, batch_size, regressor.reads_mlp)
+            before = _run(part, windows, repaired, mask, batch_size, regressor.reads_mlp)
     return operators
 
 
@@ -148,7 +147,7 @@ def _stream(streams: Mapping[int, Tensor], index: int, windows: Tensor) -> Tenso
     return streams[index]
 
 
-def _arrive(
+def _run(
     part: PreTrainedModel,
     windows: Tensor,
     stream: Tensor | None,
@@ -156,21 +155,19 @@ def _arrive(
     batch_size: int,
     with_mlp: bool,
 ) -> Sources:
-    """What has come of ``stream``, or of the embeddings, after all layers of ``part``."""
-    end, place = num_layers(part), input_device(part)
-    arrived: list[Sources] = []
+    """``stream``, or the embeddings, after all layers of ``part``, and the last layer's MLP."""
+    end = num_layers(part)
+    outputs: list[Sources] = []
     mlp: list[tuple[Tensor, Tensor]] = []
     rows = range(0, len(windows), batch_size)
     with listen(part, [end] if with_mlp else [], lambda _, read, out: mlp.append((read, out))):
         for first in track(rows, "repairing", unit="batch"):
             batch = slice(first, first + batch_size)
-            entering = nullcontext() if stream is None else feed(part, stream[batch])
-            with entering:
-                m = mask[batch].to(place)
+            m = mask[batch].to(input_device(part))
+            with nullcontext() if stream is None else feed(part, stream[batch]):
                 x = record(part, windows[batch], [end], attention_mask=m)[end]
-            shape = x.shape[:2]
-            read = [t.view(*shape, -1) for t in mlp.pop()] if with_mlp else ()
-            arrived.append(Sources(x, *read).map(lambda t: t.cpu()))
-    parts: Any = zip(*arrived, strict=True)
-    joined: Any = (None if part[0] is None else torch.cat(part) for part in parts)
+            read = [t.view(*x.shape[:2], -1) for t in mlp.pop()] if with_mlp else ()
+            outputs.append(Sources(x, *read).map(lambda t: t.cpu()))
+    fields: Any = zip(*outputs, strict=True)
+    joined: Any = (None if field[0] is None else torch.cat(field) for field in fields)
     return Sources(*joined)

@@ -730,14 +730,14 @@ ROWS = [
         gl.Recipe(MODEL, IDS).choose,
         {"layers": [2]},
         layers=[*bad("n = ", 0, LAYERS, -1), *LAYER_SETS],
-        among=bad("none of the candidates|among", ["gost"], ["replaceme", "gost"], 3, [3]),
+        among=bad("unknown candidate|among", ["gost"], ["replaceme", "gost"], 3, [3]),
     ),
     row(
         "Recipe.fit",
         gl.Recipe(MODEL, IDS, candidates=["ghost"]).fit,
         {"layers": [2], "repair": "ghost"},
         layers=LAYER_SETS,
-        repair=bad("none of the candidates", "gost", "", None, 3, ["ghost"]),
+        repair=bad("unknown candidate", "gost", "", None, 3, ["ghost"]),
     ),
     row(
         "Recipe.shortlist", gl.Recipe(MODEL, IDS).shortlist, n=[*count("n"), Bad(LAYERS, "between")]

@@ -1,4 +1,4 @@
-"""The recipe against an independent path: what it keeps out, fits, judges by and chooses."""
+"""The recipe against an independent path: what it holds out, fits and chooses."""
 
 import math
 from typing import Any
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.thorough
 
 CANDIDATES = BUDGETS["any"]
 LENGTH = 40
-KEPT_OUT = [1, 3, 5]  # of six short windows, half
-LAYERS_REMOVED = (1, 2, 4)
-GAPS = gl.runs(LAYERS_REMOVED, LAYERS)
+HELD_OUT = [1, 3, 5]  # half of six short windows
+REMOVED = (1, 2, 4)
+GAPS = gl.runs(REMOVED, LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,9 @@ def windows() -> Tensor:
     return tiny_windows(6, LENGTH)
 
 
-def parts() -> tuple[Tensor, Tensor]:
-    """(fitted, judges) by hand."""
-    ids = windows()
-    return ids[[i for i in range(len(ids)) if i not in KEPT_OUT]], ids[KEPT_OUT]
+def split_windows() -> tuple[Tensor, Tensor]:
+    """The fitted windows and those held out, by hand."""
+    return windows()[[i for i in range(6) if i not in HELD_OUT]], windows()[HELD_OUT]
 
 
 def moments(model: PreTrainedModel, ids: Tensor, repair: str) -> dict[gl.Boundary, gl.Moments]:
@@ -50,21 +49,23 @@ def moments(model: PreTrainedModel, ids: Tensor, repair: str) -> dict[gl.Boundar
     return gl.calibrate(model, ids, GAPS, regressors=[regressor]).of(regressor)
 
 
-def losing(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], other: float = 2.0) -> None:
-    """Trials find these losses, by the operator's name."""
+def fix_losses(
+    monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], other: float = 2.0
+) -> None:
+    """Let trials give these losses, by the operator's name."""
 
     def on_windows(self, layers, operators) -> Tensor:
         names = {op.name for op in operators.values()} or {PRUNED}
-        return torch.full((len(KEPT_OUT),), losses.get(names.pop(), other), dtype=torch.float64)
+        return torch.full((len(HELD_OUT),), losses.get(names.pop(), other), dtype=torch.float64)
 
     monkeypatch.setattr(Trials, "losses", on_windows)
 
 
-# --- what is kept out -------------------------------------------------------------------------
+# --- windows held out -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("count", "length", "kept_out"),
+    ("count", "length", "held_out"),
     [
         (16, 2048, [4, 12]),  # 8 + 8 windows of two corpora: one of each
         (32, 2048, [8, 24]),
@@ -76,21 +77,21 @@ def losing(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], other: flo
         (4, 6000, [2]),  # longer windows: one
     ],
 )
-def test_windows_kept_out_are_spread_and_whole(count, length, kept_out) -> None:
+def test_windows_held_out_are_spread_and_whole(count, length, held_out) -> None:
     ids = torch.arange(count)[:, None].expand(count, length)
     recipe = gl.Recipe(tiny_model("llama", max_position_embeddings=8192), ids)
-    assert recipe.judges[:, 0].tolist() == kept_out
-    assert recipe.fitted[:, 0].tolist() == [i for i in range(count) if i not in kept_out]
+    assert recipe.judges[:, 0].tolist() == held_out
+    assert recipe.fitted[:, 0].tolist() == [i for i in range(count) if i not in held_out]
     assert recipe.judges.shape[1] == recipe.fitted.shape[1] == length
 
 
-# --- what is chosen ---------------------------------------------------------------------------
+# --- the choice of a repair -------------------------------------------------------------------
 
 
 def test_every_loss_is_that_of_a_model_recovered_from_the_fitted_windows(model) -> None:
-    fitted, judges = parts()
-    choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
-    by_window = {PRUNED: gl.window_losses(gl.prune(model, LAYERS_REMOVED), judges)}
+    fitted, judges = split_windows()
+    choice = gl.Recipe(model, windows()).choose(REMOVED)
+    by_window = {PRUNED: gl.window_losses(gl.prune(model, REMOVED), judges)}
     for repair in CANDIDATES:
         train, held_out = (moments(model, ids, repair) for ids in (fitted, judges))
         operators = {}
@@ -99,38 +100,33 @@ def test_every_loss_is_that_of_a_model_recovered_from_the_fitted_windows(model) 
             ridge: Any = choose_ridges(train[gap], held_out[gap]) if several else None
             ridge = ridge or choose_ridge(train[gap], held_out=held_out[gap])
             operators[gap] = solve(train[gap], repair, relative_ridge=ridge)
-            best = min(
-                held_out[gap].error(solve(train[gap], repair, relative_ridge=r)) for r in RIDGES
-            )
-            error = held_out[gap].error(operators[gap])
+            grid = [solve(train[gap], repair, relative_ridge=r) for r in RIDGES]
+            best, error = min(map(held_out[gap].error, grid)), held_out[gap].error(operators[gap])
             if several:  # a coarser grid for each feature
                 assert error <= 1.05 * best
             else:
                 assert error == pytest.approx(best, rel=1e-9)
             if repair == choice.repair:
                 assert choice.ridges[gap] == ridge
-        repaired = gl.install(model, operators)
-        by_window[repair] = gl.window_losses(repaired, judges)
+        by_window[repair] = gl.window_losses(gl.install(model, operators), judges)
     expected = {repair: float(losses.mean()) for repair, losses in by_window.items()}
     assert choice.rivals == pytest.approx(expected, rel=1e-5)
     assert list(choice.rivals) == [PRUNED, *CANDIDATES]
     safe = torch.minimum(by_window[PRUNED], by_window["ghost"]) + 0.01
     admitted = [r for r in expected if r in (PRUNED, "ghost") or (by_window[r] <= safe).all()]
     assert choice.repair == min(admitted, key=lambda repair: expected[repair]) != PRUNED
-    assert choice.layers == LAYERS_REMOVED and choice.tokens == judges.numel() == 120
+    assert choice.layers == REMOVED and choice.tokens == judges.numel() == 120
 
 
 @pytest.mark.parametrize("repair", [*CANDIDATES, "ghost-relative", "three-branch-relative"])
-def test_what_was_chosen_is_solved_again(model, repair, capsys, monkeypatch) -> None:
-    losing(monkeypatch, {PRUNED: 3.0})
-    recovered = gl.recover(
-        model, windows(), LAYERS_REMOVED, "auto", candidates=[repair], batch_size=2
-    )
-    choice = gl.Recipe(model, windows(), candidates=[repair]).choose(LAYERS_REMOVED)
+def test_the_choice_is_solved_from_all_windows(model, repair, capsys, monkeypatch) -> None:
+    fix_losses(monkeypatch, {PRUNED: 3.0})
+    recovered = gl.recover(model, windows(), REMOVED, "auto", candidates=[repair], batch_size=2)
+    choice = gl.Recipe(model, windows(), candidates=[repair]).choose(REMOVED)
     assert choice.repair == repair
-    whole = moments(model, windows(), repair)
+    all_moments = moments(model, windows(), repair)
     for gap in GAPS:
-        op = solve(whole[gap], repair, relative_ridge=choice.ridges[gap])
+        op = solve(all_moments[gap], repair, relative_ridge=choice.ridges[gap])
         torch.testing.assert_close(choice.operators[gap].M, op.M, rtol=1e-6, atol=1e-8)
         assert choice.operators[gap].residual == pytest.approx(op.residual, rel=1e-6)
     with torch.no_grad():
@@ -147,7 +143,7 @@ def test_ties_go_to_no_repair_and_then_to_the_first_named(model, monkeypatch) ->
         nn.init.zeros_(module.weight)
     choice = gl.Recipe(idle, windows()).choose([3])  # which did nothing to the stream
     assert len(set(choice.rivals.values())) == 1 and choice.repair == PRUNED
-    losing(monkeypatch, {PRUNED: 3.0})
+    fix_losses(monkeypatch, {PRUNED: 3.0})
     assert gl.Recipe(model, windows()).choose([3]).repair == CANDIDATES[0]
     backwards = gl.Recipe(model, windows(), candidates=CANDIDATES[::-1])
     one_matrix = [name for name in CANDIDATES if not name.startswith("two-branch")]
@@ -156,40 +152,38 @@ def test_ties_go_to_no_repair_and_then_to_the_first_named(model, monkeypatch) ->
 
 @pytest.mark.parametrize(("loss", "repair"), [(2.96, "ghost"), (2.94, "two-branch")])
 def test_two_matrices_must_be_worth_it(model, monkeypatch, loss: float, repair: str) -> None:
-    losing(monkeypatch, {PRUNED: 4.0, "ghost": 3.0, "two-branch": loss})
+    fix_losses(monkeypatch, {PRUNED: 4.0, "ghost": 3.0, "two-branch": loss})
     recipe = gl.Recipe(model, windows(), candidates=["ghost", "two-branch"])
     assert recipe.choose([3]).repair == repair
 
 
-def test_no_repair_can_win(model, monkeypatch, capsys) -> None:
-    losing(monkeypatch, {PRUNED: 1.0})
-    recovered = gl.recover(model, windows(), LAYERS_REMOVED, "auto")
+def test_the_pruned_model_can_win(model, monkeypatch, capsys) -> None:
+    fix_losses(monkeypatch, {PRUNED: 1.0})
+    recovered = gl.recover(model, windows(), REMOVED, "auto")
     assert type(recovered) is type(model) and not hasattr(recovered.config, "ghost")
     with torch.no_grad():
-        expected = gl.prune(model, LAYERS_REMOVED)(windows()).logits
+        expected = gl.prune(model, REMOVED)(windows()).logits
         assert torch.equal(recovered(windows()).logits, expected)
-    choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
+    choice = gl.Recipe(model, windows()).choose(REMOVED)
     assert not choice.operators and not choice.ridges
     assert capsys.readouterr().out == str(choice) + "\n"
     assert str(choice).startswith("auto: pruned for layers 1–2, 4; loss on 120 held-out ")
 
 
 def test_nan_never_wins(model, monkeypatch) -> None:
-    losing(monkeypatch, {PRUNED: math.nan, "ghost": 3.0, "two-branch": math.nan})
+    fix_losses(monkeypatch, {PRUNED: math.nan, "ghost": 3.0, "two-branch": math.nan})
     candidates = ("two-branch", "ghost")
     choice = gl.Recipe(model, windows(), candidates=candidates).choose([2])
     assert choice.repair == "ghost"
     assert choice.rivals == {PRUNED: math.inf, "two-branch": math.inf, "ghost": 3.0}
     assert choice.summary["losses"] == {PRUNED: None, "two-branch": None, "ghost": 3.0}
     assert str(choice).endswith("ghost 3.000, pruned inf, two-branch inf")
-    losing(monkeypatch, {}, other=math.nan)
-    with pytest.raises(
-        ValueError, match=r"every repair of the recipe give NaN .* try a wider dtype"
-    ):
+    fix_losses(monkeypatch, {}, other=math.nan)
+    with pytest.raises(ValueError, match=r"every repair of the recipe give NaN .* a wider dtype"):
         gl.Recipe(model, windows(), candidates=candidates).choose([2])
 
 
-def test_what_was_tried_is_not_tried_again(model, monkeypatch) -> None:
+def test_earlier_trials_are_reused(model, monkeypatch) -> None:
     recipe = gl.Recipe(model, windows(), candidates=("refit", "ghost", "two-branch"))
     every = recipe.choose([2])
     alone = gl.Recipe(model, windows(), candidates=("refit", "ghost")).choose([2])
@@ -198,15 +192,16 @@ def test_what_was_tried_is_not_tried_again(model, monkeypatch) -> None:
     assert (some.losses, some.repair) == (alone.losses, alone.repair)
     assert set(some.losses) < set(every.losses)
     assert recipe.fit([2], some.repair) is some.operators
-    with pytest.raises(ValueError, match="replaceme is none of the candidates: refit, ghost"):
+    with pytest.raises(ValueError, match=r"unknown candidate 'replaceme'.* Known: refit, ghost"):
         recipe.choose([2], among=["replaceme"])
+    assert {repair for _, repair in recipe.choose([2], among=[]).losses} == {PRUNED}
 
 
 # --- the choice of layers ---------------------------------------------------------------------
 
 
 def test_a_number_of_layers_is_the_best_of_the_shortlist(capsys) -> None:
-    model, fitted = tiny_model("gpt2", seed=1), parts()[0]
+    model, fitted = tiny_model("gpt2", seed=1), split_windows()[0]
     sets = {tuple(gl.select_layers(model, fitted, 2, criterion)) for criterion in SHORTLIST}
     assert len(sets) > 1
     recipe = gl.Recipe(model, windows())
@@ -226,24 +221,23 @@ def test_a_number_of_layers_is_the_best_of_the_shortlist(capsys) -> None:
 
 def test_one_pass_collects_what_several_choices_need(model, monkeypatch) -> None:
     passes = []
-    calibrate = gl.calibrate
 
-    def counted(model, ids, boundaries, **how):
+    def counted(model, ids, boundaries, **options):
         passes.append((len(ids), boundaries))
-        return calibrate(model, ids, boundaries, **how)
+        return gl.calibrate(model, ids, boundaries, **options)
 
     monkeypatch.setattr("ghostlib.recovery.recipe.calibrate", counted)
     recipe = gl.Recipe(model, windows())
     recipe.collect([(1, 2), (1, 2, 4), (0,)])
     gaps = [gl.Boundary(0, 1), gl.Boundary(1, 3), gl.Boundary(4, 5)]
-    assert passes == [(3, gaps), (3, gaps)]  # the fitted, and those kept out
-    once = recipe.choose((1, 2, 4)).losses
+    assert passes == [(3, gaps), (3, gaps)]  # the fitted windows, and those held out
+    losses = recipe.choose((1, 2, 4)).losses
     assert len(passes) == 2
-    assert gl.Recipe(model, windows()).choose([4, 2, 1]).losses == pytest.approx(once)
+    assert gl.Recipe(model, windows()).choose([4, 2, 1]).losses == pytest.approx(losses)
 
 
 def test_the_line_says_what_was_chosen_and_why(model) -> None:
-    choice = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
+    choice = gl.Recipe(model, windows()).choose(REMOVED)
     line, ridges = str(choice), [spelt_ridge(choice.ridges[gap]) for gap in GAPS]
     assert "\n" not in line
     assert line.startswith(
@@ -256,24 +250,23 @@ def test_the_line_says_what_was_chosen_and_why(model) -> None:
     assert choice.summary == {"repair": choice.repair, "losses": choice.rivals, "tokens": 120}
 
 
-# --- what changes nothing ---------------------------------------------------------------------
+# --- invariances ------------------------------------------------------------------------------
 
 
-def turned(model: PreTrainedModel, R: Tensor) -> PreTrainedModel:
+def rotated(R: Tensor) -> PreTrainedModel:
     """The same llama with its stream multiplied by ``R``, a multiple of a rotation."""
-    found = tiny_model("llama")
-    scale = float(R.square().sum().sqrt()) / WIDTH**0.5
-    Q, inner = R / scale, found.model
+    model = tiny_model("llama")
+    Q = R / (float(R.square().sum().sqrt()) / WIDTH**0.5)
     with torch.no_grad():
-        inner.embed_tokens.weight.copy_(inner.embed_tokens.weight @ R)
-        found.lm_head.weight.copy_(found.lm_head.weight @ Q)
-        for layer in inner.layers:
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ R)
+        model.lm_head.weight.copy_(model.lm_head.weight @ Q)
+        for layer in model.model.layers:
             attn, mlp = layer.self_attn, layer.mlp
             for reader in (attn.q_proj, attn.k_proj, attn.v_proj, mlp.gate_proj, mlp.up_proj):
                 reader.weight.copy_(reader.weight @ Q)
             for writer in (attn.o_proj, mlp.down_proj):
                 writer.weight.copy_(R.T @ writer.weight)
-    return found
+    return model
 
 
 def rotation() -> Tensor:
@@ -283,22 +276,22 @@ def rotation() -> Tensor:
 
 @pytest.mark.parametrize("R", [16 * torch.eye(WIDTH), rotation()], ids=["scale", "rotation"])
 def test_scale_and_basis_of_the_stream_change_no_choice(model, R) -> None:
-    other = turned(model, R)
+    variant = rotated(R)
     with torch.no_grad():
-        same = other(windows()).logits
-        torch.testing.assert_close(same, model(windows()).logits, rtol=1e-3, atol=1e-3)
-    mine, theirs = (gl.Recipe(m, windows()).choose(LAYERS_REMOVED) for m in (model, other))
-    assert theirs.repair == mine.repair
-    assert theirs.losses == pytest.approx(mine.losses, rel=1e-4)
-    assert list(theirs.ridges.values()) == list(mine.ridges.values())
+        logits = variant(windows()).logits
+        torch.testing.assert_close(logits, model(windows()).logits, rtol=1e-3, atol=1e-3)
+    expected, choice = (gl.Recipe(m, windows()).choose(REMOVED) for m in (model, variant))
+    assert choice.repair == expected.repair
+    assert choice.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert list(choice.ridges.values()) == list(expected.ridges.values())
 
 
 def test_order_of_windows_and_batches_change_no_choice(model) -> None:
-    order = [2, 5, 0, 3, 4, 1]  # those kept out stay kept out
-    mine = gl.Recipe(model, windows()).choose(LAYERS_REMOVED)
-    theirs = gl.Recipe(model, windows()[order], batch_size=4).choose(LAYERS_REMOVED)
-    assert theirs.repair == mine.repair and theirs.ridges == mine.ridges
-    assert theirs.losses == pytest.approx(mine.losses, rel=1e-5)
+    order = [2, 5, 0, 3, 4, 1]  # the same windows are held out
+    expected = gl.Recipe(model, windows()).choose(REMOVED)
+    choice = gl.Recipe(model, windows()[order], batch_size=4).choose(REMOVED)
+    assert choice.repair == expected.repair and choice.ridges == expected.ridges
+    assert choice.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 # --- recovered models -------------------------------------------------------------------------
@@ -310,11 +303,11 @@ def test_every_architecture_is_served_or_told_what_serves_it(any_tiny, tmp_path,
         assert set(gl.Recipe(any_tiny, ids).families) == {"ghost", "ghost-relative"}
         remedy = r"without a norm: .* candidates=\('ghost', 'ghost-relative'\)"
         with pytest.raises(ValueError, match=remedy):
-            gl.recover(any_tiny, ids, LAYERS_REMOVED, "auto", candidates=["two-branch"])
-    recovered = gl.recover(any_tiny, ids, LAYERS_REMOVED, "auto")
+            gl.recover(any_tiny, ids, REMOVED, "auto", candidates=["two-branch"])
+    recovered = gl.recover(any_tiny, ids, REMOVED, "auto")
     assert recovered.config.num_hidden_layers == LAYERS - 3
-    again = saved_and_loaded(recovered, ids, tmp_path)
-    text = again.generate(ids[:1, :5], max_new_tokens=4, do_sample=False)
+    loaded = saved_and_loaded(recovered, ids, tmp_path)
+    text = loaded.generate(ids[:1, :5], max_new_tokens=4, do_sample=False)
     assert text.shape[1] <= 9
     assert capsys.readouterr().out.count("auto: ") == 1
 
@@ -322,7 +315,7 @@ def test_every_architecture_is_served_or_told_what_serves_it(any_tiny, tmp_path,
 # --- bad input --------------------------------------------------------------------------------
 
 
-def test_low_rank_is_no_candidate(model) -> None:
+def test_low_rank_is_refused(model) -> None:
     with pytest.raises(ValueError, match="cannot choose low-rank, which takes no ridge alone"):
         Recipe(model, windows(), candidates=("ghost", "low-rank"))
 
@@ -336,10 +329,10 @@ def test_low_rank_is_no_candidate(model) -> None:
         ({"operator": "ghost", "layers": 2}, r"got the number 2: .* or use operator='auto'"),
     ],
 )
-def test_what_auto_cannot_heed_is_refused(model, changes, message) -> None:
-    asked = {"calibration": windows(), "layers": [2], "operator": "auto"} | changes
+def test_arguments_without_effect_on_auto_are_refused(model, changes, message) -> None:
+    arguments = {"calibration": windows(), "layers": [2], "operator": "auto"} | changes
     with pytest.raises(ValueError, match=message):
-        gl.recover(model, **asked)
+        gl.recover(model, **arguments)
 
 
 def test_choices_are_spelt_without_the_model() -> None:
@@ -355,8 +348,8 @@ def test_choices_are_spelt_without_the_model() -> None:
     )
 
 
-def test_an_ability_counts_beside_the_text() -> None:
-    """The best total of loss and weighted probe wins; the weight decides between the two."""
+def test_an_ability_counts_besides_the_loss() -> None:
+    """The best total of loss and weighted probe wins."""
     model, ids = tiny_model("llama"), windows()
     free, kept = gl.Recipe(model, ids), gl.Recipe(model, ids, keep="copying-16", weight=100.0)
     assert free.choose([2]).keep is None and "copying" not in str(free.choose([2]))
@@ -367,31 +360,30 @@ def test_an_ability_counts_beside_the_text() -> None:
     assert choice.repair == min(total, key=total.__getitem__)[1]
     assert choice.summary["copying-16"] == choice.kept[(2,), choice.repair]
     assert f"; copying-16 {choice.summary['copying-16']:.2f}" in str(choice)
-    asked = kept._trials.abilities((2,), {})["copying-16"]
-    assert choice.kept[(2,), PRUNED] == pytest.approx(float(asked.mean()))
+    scores = kept._trials.abilities((2,), {})["copying-16"]
+    assert choice.kept[(2,), PRUNED] == pytest.approx(float(scores.mean()))
 
 
 def test_to_keep_an_ability_layers_are_searched_by_it(monkeypatch) -> None:
-    model, searched = tiny_model("llama"), []
-    select = recipe_module.select_layers
+    model, searches = tiny_model("llama"), []
 
-    def counted(model, known, n, name, **how):
-        searched.append(name)
-        return select(model, known, n, name, **how)
+    def counted(model, calibration, n, name, **options):
+        searches.append(name)
+        return gl.select_layers(model, calibration, n, name, **options)
 
     monkeypatch.setattr(recipe_module, "select_layers", counted)
     recipe = gl.Recipe(model, windows(), keep="copying-16", weight=0.3, candidates=["ghost"])
     sets = recipe.shortlist(2)
-    assert searched == [*SHORTLIST, "abilities"]
-    known = gl.calibrate(model, recipe.fitted, needed("abilities", 2, LAYERS))
+    assert searches == [*SHORTLIST, "abilities"]
+    calibration = gl.calibrate(model, recipe.fitted, needed("abilities", 2, LAYERS))
     options = {"keep": "copying-16", "weight": 0.3, "windows": recipe.judges[:1], "tries": 9}
-    assert tuple(select(model, known, 2, "abilities", **options)) in sets
+    assert tuple(gl.select_layers(model, calibration, 2, "abilities", **options)) in sets
     with pytest.raises(ValueError, match="probe 'names' cannot be asked: it needs a tokenizer"):
         gl.Recipe(model, windows(), keep="names")
 
 
 @pytest.mark.parametrize("name", ["refit", "ghost-refit", "ghost-refit-relative"])
-def test_a_repair_that_needs_a_ridge_chooses_it_by_windows_kept_out_of_the_fit(name: str) -> None:
+def test_a_repair_that_needs_a_ridge_chooses_it_on_held_out_windows(name: str) -> None:
     model, windows, gap = tiny_model("llama"), tiny_windows(8, 24), gl.Boundary(2, 4)
     family, recipe = gl.OPERATORS[name], gl.Recipe(model, windows, candidates=[name])
     parts = [
@@ -403,33 +395,32 @@ def test_a_repair_that_needs_a_ridge_chooses_it_by_windows_kept_out_of_the_fit(n
     if name == "refit":
         ridges = gl.choose_ridge(parts[0], held_out=parts[1])
     expected = gl.solve(parts[0] + parts[1], name, relative_ridge=ridges)
-    found = recipe.fit(gap.removed, name)[gap]
-    torch.testing.assert_close(found.M, expected.M)
+    torch.testing.assert_close(recipe.fit(gap.removed, name)[gap].M, expected.M)
+    moments = {gap: parts[0] + parts[1]}
+    models = [
+        gl.install(model, {gap: expected}),
+        gl.recover(model, windows, gap.removed, name),
+        # Moments cannot be split again, and an option is obeyed: neither chooses a ridge.
+        gl.recover(model, moments, gap.removed, name),
+        gl.recover(model, windows, gap.removed, name, **dict(family.default)),
+    ]
     with torch.no_grad():
-        by_hand = gl.install(model, {gap: expected})(windows).logits
-        torch.testing.assert_close(
-            gl.recover(model, windows, gap.removed, name)(windows).logits, by_hand
-        )
-        # Moments cannot be divided again, and what is asked for is done: the default, or the value.
-        moments = {gap: parts[0] + parts[1]}
-        plain = gl.recover(model, moments, gap.removed, name)(windows).logits
-        fixed = gl.recover(model, windows, gap.removed, name, **dict(family.default))(
-            windows
-        ).logits
-    torch.testing.assert_close(plain, fixed)
-    assert not torch.allclose(plain, by_hand)
-    with pytest.raises(ValueError, match="ghost is none of the candidates: " + name):
+        by_hand, chosen, default, fixed = (model(windows).logits for model in models)
+    torch.testing.assert_close(chosen, by_hand)
+    torch.testing.assert_close(default, fixed)
+    assert not torch.allclose(default, by_hand)
+    with pytest.raises(ValueError, match="unknown candidate 'ghost'.* Known: " + name):
         recipe.fit(gap.removed, "ghost")
 
 
 def moe(**changes: Any) -> PreTrainedModel:
-    """Dense MLPs in some layers, routed ones, which nothing can be folded into, in the others."""
+    """Dense MLPs in some layers; in the others routed ones, into which nothing can be folded."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     return tiny_model("qwen2_moe", shared_expert_intermediate_size=8, **experts | changes)
 
 
 @pytest.mark.parametrize("dense", [[0], [1, 2, 3, 4, 5]])
-def test_each_gap_is_asked_for_a_place(dense: list[int]) -> None:
+def test_each_gap_must_have_a_place(dense: list[int]) -> None:
     model = moe(mlp_only_layers=dense)
     recipe = Recipe(model, tiny_windows(4, 12), candidates=["refit", "ghost"])
     for layers in ((1,), (3, 4), (1, 3)):
@@ -442,7 +433,6 @@ def test_each_gap_is_asked_for_a_place(dense: list[int]) -> None:
 
 
 def test_a_number_of_layers_is_any_integer(model: PreTrainedModel) -> None:
-    how: dict[str, Any] = {"candidates": ["ghost"], "verbose": False}
-    found = gl.recover(model, windows(), np.int64(2), "auto", **how)
-    expected = gl.recover(model, windows(), 2, "auto", **how)
-    assert found.config.recovery == expected.config.recovery
+    options: dict[str, Any] = {"candidates": ["ghost"], "verbose": False}
+    first, second = (gl.recover(model, windows(), n, "auto", **options) for n in (2, np.int64(2)))
+    assert first.config.recovery == second.config.recovery

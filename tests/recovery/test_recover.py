@@ -1,8 +1,9 @@
-"""Recover does one thing: what it does is recorded, and what it cannot do is refused by name."""
+"""`recover` records what it did, and refuses by name what it cannot do."""
 
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, WIDTH, tiny_model, tiny_windows
@@ -21,13 +22,12 @@ def model() -> PreTrainedModel:
     return tiny_model("llama")
 
 
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(tiny_windows()).logits
-    return found
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Any:
+    return model(tiny_windows()).logits
 
 
-# --- what is recorded -------------------------------------------------------------------------
+# --- the record -------------------------------------------------------------------------------
 
 
 @pytest.mark.thorough
@@ -40,7 +40,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         ("x, n(prev)", "x, n(prev)"),
     ],
 )
-def test_the_configuration_says_what_was_done(
+def test_the_configuration_records_the_recovery(
     model: PreTrainedModel, operator: str, reads: str
 ) -> None:
     recovered = gl.recover(model, tiny_windows(), REMOVED, operator, **RIDGE)
@@ -54,7 +54,7 @@ def test_the_configuration_says_what_was_done(
     assert not hasattr(model.config, "recovery")
 
 
-def test_what_was_not_repaired_and_what_was_folded_are_no_modules(model: PreTrainedModel) -> None:
+def test_only_repairs_at_the_gap_are_modules(model: PreTrainedModel) -> None:
     ids, gaps = tiny_windows(), [Boundary(1, 2), Boundary(3, 4), Boundary(5, 6)]
     stats = gl.calibrate(model, ids, gaps, regressors=["f"])
     ghost = gl.solve(stats[gaps[1]], "ghost", **RIDGE)
@@ -81,7 +81,7 @@ def test_a_sequential_fit_and_a_recipe_are_recorded(model: PreTrainedModel) -> N
     assert names == {recipe["repair"]}
 
 
-# --- what comes in ----------------------------------------------------------------------------
+# --- inputs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.thorough
@@ -102,9 +102,9 @@ def test_arguments_of_the_pass_have_their_effect(model: PreTrainedModel) -> None
     ids = tiny_windows(6, 40)
     mask = torch.ones_like(ids)
     mask[0, 20:] = 0
-    how: dict[str, Any] = {"attention_mask": mask, "skip_leading": 3, "batch_size": 4}
-    stats = gl.calibrate(model, ids, GAPS, **how)
-    recovered = gl.recover(model, ids, REMOVED, **how, **RIDGE)
+    options: dict[str, Any] = {"attention_mask": mask, "skip_leading": 3, "batch_size": 4}
+    stats = gl.calibrate(model, ids, GAPS, **options)
+    recovered = gl.recover(model, ids, REMOVED, **options, **RIDGE)
     assert torch.equal(logits(recovered), logits(gl.recover(model, stats, REMOVED, **RIDGE)))
     assert not torch.equal(logits(recovered), logits(gl.recover(model, ids, REMOVED, **RIDGE)))
 
@@ -114,7 +114,7 @@ def test_too_few_tokens_are_reported(model: PreTrainedModel) -> None:
         gl.recover(model, tiny_windows(1, 10), REMOVED)
 
 
-# --- what is refused --------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------
 
 MASK = torch.ones(4, 24)
 MOMENTS = {gap: gl.Moments(WIDTH) for gap in GAPS}
@@ -172,17 +172,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_named(
+def test_bad_input_is_refused_in_one_line(
     model: PreTrainedModel, changes: dict[str, Any], message: str
 ) -> None:
-    asked = {"calibration": tiny_windows(), "layers": REMOVED} | changes
+    arguments = {"calibration": tiny_windows(), "layers": REMOVED} | changes
     with pytest.raises(ValueError, match=message) as caught:
-        gl.recover(model, **asked)
+        gl.recover(model, **arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_a_recovered_model_is_refused_before_the_pass(model: PreTrainedModel) -> None:
-    gl.prune(gl.install(model, {}), [1])  # of which no layer was removed
+    gl.prune(gl.install(model, {}), [1])  # the copy has all its layers: it is dense
     stock = [gl.prune(model, [2]), gl.recover(model, tiny_windows(), [2], "refit", **RIDGE)]
     for recovered in (gl.recover(model, tiny_windows(), [2], **RIDGE), *stock):
         recovered.forward = None  # no pass could be made
@@ -197,8 +197,7 @@ def test_a_recovered_model_is_refused_before_the_pass(model: PreTrainedModel) ->
 
 def test_layers_of_any_kind_of_integer(model: PreTrainedModel) -> None:
     expected = logits(gl.prune(model, [1, 2]))
-    numpy = pytest.importorskip("numpy")
-    for layers in (range(1, 3), (2, 1), {1, 2}, numpy.array([1, 2]), torch.tensor([1, 2])):
+    for layers in (range(1, 3), (2, 1), {1, 2}, np.array([1, 2]), torch.tensor([1, 2])):
         assert torch.equal(logits(gl.prune(model, layers)), expected)
 
 
@@ -225,8 +224,8 @@ def test_an_option_out_of_range_is_refused_before_any_pass(
 
 
 def test_a_family_of_ones_own_without_a_ridge(model: PreTrainedModel) -> None:
-    """Its default options are no reason to look for one."""
+    """Default options do not make it search for one."""
     pooled = replace(gl.OPERATORS["linearpatch-d"], name="lp", default=(("pooled", True),))
-    found = gl.recover(model, tiny_windows(), REMOVED, pooled)
+    recovered = gl.recover(model, tiny_windows(), REMOVED, pooled)
     expected = gl.recover(model, tiny_windows(), REMOVED, "linearpatch-d", pooled=True)
-    assert torch.equal(logits(found), logits(expected))
+    assert torch.equal(logits(recovered), logits(expected))

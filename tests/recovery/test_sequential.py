@@ -1,4 +1,4 @@
-"""Sequential fitting against brute force: least squares on what the repaired model lets through."""
+"""Sequential fitting against brute force: least squares on the streams of the repaired model."""
 
 import pytest
 import torch
@@ -10,35 +10,26 @@ import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers, receiver
 from ghostlib.models.layers import down_projection
-from ghostlib.models.streams import tap
 from ghostlib.recovery import sequential
 from ghostlib.recovery.sequential import dense_streams
 
 GAPS = [Boundary(1, 2), Boundary(3, 4), Boundary(5, 6)]
-LAYERS_OF = [1, 3, 5]
+REMOVED = [1, 3, 5]
 
 
 def by_hand(model, ids) -> dict[Boundary, torch.Tensor]:
     """Each operator by lstsq, the earlier ones installed through the public surgery."""
     dense = stored_streams(model, ids)
-    found: dict[Boundary, gl.Operator] = {}
+    operators: dict[Boundary, gl.Operator] = {}
     for k, gap in enumerate(GAPS):
-        if k == 0:
-            x = dense[gap.start]
-        else:
-            ops = {g: found[g] for g in GAPS[:k]}
-            # everything before this gap pruned and repaired, and the gap's own layer still there
-            so_far = gl.install(model, ops)
-            streams: dict[int, torch.Tensor] = {}
-            with tap(so_far, [gap.start - k], streams.__setitem__) as run:
-                run(input_ids=ids)
-            x = streams[gap.start - k]
+        # everything before this gap pruned and repaired, and the gap's own layer still there
+        so_far = gl.install(model, operators)
+        x = stored_streams(so_far, ids)[gap.start - k]
         X, Y = x.flatten(0, 1).double(), dense[gap.stop].flatten(0, 1).double()
-        moments = gl.Moments(X.shape[1]).update(X, Y)
-        found[gap] = gl.solve(moments, "ghost")
+        operators[gap] = gl.solve(gl.Moments(X.shape[1]).update(X, Y), "ghost")
         W = torch.linalg.lstsq(X, Y).solution
-        torch.testing.assert_close(found[gap].W, W, rtol=1e-5, atol=1e-5)
-    return {gap: op.W for gap, op in found.items()}
+        torch.testing.assert_close(operators[gap].W, W, rtol=1e-5, atol=1e-5)
+    return {gap: op.W for gap, op in operators.items()}
 
 
 @pytest.mark.thorough
@@ -55,39 +46,38 @@ def test_each_boundary_is_fitted_to_the_repaired_stream(any_tiny):
     assert not torch.allclose(fitted[GAPS[2]].W, gl.solve(teacher[GAPS[2]]).W, rtol=1e-2, atol=1e-2)
 
 
-def around(model: PreTrainedModel, ids: Tensor, place: int) -> dict[str, Tensor]:
-    """What features are taken of, (windows, tokens, width), where the stream enters ``place``."""
-    found: dict[str, Tensor] = {}
+def read_sources(model: PreTrainedModel, ids: Tensor, place: int) -> dict[str, Tensor]:
+    """Sources of the features, (windows, tokens, width), where the stream enters ``place``."""
+    sources: dict[str, Tensor] = {}
 
     def on_mlp(module, args, output):
         shape = (*ids.shape, -1)
-        found["h"], found["f"] = args[0].reshape(shape), output.reshape(shape)
+        sources["h"], sources["f"] = args[0].reshape(shape), output.reshape(shape)
 
     def on_stream(module, args, kwargs):
-        found["x"] = args[0] if args else kwargs["hidden_states"]
+        sources["x"] = args[0] if args else kwargs["hidden_states"]
 
-    hooks = [
-        down_projection(model, place - 1).register_forward_hook(on_mlp),
-        receiver(model, place).register_forward_pre_hook(on_stream, with_kwargs=True),
-    ]
-    with torch.no_grad():
+    mlp, stream = down_projection(model, place - 1), receiver(model, place)
+    with (
+        torch.no_grad(),
+        mlp.register_forward_hook(on_mlp),
+        stream.register_forward_pre_hook(on_stream, with_kwargs=True),
+    ):
         model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return found
+    return sources
 
 
-def design(name: str, kind: str, around: dict[str, Tensor]) -> Tensor:
-    """(tokens, p) features of a family, with what they are of written out."""
-    x = around["x"]
+def design(name: str, kind: str, sources: dict[str, Tensor]) -> Tensor:
+    """(tokens, p) features of a family, computed from their sources."""
+    x = sources["x"]
     centred = x - x.mean(-1, keepdim=True) if kind == "gpt2" else x
     n = centred / centred.square().mean(-1, keepdim=True).sqrt()
     before = torch.zeros_like(n)
     before[:, 1:] = n[:, :-1]
     features = {
-        "replaceme": [around["f"]],
-        "refit": [around["h"]],
-        "ghost-refit": [x, around["h"]],
+        "replaceme": [sources["f"]],
+        "refit": [sources["h"]],
+        "ghost-refit": [x, sources["h"]],
         "three-branch": [x, n, before],
     }[name]
     F = torch.cat(features, -1).flatten(0, 1)
@@ -106,33 +96,33 @@ def test_every_source_is_that_of_the_model_repaired_by_surgery(kind: str, name: 
     fitted = gl.fit_sequential(model, ids, GAPS, name, batch_size=4, rcond=1e-7)
     for k, gap in enumerate(GAPS):
         so_far = gl.install(model, {g: fitted[g] for g in GAPS[:k]}) if k else model
-        seen = around(so_far, ids, gap.start - k)
-        F, x, y = design(name, kind, seen), seen["x"].flatten(0, 1), dense[gap.stop].flatten(0, 1)
-        # standardised channels sum to zero, so that the smallest of many solutions is asked for
-        solution = torch.linalg.pinv(F, rtol=1e-7) @ (y - x)
+        sources = read_sources(so_far, ids, gap.start - k)
+        x, y = sources["x"].flatten(0, 1), dense[gap.stop].flatten(0, 1)
+        # standardised channels sum to zero, so that the smallest of many solutions is compared
+        solution = torch.linalg.pinv(design(name, kind, sources), rtol=1e-7) @ (y - x)
         p = fitted[gap].M.shape[0]
         torch.testing.assert_close(fitted[gap].M, solution[:p], rtol=1e-5, atol=1e-6)
         # and the repaired stream, as surgery makes it, leaves the residual that was reported
         repaired = gl.install(model, {g: fitted[g] for g in GAPS[: k + 1]})
         module = receiver(repaired, gap.start - k)
         received = {}
-        inside = getattr(module, "boundary", None)
-        if inside is not None:
-            inside.register_forward_hook(lambda m, a, out, r=received: r.update(x=out))
-        after = around(repaired, ids, gap.start - k) | received
-        left = float((after["x"].flatten(0, 1) - y).square().sum())
-        assert left == pytest.approx(fitted[gap].residual, rel=1e-6)
+        boundary = getattr(module, "boundary", None)
+        if boundary is not None:
+            boundary.register_forward_hook(lambda m, a, out, r=received: r.update(x=out))
+        sources = read_sources(repaired, ids, gap.start - k) | received
+        residual = float((sources["x"].flatten(0, 1) - y).square().sum())
+        assert residual == pytest.approx(fitted[gap].residual, rel=1e-6)
 
 
 @pytest.mark.thorough
 def test_a_spelling_fits_as_the_family_it_spells() -> None:
     model, ids = tiny_model("llama"), tiny_windows()
-    how = {"relative_ridge": 1e-3}
-    named = gl.fit_sequential(model, ids, GAPS, "two-branch-relative", **how)
-    spelt = gl.fit_sequential(model, ids, GAPS, "x, n(x); 1/|y|", **how)
+    ridge = {"relative_ridge": 1e-3}
+    named = gl.fit_sequential(model, ids, GAPS, "two-branch-relative", **ridge)
+    spelt = gl.fit_sequential(model, ids, GAPS, "x, n(x); 1/|y|", **ridge)
     for gap in GAPS:
         assert torch.equal(named[gap].M, spelt[gap].M)
-    recovered = gl.recover(model, ids, LAYERS_OF, "x, n(x); 1/|y|", fit="sequential", **how)
+    recovered = gl.recover(model, ids, REMOVED, "x, n(x); 1/|y|", fit="sequential", **ridge)
     with torch.no_grad():
         assert torch.equal(recovered(ids).logits, gl.install(model, named)(ids).logits)
 
@@ -146,7 +136,7 @@ def test_few_tokens_that_own_a_boundary_are_reported(monkeypatch: pytest.MonkeyP
         gl.fit_sequential(model, ids, GAPS, streams=streams)
     monkeypatch.setattr(sequential, "dense_streams", lambda *args, **options: streams)
     with pytest.warns(gl.MassiveActivationWarning, match=text):
-        gl.recover(model, ids, LAYERS_OF, fit="sequential")
+        gl.recover(model, ids, REMOVED, fit="sequential")
 
 
 def test_too_few_tokens_are_reported() -> None:
@@ -157,12 +147,10 @@ def test_too_few_tokens_are_reported() -> None:
 def test_recover_installs_the_sequential_operators():
     model, ids = tiny_model("llama"), tiny_windows()
     fitted = gl.fit_sequential(model, ids, GAPS, relative_ridge=1e-3)
-    recovered = gl.recover(model, ids, LAYERS_OF, fit="sequential", relative_ridge=1e-3)
-    by_operator = gl.install(model, fitted)
-    with torch.no_grad():
-        assert torch.equal(recovered(ids).logits, by_operator(ids).logits)
+    recovered = gl.recover(model, ids, REMOVED, fit="sequential", relative_ridge=1e-3)
     one = gl.recover(model, ids, [2, 3], fit="sequential")
     with torch.no_grad():
+        assert torch.equal(recovered(ids).logits, gl.install(model, fitted)(ids).logits)
         assert torch.equal(one(ids).logits, gl.recover(model, ids, [2, 3])(ids).logits)
 
 
@@ -171,16 +159,15 @@ def test_padding_and_leading_tokens_stay_out():
     padded, mask = ids.clone(), torch.ones_like(ids)
     padded[1, 30:], mask[1, 30:] = 0, 0
     padded[2], mask[2] = 0, 0
-    how = {"skip_leading": 2, "relative_ridge": 1e-3}
-    full = gl.fit_sequential(model, padded, GAPS, attention_mask=mask, **how)
-    teacher = gl.calibrate(model, padded, GAPS, attention_mask=mask, skip_leading=2)
+    options = {"attention_mask": mask, "skip_leading": 2}
+    fitted = gl.fit_sequential(model, padded, GAPS, **options, relative_ridge=1e-3)
+    teacher = gl.calibrate(model, padded, GAPS, **options)
     first = gl.solve(teacher[GAPS[0]], relative_ridge=1e-3)
-    torch.testing.assert_close(full[GAPS[0]].W, first.W)
-    noise = padded.clone()
-    noise[1, 30:] = 5
-    again = gl.fit_sequential(model, noise, GAPS, attention_mask=mask, **how)
+    torch.testing.assert_close(fitted[GAPS[0]].W, first.W)
+    padded[1, 30:] = 5
+    other = gl.fit_sequential(model, padded, GAPS, **options, relative_ridge=1e-3)
     for gap in GAPS:
-        torch.testing.assert_close(full[gap].W, again[gap].W)
+        torch.testing.assert_close(fitted[gap].W, other[gap].W)
 
 
 def test_no_layer_runs_twice():
@@ -189,17 +176,17 @@ def test_no_layer_runs_twice():
     for index, layer in enumerate(decoder_layers(model)):
         layer.register_forward_hook(lambda m, a, o, index=index: ran.append(index))
     gl.fit_sequential(model, ids, [(1, 2), (3, 4)], relative_ridge=1e-3)
-    # The dense model as far as the last X_post, then only the layer between the two gaps.
+    # The dense model up to the last X_post, then only the layer between the two gaps.
     assert ran == [0, 1, 2, 3] * 2 + [2] * 2
 
 
-def test_streams_at_hand_are_used_and_checked():
+def test_recorded_streams_are_used_and_checked():
     model, ids = tiny_model("llama"), tiny_windows()
     streams = dense_streams(model, ids, range(LAYERS + 1), batch_size=2)
     fitted = gl.fit_sequential(model, ids, GAPS, streams=streams)
-    again = gl.fit_sequential(model, ids, GAPS)
+    expected = gl.fit_sequential(model, ids, GAPS)
     for gap in GAPS:
-        torch.testing.assert_close(fitted[gap].W, again[gap].W, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fitted[gap].W, expected[gap].W, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"streams must hold index 2 .* got nothing"):
         gl.fit_sequential(model, ids, GAPS, streams={1: streams[1]})
     with pytest.raises(ValueError, match=r"index 1 for \(2, 24\) tokens, got \(4, 24, 16\)"):
@@ -215,9 +202,9 @@ def test_streams_at_hand_are_used_and_checked():
     ],
 )
 def test_bad_input_is_named_before_any_pass(changes, message) -> None:
-    asked = {"windows": tiny_windows(), "boundaries": GAPS} | changes
+    arguments = {"windows": tiny_windows(), "boundaries": GAPS} | changes
     with pytest.raises(ValueError, match=message):
-        gl.fit_sequential(tiny_model("llama"), **asked)
+        gl.fit_sequential(tiny_model("llama"), **arguments)
 
 
 def test_streams_of_bad_windows_are_refused() -> None:
@@ -232,6 +219,6 @@ def test_what_has_no_sequential_fit_is_refused():
     model, ids = tiny_model("llama"), tiny_windows()
     stats = gl.calibrate(model, ids, GAPS)
     with pytest.raises(ValueError, match=r"'fit' belongs to a pass .* or give token windows"):
-        gl.recover(model, stats, LAYERS_OF, fit="sequential")
+        gl.recover(model, stats, REMOVED, fit="sequential")
     with pytest.raises(ValueError, match=r"boundary \(0, 1\) has no layer before it: keep layer 0"):
         gl.fit_sequential(model, ids, [(0, 1), *GAPS[1:]], "replaceme")

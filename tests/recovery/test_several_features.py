@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 import ghostlib as gl
 from ghostlib.models.architectures import receiver
-from ghostlib.models.streams import tap
 from ghostlib.operators.families import FAMILIES
 from ghostlib.operators.solve import solve
 from ghostlib.selection.trials import Trials
@@ -57,18 +56,16 @@ def test_the_model_does_what_the_operator_does(kind: str, options: dict) -> None
     stats = gl.calibrate(model, ids, [GAP], regressors=[regressor])
     op = solve(stats.of(regressor)[GAP], name, relative_ridge=RIDGE, **options)
     recovered = gl.install(model, {GAP: op})
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
     module: Any = receiver(recovered, 2)
-    module.boundary.register_forward_hook(lambda m, a, out: seen.append(out))
+    module.boundary.register_forward_hook(lambda m, a, out: outputs.append(out))
+    direct = gl.recover(model, stats, GAP.removed, name, relative_ridge=RIDGE, **options)
     with torch.no_grad():
-        recovered(ids)
+        torch.testing.assert_close(direct(ids).logits, recovered(ids).logits)
     expected = op.apply(stored_streams(model, ids)[2])
-    torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outputs[0], expected, rtol=1e-3, atol=1e-3)
     if "rank" in options:
         assert module.boundary.A.shape == (3 * WIDTH, 3)
-    again = gl.recover(model, stats, GAP.removed, name, relative_ridge=RIDGE, **options)
-    with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, recovered(ids).logits)
 
 
 def test_an_operator_for_another_model_is_refused() -> None:
@@ -89,25 +86,19 @@ def test_trials_and_sequential_fits(name: str) -> None:
     gaps = gl.runs(layers, LAYERS)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    how: dict[str, Any] = {"attention_mask": mask, "relative_ridge": RIDGE}
-    fitted = gl.fit_sequential(model, ids, gaps, name, **how)
+    fitted = gl.fit_sequential(model, ids, gaps, name, attention_mask=mask, relative_ridge=RIDGE)
     regressor = FAMILIES[name].regressor
     teacher = gl.calibrate(model, ids, gaps, attention_mask=mask, regressors=[regressor])
     moments = teacher.of(regressor)
     first = solve(moments[gaps[0]], name, relative_ridge=RIDGE)
     torch.testing.assert_close(fitted[gaps[0]].M, first.M)
-    # the second gap learns from what the first repair lets through
+    # the second gap learns from the output of the first repair
     partly = gl.install(model, {gaps[0]: first})
-    seen: dict[int, Tensor] = {}
-    with tap(partly, [2], seen.__setitem__) as run:
-        run(input_ids=ids, attention_mask=mask)
-    dense: dict[int, Tensor] = {}
-    with tap(model, [4], dense.__setitem__) as run:
-        run(input_ids=ids, attention_mask=mask)
-    again = gl.Moments(WIDTH, regressor=moments[gaps[1]].regressor)
-    for x, y, real in zip(seen[2], dense[4], mask.bool(), strict=True):
-        again.update(x, y, real=real)
-    second = solve(again, name, relative_ridge=RIDGE)
+    x_pre, x_post = (stored_streams(m, ids, attention_mask=mask) for m in (partly, model))
+    later = gl.Moments(WIDTH, regressor=moments[gaps[1]].regressor)
+    for x, y, real in zip(x_pre[2], x_post[4], mask.bool(), strict=True):
+        later.update(x, y, real=real)
+    second = solve(later, name, relative_ridge=RIDGE)
     torch.testing.assert_close(fitted[gaps[1]].M, second.M, rtol=1e-3, atol=1e-3)
     trials = Trials(model, ids)
     expected = gl.window_losses(gl.install(model, dict(fitted)), ids)
@@ -128,7 +119,7 @@ def test_every_operator_is_solved_from_the_widest() -> None:
             torch.testing.assert_close(cut(ids).logits, alone(ids).logits)
 
 
-def test_what_was_not_collected_is_named() -> None:
+def test_moments_that_were_not_collected_are_named() -> None:
     model, ids = tiny_model("llama"), tiny_windows()
     stats = gl.calibrate(model, ids, [GAP])
     with pytest.raises(ValueError, match=r"no moments of x, n\(x\) were collected: calibrate\("):
@@ -147,5 +138,5 @@ def test_few_tokens_that_own_the_objective_are_reported_to_the_caller() -> None:
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error", gl.MassiveActivationWarning)
-        gl.recover(model, moments, GAP.removed, "linearpatch-d")  # which minimises no such error
+        gl.recover(model, moments, GAP.removed, "linearpatch-d")  # minimises no squared error
         gl.recover(model, tiny_windows(), GAP.removed, relative_ridge=RIDGE)
