@@ -1,5 +1,5 @@
 """Text: named corpora, hub datasets, local files and the embedded assets.
 
-In come a corpus' name or path and a tokenizer; out go documents (strings) and windows of tokens, a
-LongTensor (windows, length). Here it is decided what is for training and what for testing.
+Input: the name or path of a corpus, and a tokenizer. Output: documents (strings) and windows of
+tokens, a LongTensor (windows, length). Documents are split into training and test here.
 """

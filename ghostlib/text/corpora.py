@@ -1,7 +1,6 @@
 """Named corpora, hub datasets and local files → documents → windows of tokens.
 
-Which documents are for training and in which order they come is said in `text.documents`, and how
-their text becomes tokens in `text.tokens`.
+Splits and the order of documents are in `text.documents`, tokenisation is in `text.tokens`.
 """
 
 import json
@@ -36,10 +35,10 @@ def _wiki(split: str, column: str) -> Iterator[Document]:
 
 
 def _pydoc(split: str, column: str) -> Iterator[Document]:
-    """Python's help topics, less those that repeat a part of a longer one.
+    """Python's help topics, without those that repeat a part of a longer one.
 
-    Many topics are sections of others, word for word: "if" is a part of "compound". Kept, they
-    would carry the same text into both splits.
+    Many topics are verbatim sections of others: "if" is a part of "compound". Such topics would
+    put the same text into both splits.
     """
     from pydoc_data.topics import topics
 
@@ -63,7 +62,7 @@ def _published(
     splits: tuple[str, ...] | None = ("train", "validation", "test"),
     **reading: Any,
 ) -> Corpus:
-    """A dataset of the hub, with the splits it was published with; ``reading`` is `read_hub`'s."""
+    """A hub dataset with its published splits; ``reading`` are options of `read_hub`."""
     return Corpus(description, licence, partial(read_hub, path, **reading), splits, by_key=False)
 
 
@@ -97,11 +96,11 @@ CORPORA["ptb"] = _published(
 
 
 def find(corpus: str | Path) -> Corpus:
-    """The `Corpus` behind a name or a path.
+    """The `Corpus` of a name or a path.
 
     Raises:
-        ValueError: neither a known name, nor a hub name, nor the path of something that is read.
-        FileNotFoundError: a path, but nothing is there.
+        ValueError: not a known name, a hub name or the path of a supported file or folder.
+        FileNotFoundError: the path does not exist.
     """
     name = one_line(corpus)
     if isinstance(corpus, str) and corpus in CORPORA:
@@ -111,13 +110,10 @@ def find(corpus: str | Path) -> Corpus:
         if not os.path.exists(path):
             raise FileNotFoundError(f"no such corpus file: {name}")
         return local_corpus(path)
-    dataset = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?", name)
-    if dataset:
-        where, config = dataset.groups()
-        licence = "see its dataset card"
-        return _published(
-            f"hub dataset {name}", licence, where, None, config=config, streaming=True
-        )
+    if dataset := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?", name):
+        description, licence = f"hub dataset {name}", "see its dataset card"
+        repo, config = dataset.groups()
+        return _published(description, licence, repo, None, config=config, streaming=True)
     try:
         return CORPORA[name]
     except ValueError as error:
@@ -128,27 +124,27 @@ def find(corpus: str | Path) -> Corpus:
 def documents(
     corpus: str | Path, *, split: str = "train", seed: int = 0, text_column: str = "text"
 ) -> Iterator[str]:
-    """Documents of a corpus, one after the other.
+    """Iterate over the documents of a corpus.
 
     Args:
         corpus: a name from `CORPORA` (``"wiki"`` and ``"pydoc"`` need no network); any dataset of
             the Hugging Face hub as ``"org/name"`` or ``"org/name:config"``; the path of a ``.txt``,
             ``.raw``, ``.jsonl`` or ``.parquet`` file, or of a folder of such files.
-        split: ``"train"`` or ``"test"``, about 80 % and 20 % of the documents, which never share
-            one: of documents with the same text one is kept. Embedded and local corpora also have
-            ``"all"``: everything, in its own order. A hub corpus has the splits it was published
-            with. A single ``.txt`` is one document, cut near 80 % at the end of a paragraph.
+        split: ``"train"`` or ``"test"``, disjoint sets of about 80 % and 20 % of the documents,
+            without duplicates. Embedded and local corpora also have ``"all"``: every document, in
+            the original order. A hub corpus has its published splits. A single ``.txt`` is one
+            document, cut near 80 % at the end of a paragraph.
         seed: orders the documents. The splits of a hub corpus other than ``"train"`` keep their
             published order, as protocols that report perplexity on them do.
         text_column: the field of a ``.jsonl``, ``.parquet`` or hub corpus that holds the text.
 
-    ``"pydoc"`` comes with the Python that runs this, so its text differs between Python versions.
+    ``"pydoc"`` is part of the Python installation, so its text differs between Python versions.
 
     Raises:
-        ValueError: unknown corpus or split; a file that cannot be used, and why.
+        ValueError: unknown corpus or split, or an unusable file.
         FileNotFoundError: no such file.
-        ConnectionError: a hub corpus that cannot be reached.
-        ghostlib.text.assets.AssetError: ``"wiki"`` is not in the cache and not to be had from here.
+        ConnectionError: the hub cannot be reached.
+        ghostlib.text.assets.AssetError: ``"wiki"`` is not in the cache and cannot be fetched.
 
     >>> train, test = (set(documents("pydoc", split=split)) for split in ("train", "test"))
     >>> len(train) > len(test), len(train & test)
@@ -156,8 +152,8 @@ def documents(
     """
     source = find(corpus)
     if source.splits is not None and split not in source.splits:
-        name, known = one_line(corpus), ", ".join(source.splits)
-        raise ValueError(f"unknown split {split!r} of corpus {name}: use one of {known}")
+        name, splits = one_line(corpus), ", ".join(source.splits)
+        raise ValueError(f"unknown split {split!r} of corpus {name}: use one of {splits}")
     return source.texts(split, seed, text_column)
 
 
@@ -175,25 +171,25 @@ def token_windows(
 ) -> "torch.Tensor":
     """Consecutive windows of the tokenised documents, which are joined by a blank line.
 
-    The windows are those of one tokenisation of the joined text, without overlap; of the text only
-    as much is tokenised as they need. Special tokens in a document are text. The same arguments
-    give the same windows, and fewer windows are the first of more.
+    The windows do not overlap and are those of the joined text tokenised at once; only as much
+    text as they need is tokenised. Special tokens in a document are text. The same arguments give
+    the same windows, and a smaller ``count`` the first of them.
 
     Args:
         corpus, split, seed, text_column: see `documents`.
         tokenizer: a Hugging Face tokenizer.
         length: tokens per window, BOS included.
-        count: number of windows; None for all that the split has.
+        count: number of windows; None for all of the split.
         bos: whether every window begins with the tokenizer's BOS token, which a model trained with
-            one needs for its attention sink. By default as the tokenizer does it; `bos_token` says
-            what that is. False cuts the windows from one long stream without special tokens.
+            one needs for its attention sink. None for the tokenizer's default, see `bos_token`.
+            False cuts the windows from one long stream without special tokens.
 
     Returns:
         LongTensor (count, length).
 
     Raises:
-        ValueError: too little text (the message says how much there is), a bad ``length`` or
-            ``count``, or ``bos=True`` and no BOS token. Otherwise as `documents`.
+        ValueError: too little text (the message says how much), an invalid ``length`` or
+            ``count``, or ``bos=True`` without a BOS token. Otherwise as `documents`.
 
     >>> tokenizer = lambda text, **options: {"input_ids": list(text.encode())}  # or AutoTokenizer
     >>> token_windows("pydoc", tokenizer, length=512, count=4).shape
@@ -216,42 +212,43 @@ def tokenised(
     special_tokens: bool = False,
     **reading: Any,
 ) -> tuple["torch.Tensor", str]:
-    """`token_windows`, by default those of published protocols, and a text that begins with theirs.
+    """`token_windows`, without BOS by default, and a text that begins with that of the windows.
 
     Args:
-        bos: whether every window begins with BOS; in published protocols none does.
-        special_tokens: what the tokenizer adds to a text stands once, where the first window
-            begins, as published protocols have it.
+        bos: as in `token_windows`; published protocols use False.
+        special_tokens: put the special tokens that the tokenizer adds before the first window
+            only, as published protocols do.
         reading: ``seed`` and ``text_column``, see `documents`.
     """
     texts = documents(corpus, split=split, **reading)
     at_least(1, length=length, count=count)
     if not callable(tokenizer):
         raise ValueError(
-            f"tokenizer must be a tokenizer, as load_model gives it, got {told(tokenizer)}"
+            f"tokenizer must be a tokenizer, as load_model returns it, got {told(tokenizer)}"
         )
     token = bos_token(tokenizer, bos)
     body = length if token is None else length - 1
     if not body:
         raise ValueError(f"length = 1 has room for {token} alone: use at least 2, or bos=False")
     ids, text = token_ids(texts, tokenizer, None if count is None else count * body)
-    where = f"split {split!r} of corpus {one_line(corpus)}"
+    source = f"split {split!r} of corpus {one_line(corpus)}"
     if not ids:
-        raise ValueError(f"{where} is empty: it has no document with text")
+        raise ValueError(f"{source} is empty: it has no document with text")
     if special_tokens:
         ids = array("q", tokenizer("")["input_ids"]) + ids
-    have = len(ids) // body
-    if not have:
-        raise ValueError(f"{where} has {len(ids)} tokens, fewer than one window of {length}")
-    if count is not None and have < count:
+    available = len(ids) // body
+    if not available:
+        raise ValueError(f"{source} has {len(ids)} tokens, fewer than one window of {length}")
+    if count is None:
+        count = available
+    if available < count:
         raise ValueError(
-            f"{where} has {have} windows of {length} tokens, fewer than count = {count}: "
-            f"choose count <= {have}, or None for all"
+            f"{source} has {available} windows of {length} tokens, fewer than count = {count}: "
+            f"choose count <= {available}, or None for all"
         )
     import torch
 
-    used = have if count is None else count
-    windows = torch.frombuffer(ids, dtype=torch.long)[: used * body].clone().view(used, body)
+    windows = torch.frombuffer(ids, dtype=torch.long)[: count * body].clone().view(count, body)
     if token is not None:
         windows = torch.nn.functional.pad(windows, (1, 0), value=tokenizer.bos_token_id)
     return windows, text

@@ -1,9 +1,8 @@
 """Texts → token ids, exactly as if they were joined and tokenised in one call.
 
-A tokenizer keeps some hundred bytes for every token of a call, beside the ids that are wanted.
-So the joined text is tokenised in overlapping pieces, and neighbouring pieces are cut where both
-made the same tokens of a whole stretch of text. Where they did not, or where a tokenizer does not
-say at which character its tokens start, everything is tokenised in one call after all.
+One call takes some 600 bytes per token. So the joined text is tokenised in overlapping pieces, and
+neighbouring pieces are cut where both agree on the tokens of a stretch of text. If they do not, or
+if the tokenizer does not report the offsets of its tokens, everything is tokenised in one call.
 """
 
 import sys
@@ -13,23 +12,22 @@ from itertools import tee
 from typing import Any
 
 SEPARATOR = "\n\n"
-# Tokens at the end of a tokenised beginning of a text may differ from those of the whole text.
+# The last tokens of the beginning of a text may differ from those of the complete text.
 MARGIN = 64
-# Characters tokenised in one call, and how many of them the next call sees again.
+# Characters tokenised in one call, and how many of them the next call repeats.
 PIECE, OVERLAP = 50_000, 2_000
 
 
 def bos_token(tokenizer: Any, bos: bool | None = None) -> str | None:
-    """The token that `token_windows` puts first in every window, for records; None for none.
+    """The token that `token_windows` puts first in every window, or None.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        bos: None for what the tokenizer does by default: those of Llama 3, Gemma and Mistral put
-            BOS before every text, those of GPT-2, Qwen and SmolLM2 do not. True or False to put
-            it there, or not, whatever the default.
+        bos: whether windows begin with BOS; None for the tokenizer's default: those of Llama 3,
+            Gemma and Mistral put BOS before every text, those of GPT-2, Qwen and SmolLM2 do not.
 
     Raises:
-        ValueError: ``bos=True`` and the tokenizer has no BOS token, or no such ``bos``.
+        ValueError: ``bos=True`` without a BOS token, or an invalid ``bos``.
     """
     token: str | None = getattr(tokenizer, "bos_token", None)
     if not isinstance(bos, bool | None):
@@ -48,31 +46,31 @@ def encode(tokenizer: Any, text: str, **options: bool) -> Any:
 
     A ``"<|im_start|>"`` in a document does not become the special token.
     """
-    # mistral-common reads all text as text, and refuses to be asked for it.
+    # mistral-common always treats special tokens as text, and rejects the option.
     if not type(tokenizer).__name__.startswith("MistralCommon"):
         options["split_special_tokens"] = True
-    # verbose: or else transformers warns that a whole corpus is longer than the model's context
+    # verbose=False: no warning that a corpus is longer than the model's context
     return tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
 
-def token_ids(texts: Iterable[str], tokenizer: Any, wanted: int | None) -> tuple["array[int]", str]:
-    """Token ids of the texts joined by a blank line, of all or at least the first ``wanted``.
+def token_ids(texts: Iterable[str], tokenizer: Any, least: int | None) -> tuple["array[int]", str]:
+    """Token ids of the texts joined by a blank line: at least the first ``least``, or all.
 
     Returns:
-        The ids, and a text that begins with what they cover.
+        The ids, and a text that begins with the text they encode.
     """
     texts, again = tee(texts)
-    whole = _piecewise(texts, tokenizer, wanted) if getattr(tokenizer, "is_fast", False) else None
-    return whole or _at_once(again, tokenizer, wanted)
+    pieces = _piecewise(texts, tokenizer, least) if getattr(tokenizer, "is_fast", False) else None
+    return pieces or _at_once(again, tokenizer, least)
 
 
 def _piecewise(
-    texts: Iterator[str], tokenizer: Any, wanted: int | None
+    texts: Iterator[str], tokenizer: Any, least: int | None
 ) -> tuple["array[int]", str] | None:
-    """`token_ids`, piece by piece; None where two pieces disagree on the text around their cut."""
+    """`token_ids`, piece by piece; None if two pieces disagree on the text around their cut."""
     ids, text = array("q"), ""
-    begin = cut = 0  # where this piece begins, and from where on its tokens are taken
-    seam: list[tuple[int, int]] = []  # the last piece's tokens around the cut
+    begin = cut = 0  # the first character of this piece, and the first whose token is taken
+    seam: list[tuple[int, int]] = []  # tokens of the last piece around the cut
     for piece in _slices(texts, PIECE):
         text += piece
         encoded = encode(tokenizer, text[begin:], return_offsets_mapping=True)
@@ -83,7 +81,7 @@ def _piecewise(
         last = len(piece) < PIECE
         end = len(text) + 1 if last else len(text) - OVERLAP // 2
         ids.extend(token for start, token in tokens if cut <= start < end)
-        if wanted is not None and len(ids) >= wanted:
+        if least is not None and len(ids) >= least:
             break
         begin, cut, seam = len(text) - OVERLAP, end, _around(end, tokens)
     return ids, text
@@ -95,22 +93,22 @@ def _around(cut: int, tokens: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _slices(texts: Iterator[str], size: int) -> Iterator[str]:
     """The joined texts in slices of ``size`` characters; the last is shorter, and may be empty."""
-    held, separator = "", ""
+    buffer, separator = "", ""
     for text in texts:
-        held += separator + text
+        buffer += separator + text
         separator = SEPARATOR
-        whole = len(held) // size * size
-        yield from (held[start : start + size] for start in range(0, whole, size))
-        held = held[whole:]
-    yield held
+        full = len(buffer) // size * size
+        yield from (buffer[start : start + size] for start in range(0, full, size))
+        buffer = buffer[full:]
+    yield buffer
 
 
-def _at_once(texts: Iterator[str], tokenizer: Any, wanted: int | None) -> tuple["array[int]", str]:
+def _at_once(texts: Iterator[str], tokenizer: Any, least: int | None) -> tuple["array[int]", str]:
     """`token_ids` in one call, repeated with more text until there are enough tokens."""
     ids, text = array("q"), ""
-    for piece in _slices(texts, sys.maxsize if wanted is None else 5 * (wanted + MARGIN)):
+    for piece in _slices(texts, sys.maxsize if least is None else 5 * (least + MARGIN)):
         text += piece
         ids = array("q", encode(tokenizer, text)["input_ids"])
-        if wanted is not None and len(ids) >= wanted + MARGIN:
+        if least is not None and len(ids) >= least + MARGIN:
             break
     return ids, text

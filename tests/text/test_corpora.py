@@ -1,4 +1,4 @@
-"""Windows of named corpora and files: which tokens, BOS or not, and every way to be refused."""
+"""Windows of named corpora and files: their tokens, with and without BOS, and every error."""
 
 import logging
 import subprocess
@@ -29,7 +29,7 @@ def letters(text: str, **options: bool) -> dict[str, list[int]]:
 
 
 def pages(text: str, **options: bool) -> dict[str, list[int]]:
-    """A tokenizer with far fewer tokens than usual: one per 40 characters."""
+    """A tokenizer with unusually long tokens: one per 40 characters."""
     return {"input_ids": [ord(text[i]) for i in range(0, len(text), 40)]}
 
 
@@ -57,9 +57,9 @@ def test_wiki_splits_share_nothing_and_cover_all() -> None:
     titles = [{text.split("\n")[0] for text in part} for part in (train, test)]
     extracts = [{text.split("\n\n", 1)[1] for text in part} for part in (train, test)]
     assert not titles[0] & titles[1] and not extracts[0] & extracts[1]
-    assert set(train) | set(test) == set(documents("wiki", split="all"))
-    whole = list(documents("wiki", split="all"))
-    assert whole[5].startswith("Academy Awards\n\nThe Academy Awards, more commonly known as")
+    every = list(documents("wiki", split="all"))
+    assert set(train) | set(test) == set(every)
+    assert every[5].startswith("Academy Awards\n\nThe Academy Awards, more commonly known as")
 
 
 @pytest.mark.embedded
@@ -95,7 +95,7 @@ def test_windows_are_those_of_one_tokenisation(
 
 @pytest.mark.embedded
 def test_wiki_windows_never_change(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The figures in the notebooks stand on these very tokens."""
+    """The results in the notebooks are those of these tokens."""
     windows = token_windows("wiki", tokenizer, length=2048, count=2)
     assert (
         tokenizer.decode(windows[0, :12])
@@ -141,29 +141,23 @@ def test_every_window_begins_with_bos_where_it_should(
 
 
 def test_bos_is_never_scored(book: Path) -> None:
-    """Against all logits of the model: as many losses as text tokens, each given what is before."""
+    """As many losses as text tokens, each given the tokens before it; from all logits."""
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer(bos=True)
     windows = token_windows(book, tokenizer, length=16, count=4)
     with torch.no_grad():
-        chances = model(windows).logits.double().log_softmax(-1)
-    losses = -torch.stack(
-        [chances[:, t, :].gather(1, windows[:, t + 1 : t + 2]) for t in range(15)]
-    )
-    found = gl.window_losses(model, windows)
-    torch.testing.assert_close(found, losses.mean((0, 2)), rtol=1e-5, atol=1e-5)
+        log_probs = model(windows).logits.double().log_softmax(-1)
+    expected = -log_probs[:, :-1].gather(2, windows[:, 1:, None]).mean((1, 2))
+    torch.testing.assert_close(gl.window_losses(model, windows), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_long_stream_begins_with_what_the_tokenizer_adds(book: Path) -> None:
     tokenizer = tiny_tokenizer(bos=True)
-    plain, text = tokenised(book, tokenizer, split="all", length=8, count=5, bos=False)
-    published, same = tokenised(
-        book, tokenizer, split="all", length=8, count=5, bos=False, special_tokens=True
-    )
-    assert text == same and text.startswith("Paragraph 0 of <bos>")
+    options: dict[str, Any] = {"split": "all", "length": 8, "count": 5, "bos": False}
+    plain, text = tokenised(book, tokenizer, **options)
+    published, same_text = tokenised(book, tokenizer, **options, special_tokens=True)
+    assert text == same_text and text.startswith("Paragraph 0 of <bos>")
     assert published.flatten().tolist() == [1, *plain.flatten().tolist()[:-1]]
-    assert torch.equal(
-        plain, token_windows(book, tokenizer, split="all", length=8, count=5, bos=False)
-    )
+    assert torch.equal(plain, token_windows(book, tokenizer, **options))
 
 
 def test_numpy_integers_are_integers(book: Path) -> None:
@@ -172,11 +166,11 @@ def test_numpy_integers_are_integers(book: Path) -> None:
     assert torch.equal(windows, token_windows(book, letters, length=10, count=2, seed=1))
 
 
-# ---- refusals ----
+# ---- errors ----
 
 
 def test_bad_arguments(book: Path) -> None:
-    for corpus in ("wiki", "wikitext2"):
+    for corpus in ("wiki", "c4", "wikitext2"):
         with pytest.raises(ValueError, match=f"unknown split 'dev' of corpus {corpus}: use one of"):
             documents(corpus, split="dev")
     with pytest.raises(ValueError, match="has no BOS token"):
@@ -214,30 +208,29 @@ def test_bad_arguments(book: Path) -> None:
     ],
 )
 def test_hostile_names_get_one_clear_line(corpus: Any, message: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         token_windows(corpus, letters)
-    text = str(caught.value)
+    text = str(error.value)
     assert text.isprintable() and len(text) < 1000
 
 
-def test_corpora_say_what_they_are_and_their_licence() -> None:
-    assert isinstance(CORPORA, Registry) and {"wiki", "pydoc", "wikitext2", "c4", "ptb"} <= set(
-        CORPORA
-    )
+def test_corpora_have_a_description_and_a_licence() -> None:
+    assert isinstance(CORPORA, Registry)
+    assert {"wiki", "pydoc", "wikitext2", "c4", "ptb"} <= set(CORPORA)
     assert str(CORPORA["wiki"]).endswith("Wikipedia articles; licence: CC BY-SA 4.0")
 
 
 def test_a_corpus_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     every = [(f"title {i}", f"text {i}") for i in range(50)]
-    mine = Corpus("fifty short texts", "CC0", lambda split, column: every)
-    monkeypatch.setitem(CORPORA, "fifty", mine)
+    entry = Corpus("fifty short texts", "CC0", lambda split, column: every)
+    monkeypatch.setitem(CORPORA, "fifty", entry)
     train, test = (set(documents("fifty", split=split)) for split in ("train", "test"))
     assert not train & test and train | test == {text for _, text in every}
 
 
 @pytest.mark.thorough
-def test_the_room_is_entered_without_heavy_libraries() -> None:
-    """torch, transformers and datasets are imported by what needs them, when it does."""
+def test_documents_are_read_without_heavy_libraries() -> None:
+    """torch, transformers and datasets are imported where they are needed."""
     code = """
 import sys, types
 package = types.ModuleType("ghostlib")
@@ -247,10 +240,8 @@ import ghostlib.text.corpora
 next(ghostlib.text.corpora.documents("pydoc"))
 print(*({"torch", "transformers", "datasets", "pyarrow", "numpy"} & set(sys.modules)))
 """
-    folder = str(Path(gl.__file__).parent)
-    command = [sys.executable, "-c", code, folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    command = [sys.executable, "-c", code, str(Path(gl.__file__).parent)]
+    assert subprocess.check_output(command, text=True).strip() == ""
 
 
 # ---- real files in public formats ----
@@ -268,6 +259,6 @@ print(*({"torch", "transformers", "datasets", "pyarrow", "numpy"} & set(sys.modu
 def test_public_files(
     name: str, windows: dict[str, int], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    for split, least in windows.items():
-        found = token_windows(SHARED / name, tokenizer, split=split, length=512, count=None)
-        assert len(found) >= least - 4
+    for split, count in windows.items():
+        every = token_windows(SHARED / name, tokenizer, split=split, length=512, count=None)
+        assert len(every) >= count - 4

@@ -1,4 +1,4 @@
-"""Tokenising piece by piece gives the tokens of one call, whatever the tokenizer; BOS; specials."""
+"""Tokenising in pieces gives the tokens of one call, for any tokenizer; BOS; special tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ TRAINING = ["the cat sat on the mat\n\nand 12345 dogs ran to the naïve 東京 s
 
 
 def letters(text: str, **options: bool) -> dict[str, list[int]]:
-    """A tokenizer that says nothing of where its tokens start: one per character."""
+    """A tokenizer without offsets: one token per character."""
     return {"input_ids": [ord(letter) for letter in text]}
 
 
@@ -74,20 +74,20 @@ def fast(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 @settings(max_examples=60)
 @given(
     texts=st.lists(st.lists(PROSE, min_size=1, max_size=80).map("".join), max_size=12),
-    wanted=st.none() | st.integers(1, 400),
+    least=st.none() | st.integers(1, 400),
 )
 def test_pieces_give_the_tokens_of_one_call(
-    fast: PreTrainedTokenizerFast, texts: list[str], wanted: int | None
+    fast: PreTrainedTokenizerFast, texts: list[str], least: int | None
 ) -> None:
-    whole = fast("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    expected = fast("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     with patch.multiple(tokens, PIECE=120, OVERLAP=80):
-        found, text = token_ids(texts, fast, wanted)
-    ids = list(found)
-    assert ids == whole[: len(ids)] and "\n\n".join(texts).startswith(text)
+        id_array, text = token_ids(texts, fast, least)
+    ids = list(id_array)
+    assert ids == expected[: len(ids)] and "\n\n".join(texts).startswith(text)
     covered = fast(text, add_special_tokens=False, verbose=False)["input_ids"]
-    sure = max(0, len(ids) - 40)  # the end of a text may become other tokens than its middle
-    assert covered[:sure] == ids[:sure]
-    assert len(ids) >= (len(whole) if wanted is None else min(wanted, len(whole)))
+    stable = max(0, len(ids) - 40)  # the last tokens may differ from those of the complete text
+    assert covered[:stable] == ids[:stable]
+    assert len(ids) >= (len(expected) if least is None else min(least, len(expected)))
 
 
 @settings(max_examples=60)
@@ -96,11 +96,11 @@ def test_pieces_give_the_tokens_of_one_call(
     st.integers(1, 81),
 )
 def test_tokenizers_without_offsets_are_called_with_all_the_text(
-    texts: list[str], wanted: int
+    texts: list[str], least: int
 ) -> None:
-    whole = [ord(letter) for letter in "\n\n".join(texts)]
-    ids = list(token_ids(texts, letters, wanted)[0])
-    assert ids == whole[: len(ids)] and len(ids) >= min(wanted, len(whole))
+    expected = [ord(letter) for letter in "\n\n".join(texts)]
+    ids = list(token_ids(texts, letters, least)[0])
+    assert ids == expected[: len(ids)] and len(ids) >= min(least, len(expected))
 
 
 def calls(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -115,11 +115,9 @@ def calls(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
             return tokenizer(text, **options)
 
     with patch.multiple(tokens, PIECE=120, OVERLAP=80):
-        ids, whole = token_ids([text], Counted(), None)
-    assert (
-        whole == text
-        and list(ids) == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    )
+        ids, covered = token_ids([text], Counted(), None)
+    assert covered == text
+    assert list(ids) == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return lengths
 
 
@@ -128,23 +126,20 @@ def test_no_call_sees_more_than_a_piece_and_its_overlap() -> None:
     assert len(lengths) == 11 and max(lengths) == 120 + 80
 
 
-def test_pieces_that_disagree_are_given_up() -> None:
-    """A run of one letter has no seam: merges pair its letters from wherever a piece begins."""
+def test_pieces_that_disagree_fall_back_to_one_call() -> None:
+    """In a run of one letter, merges pair the letters from the start of the piece."""
     inner = Tokenizer(models.BPE({"a": 0, "aa": 1, "b": 2}, [("a", "a")]))
     text = "b" + "a" * 1000
     assert calls(PreTrainedTokenizerFast(tokenizer_object=inner), text) == [120, 200, len(text)]
 
 
-def test_tokens_out_of_order_are_given_up() -> None:
+def test_tokens_out_of_order_fall_back_to_one_call() -> None:
     class Backwards:
         is_fast = True
 
         def __call__(self, text: str, **options: bool) -> dict[str, list]:
-            ids = [ord(letter) for letter in reversed(text)]
-            return {
-                "input_ids": ids,
-                "offset_mapping": [(i, i + 1) for i in range(len(text))][::-1],
-            }
+            offsets = [(i, i + 1) for i in range(len(text))]
+            return {"input_ids": [ord(c) for c in reversed(text)], "offset_mapping": offsets[::-1]}
 
     ids, _ = token_ids(["abc", "de"], Backwards(), None)
     assert list(ids) == [ord(c) for c in "ed\n\ncba"]
@@ -154,7 +149,7 @@ def test_tokens_out_of_order_are_given_up() -> None:
 
 
 class Slow(PreTrainedTokenizer):
-    """A tokenizer in Python, one token per character, with a BOS put first."""
+    """A tokenizer in Python: BOS, then one token per character."""
 
     def __init__(self) -> None:
         self.letters = ["<s>", *map(chr, range(32, 127))]
@@ -189,11 +184,11 @@ def test_special_tokens_in_a_document_are_text(tokenizer: PreTrainedTokenizer) -
     assert tokenizer.bos_token_id not in ids and list(token_ids([text], tokenizer, None)[0]) == ids
     if tokenizer.is_fast:
         assert tokenizer.decode(ids) == text
-    # and the tokenizer is as it was
+    # the tokenizer is unchanged
     assert tokenizer.bos_token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_mistral_common_is_not_asked_for_what_it_does_anyway() -> None:
+def test_mistral_common_gets_no_option_that_it_rejects() -> None:
     class MistralCommonBackend:
         def __call__(self, text: str, **options: bool) -> dict[str, bool]:
             return options
@@ -201,15 +196,12 @@ def test_mistral_common_is_not_asked_for_what_it_does_anyway() -> None:
     assert encode(MistralCommonBackend(), "a") == {"add_special_tokens": False, "verbose": False}
 
 
-def test_bos_is_what_the_tokenizer_does_unless_told_otherwise() -> None:
-    adds, knows, never = tiny_tokenizer(bos=True), tiny_tokenizer(), byte_bpe(True)
-    assert [bos_token(t) for t in (adds, knows, never, letters, Slow())] == [
-        "<bos>",
-        *[None] * 3,
-        "<s>",
-    ]
-    assert bos_token(knows, True) == "<bos>" and bos_token(adds, False) is None
-    assert bos_token(never, False) is None
+def test_bos_follows_the_tokenizer_by_default() -> None:
+    adds, has, none = tiny_tokenizer(bos=True), tiny_tokenizer(), byte_bpe(True)
+    assert bos_token(adds) == "<bos>" and bos_token(Slow()) == "<s>"
+    assert all(bos_token(tokenizer) is None for tokenizer in (has, none, letters))
+    assert bos_token(has, True) == "<bos>"
+    assert bos_token(adds, False) is None and bos_token(none, False) is None
 
 
 def test_a_token_added_at_the_end_is_no_bos() -> None:
