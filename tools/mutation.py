@@ -1,138 +1,117 @@
-"""Mutants of the mathematics, and which of them the tests do not notice.
+"""Mutants of the mathematics that the tests do not notice.
 
-    tools/mutation.py [FOLDER ...] [--sample N] [--seed N] [--jobs N]
+    tools/mutation.py [FOLDER ...] [--sample N]
 
 The mutants are Cosmic Ray's: arithmetic, comparisons, constants, conditions, loops. Each runs the
-tests of its own folder, without the embedded model, in a fork of a process that has imported all
-that they import but the package itself, so that a mutant takes about as long as the tests that
-kill it. The files stay as they are: the fork imports a copy of the package with the change.
+tests of its own folder, without the embedded model, on a copy of the package with the change. It
+does so in a fork of a process that has imported the libraries, so that a mutant takes about as long
+as the tests that kill it.
 """
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import itertools
 import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import warnings
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import hypothesis
 import pytest
 import torch
-from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.commands import init
 from cosmic_ray.mutating import mutate_code
-from cosmic_ray.operators.provider import OperatorProvider
+from cosmic_ray.plugins import get_operator
+from cosmic_ray.work_db import WorkDB
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("linalg", "statistics", "operators", "selection")
-# Decorators, annotations and kinds of exceptions; and what bits make of a float, always an error.
-ASIDE = ("Bit", "Shift", "RemoveDecorator", "ExceptionReplacer", "Variable")
+# Decorators, annotations and types of exceptions; bit operations, always an error on a float.
+SKIPPED = ("Bit", "Shift", "RemoveDecorator", "ExceptionReplacer")
 TESTS = ["-x", "-q", "-p", "no:cacheprovider", "--thorough", "-m", "not embedded and not slow"]
-OPERATORS = OperatorProvider()
-# The first example that fails is enough: none is made smaller, or kept.
+LIMIT = 200  # seconds of a core, for a mutant that never ends
+# The first failing example is enough: it is neither shrunk nor kept.
 hypothesis.settings.register_profile(
     "mutation", deadline=None, database=None, derandomize=True, phases=[hypothesis.Phase.generate]
 )
+Mutant = tuple[Path, str]  # a file of the package and its mutated code
 
 
-class Mutant(NamedTuple):
-    """One change of one file."""
-
-    file: Path
-    operator: str
-    occurrence: int
-
-    def source(self) -> str:
-        """The file with the change."""
-        operator = OPERATORS[self.operator]()
-        code: str = mutate_code(self.file.read_text(), operator, self.occurrence)
-        return code
-
-    def compiles(self) -> bool:
-        """Whether it is a program: the star of keyword-only arguments is taken for a product."""
-        with contextlib.suppress(SyntaxError):
-            return bool(compile(self.source(), self.file, "exec"))
-        return False
-
-    def __str__(self) -> str:
-        before, after = self.file.read_text().splitlines(), self.source().splitlines()
-        pairs = enumerate(zip(before, after, strict=False), 1)
-        number, (old, new) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
-        return f"{self.file.relative_to(ROOT)}:{number}: {old.strip()}  →  {new.strip()}"
+def mutants(folder: str) -> list[tuple[Path, str, int]]:
+    """(file, operator, occurrence) of every mutant of a folder."""
+    work = WorkDB(":memory:", WorkDB.Mode.create)
+    init(sorted((ROOT / "ghostlib" / folder).glob("*.py")), work, {})
+    specs = [spec for item in work.work_items for spec in item.mutations]
+    return sorted(
+        (spec.module_path, spec.operator_name, spec.occurrence)
+        for spec in specs
+        if not any(part in spec.operator_name for part in SKIPPED)
+    )
 
 
-def mutants(folder: str) -> list[Mutant]:
-    """Every mutant of a folder of the package, but those that are `ASIDE`."""
-    found = []
-    for file in sorted((ROOT / "ghostlib" / folder).glob("*.py")):
-        nodes = list(ast_nodes(get_ast(file.read_text())))
-        for name in OPERATORS:
-            if not any(part in name for part in ASIDE):
-                operator = OPERATORS[name]()
-                places = [place for node in nodes for place in operator.mutation_positions(node)]
-                found += [Mutant(file, name, k) for k in range(len(places))]
-    return found
+def mutate(file: Path, operator: str, occurrence: int) -> list[Mutant]:
+    """The mutant; none where it is no program, as with the star of keyword-only arguments."""
+    code = mutate_code(file.read_text(), get_operator(operator)(), occurrence)
+    with contextlib.suppress(SyntaxError):
+        compile(code, file, "exec")
+        return [(file, code)]
+    return []
 
 
-def passes(folder: str, limit: int, mutant: Mutant) -> bool:
-    """Whether the tests of a folder pass with a mutant in place, in ``limit`` seconds of a core."""
-    with tempfile.TemporaryDirectory() as copy:
+def passes(mutant: Mutant) -> bool:
+    """Whether the tests of its folder pass with a mutant, those of its file run first."""
+    file, code = mutant
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXCPU, lambda *_: pytest.exit("never ends"))
+    folder = ROOT / "tests" / file.parent.name
+    tests = [str(path) for path in (folder / f"test_{file.stem}.py", folder) if path.exists()]
+    with (
+        tempfile.TemporaryDirectory() as copy,
+        open(os.devnull, "w") as silence,
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+    ):
         shutil.copytree(ROOT / "ghostlib", f"{copy}/ghostlib")
-        (copy / mutant.file.relative_to(ROOT)).write_text(mutant.source())
-        child = os.fork()
-        if not child:
-            passed = False
-            try:
-                resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-                sys.path.insert(0, copy)
-                passed = run(folder, mutant.file.stem)
-            finally:
-                os._exit(not passed)
-        return os.waitpid(child, 0)[1] == 0
+        (copy / file.relative_to(ROOT)).write_text(code)
+        sys.path.insert(0, copy)
+        return pytest.main([*TESTS, "--hypothesis-profile=mutation", *tests]) == 0
 
 
-def run(folder: str, first: str) -> bool:
-    """Whether the tests of a folder pass, those of the file named ``first`` before the others."""
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    tests = ROOT / "tests" / folder
-    named = [str(file) for file in (tests / f"test_{first}.py", tests) if file.exists()]
-    return pytest.main([*TESTS, "--hypothesis-profile=mutation", *named]) == 0
+def libraries(file: Path) -> list[str]:
+    """The modules, other than the package's, that the tests import; none if one fails."""
+    passed = passes((file, file.read_text()))
+    return [name for name in sys.modules if "ghostlib" not in name] if passed else []
 
 
-def unchanged(folder: str) -> tuple[bool, float, list[str]]:
-    """Whether the tests pass as it is, their seconds of a core, and what they import."""
-    return run(folder, ""), time.process_time(), [m for m in sys.modules if "ghostlib" not in m]
-
-
-def survey(folder: str, options: argparse.Namespace) -> None:
-    """Print the survivors of a folder, and a line of numbers; ends where tests fail as it is."""
+def survey(folder: str, sample: int | None) -> None:
+    """Print the survivors of a folder and a line of numbers; exit if the tests fail as they are."""
     begin, every, fork = time.perf_counter(), mutants(folder), get_context("fork")
     with fork.Pool(1) as pool:
-        passed, seconds, imported = pool.apply(unchanged, (folder,))
-    if not passed:
+        names = pool.apply(libraries, (every[0][0],))
+    if not names:
         sys.exit(f"{folder}: its tests fail without a mutant")
-    for name in imported:
+    for name in names:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    random.Random(options.seed).shuffle(every)
-    chosen = list(itertools.islice(filter(Mutant.compiles, every), options.sample))
+    random.Random(0).shuffle(every)
+    programs = itertools.chain.from_iterable(itertools.starmap(mutate, every))
+    chosen = list(itertools.islice(programs, sample))
     survivors = 0
-    with fork.Pool(options.jobs) as pool:
-        results = pool.imap(partial(passes, folder, 30 + 4 * int(seconds)), chosen)
-        for mutant in itertools.compress(chosen, results):
+    with fork.Pool(maxtasksperchild=1) as pool:
+        for file, code in itertools.compress(chosen, pool.imap(passes, chosen)):
             survivors += 1
-            print(mutant, flush=True)
+            before, name = file.read_text().splitlines(), str(file.relative_to(ROOT))
+            change = difflib.unified_diff(before, code.splitlines(), name, n=0, lineterm="")
+            print("\n".join(change), flush=True)
     print(
         f"{folder}: {len(chosen)} of {len(every)} mutants, {survivors} survive "
         f"({1 - survivors / len(chosen):.0%} killed), {time.perf_counter() - begin:.0f} s",
@@ -143,12 +122,10 @@ def survey(folder: str, options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folders", nargs="*", default=FOLDERS)
-    parser.add_argument("--sample", type=int, help="so many of each folder [all]")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
+    parser.add_argument("--sample", type=int, help="mutants of each folder [all]")
     options = parser.parse_args()
     os.chdir(ROOT)
     torch.set_num_threads(1)
     warnings.simplefilter("error", SyntaxWarning)  # `x is "block"` is no program either
     for folder in options.folders:
-        survey(folder, options)
+        survey(folder, options.sample)

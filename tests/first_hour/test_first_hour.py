@@ -64,7 +64,7 @@ def test_the_short_course_fits_two_gigabytes_and_four_minutes(number, tmp_path):
     nb.cells.append(nbformat.v4.new_code_cell(source))
     nbformat.write(nb, tmp_path / path.name)
     begin = time.perf_counter()
-    ran = notebooks.execute(tmp_path / path.name, tmp_path)
+    ran = notebooks.execute(tmp_path / path.name)
     seconds = time.perf_counter() - begin
     peak, work = map(float, ran.cells[-1].outputs[0].text.split()[1:])
     found = f"{path.stem}: {peak:.2f} GB, {seconds:.0f} s, {work:.0f} s of work"

@@ -44,10 +44,10 @@ def exercise(number: int, answer: str):
 
 
 def solved():
-    """The solutions that belong to `good`, filled and as if executed."""
+    """The solutions to `good`, filled and as if executed."""
     cells = [new_code_cell(fill.setup_source("someone/something"), metadata=tags("setup"))]
     nb = new_notebook(cells=[*cells, *exercise(1, "1"), *exercise(2, "2")])
-    tool.clean(nb, Path("nowhere"))
+    tool.clean(nb)
     nb.cells[1].outputs = [new_output("stream", text="1\n")]
     return nb
 
@@ -101,7 +101,6 @@ def test_a_filled_and_executed_notebook_keeps_the_rules(root, capsys):
     noisy = """\
 import os, sys
 print("kept"); print("a bar", end="\\r"); print("the end")
-print(os.path.join(os.getcwd(), "x"))
 print("noise", file=sys.stderr)
 os.environ["GHOSTLIB_PROGRESS"]"""
     path = put(root, good(new_code_cell(noisy)))
@@ -114,7 +113,7 @@ os.environ["GHOSTLIB_PROGRESS"]"""
     assert [c.execution_count for c in nb.cells if c.cell_type == "code"] == [*range(1, 8)]
     assert tool.read(solution).cells[-1].execution_count == 5
     stream, result = nb.cells[3].outputs
-    assert stream.text == "kept\nthe end\nnotebooks/x\n"
+    assert stream.text == "kept\nthe end\n"
     assert result.data["text/plain"] == "'0'"
     assert all(set(cell.metadata) <= {"tags"} for cell in nb.cells)
     assert nb.metadata.kernelspec.name == "python3"
@@ -163,7 +162,7 @@ def test_run_without_a_table_fails(root, capsys):
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"cells": 3}'])
-def test_what_is_no_notebook_is_refused_by_name(root, content):
+def test_an_invalid_notebook_is_refused_by_name(root, content):
     path = root / "notebooks" / "02_none.ipynb"
     if content is not None:
         path.write_text(content)
@@ -212,32 +211,30 @@ def test_without_an_address_nothing_needs_one(root):
 def test_the_course_has_parts_in_order_and_the_explorer_last(root):
     for name in ("explore.ipynb", "13_b.ipynb", "07_a.ipynb", "00_toy.ipynb", "08_c.ipynb"):
         put(root, good(), name)
-    found = fill.course({path: tool.read(path) for path in tool.suite(root)})
-    assert {part: [p.name for p in titles] for part, titles in found.items()} == {
+    course = fill.course({path: tool.read(path) for path in tool.suite(root)})
+    assert {part: [p.name for p in titles] for part, titles in course.items()} == {
         "Learn": ["00_toy.ipynb", "07_a.ipynb"],
         "Use": ["08_c.ipynb"],
         "Beyond": ["13_b.ipynb"],
         "Explore": ["explore.ipynb"],
     }
-    assert found["Explore"][root / "notebooks" / "explore.ipynb"] == "Prune a toy"
+    assert course["Explore"][root / "notebooks" / "explore.ipynb"] == "Prune a toy"
 
 
 @pytest.mark.parametrize("url", ["", "https://example.com/a/b", "https://github.com/a"])
-def test_an_address_that_is_none_is_refused(root, url):
+def test_an_invalid_address_is_refused(root, url):
     address(root, url)
     with pytest.raises(SystemExit, match="Repository"):
         fill.fill(root)
 
 
 def run_setup(source: str) -> list[str]:
-    """Run a setup cell as IPython does; returns what it gives to %pip."""
-    given: list[str] = []
-    shell = SimpleNamespace(
-        run_line_magic=lambda magic, line: given.append(f"{magic} {line}"),
-    )
+    """Run a setup cell as IPython does; returns its magic commands."""
+    commands: list[str] = []
+    shell = SimpleNamespace(run_line_magic=lambda magic, line: commands.append(f"{magic} {line}"))
     code = TransformerManager().transform_cell(source)
     exec(compile(code, "setup", "exec"), {"get_ipython": lambda: shell})
-    return given
+    return commands
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
@@ -252,8 +249,8 @@ def test_the_setup_cell_installs_what_is_missing_and_nothing_else(
     with pytest.raises(AssertionError, match=r"put ghostlib's wheel \(make wheel\) beside"):
         run_setup(source)
     (tmp_path / "ghostlib-1.0-py3-none-any.whl").touch()
-    (given,) = run_setup(source)
-    assert given.startswith("pip install --quiet ") and "wheels[0]" in given
+    (command,) = run_setup(source)
+    assert command.startswith("pip install --quiet ") and "wheels[0]" in command
 
 
 def test_a_notebook_with_zero_shot_tasks_installs_the_harness(root):
@@ -293,8 +290,8 @@ def test_the_ledger_comes_from_the_stored_outputs(root):
 
 
 def executed(nb):
-    """``nb`` with numbers, as if it had been executed, and clean metadata."""
-    tool.clean(nb, Path("nowhere"))
+    """``nb`` with outputs, as if it had been executed, and clean metadata."""
+    tool.clean(nb)
     nb.cells[-8].outputs = [new_output("stream", text="2\n")]
     return nb
 
@@ -366,10 +363,10 @@ def test_solutions_keep_the_rules_too(root):
 def test_next_and_back_are_links_to_the_neighbours(root):
     nb = good()
     paths = [put(root, nb, f"{name}.ipynb") for name in ("00_toy", "01_game", "02_end")]
-    wanted = [["Next"], ["Back", "Next"], ["Back"]]
-    for path, words in zip(paths, wanted, strict=True):
-        found = list(rules.ending(nb, path))
-        assert [problem.split("“")[1].split(":")[0] for problem in found] == words
+    neighbours = [["Next"], ["Back", "Next"], ["Back"]]
+    for path, words in zip(paths, neighbours, strict=True):
+        missing = list(rules.ending(nb, path))
+        assert [problem.split("“")[1].split(":")[0] for problem in missing] == words
     nb.cells[-1].source += "\nBack: [toy](00_toy.ipynb) · Next: [the end](02_end.ipynb)"
     assert not list(rules.ending(nb, paths[1]))
 
@@ -427,5 +424,5 @@ def test_a_notebook_that_was_not_executed_in_order(root):
     nb.cells[3].execution_count = 7
     assert "execution counts" in problems(nb, root)
     nb = good()
-    tool.clean(nb, root)
+    tool.clean(nb)
     assert "no stored outputs" in problems(nb, root)
