@@ -300,7 +300,7 @@ def least_squares(
         check_rank(rank, moments.width)
     bias = moments.bias if bias is None else bias
     f, d = moments.means
-    seen = moments.about(f, d) if bias else moments
+    seen = moments.centred(f, d) if bias else moments
     inverse = seen.gram.regularise(**options)
     M = inverse.solve(seen.cross) if rank is None else _reduced(inverse, seen.cross, rank)
     explained = inverse.explained(M, seen.cross) if rank is None else None

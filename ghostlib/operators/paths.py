@@ -283,7 +283,7 @@ def _seen(train: Moments, *held_out: Moments) -> list[Moments]:
     """What least squares sees of them: about the training means, where it fits a bias."""
     check_alike(train, *held_out)
     means = train.means
-    return [moments.about(*means) if train.bias else moments for moments in (train, *held_out)]
+    return [moments.centred(*means) if train.bias else moments for moments in (train, *held_out)]
 
 
 def _rank_errors(P: Tensor, Q: Tensor, moments: Moments) -> Tensor:

@@ -1,8 +1,8 @@
-"""Data-parallel calibration: each process runs its own windows, then their sums are added up.
+"""Data-parallel calibration: each process calibrates on its own windows, then the sums are added.
 
-Moments are sums over tokens, so those of all processes together are what one process would have
-collected from all windows (paper, appendix H). Every process gets them, solves the same operator
-and has the same recovered model. A whole script, for ``torchrun --nproc-per-node 2 script.py``::
+Moments are sums over tokens, so the total over processes is what one process would collect from all
+windows (paper, appendix H). Every process receives it, solves the same operator and has the same
+recovered model. A complete script, for ``torchrun --nproc-per-node 2 script.py``::
 
     import torch.distributed as dist
     import ghostlib as gl
@@ -15,12 +15,12 @@ and has the same recovered model. A whole script, for ``torchrun --nproc-per-nod
     if dist.get_rank() == 0:
         recovered.save_pretrained("smollm2-ghost7")
 
-With one GPU a process: ``init_process_group("nccl")`` and ``load_model(device=f"cuda:{rank}")``,
-``rank`` being the environment's ``LOCAL_RANK``. Under ``accelerate launch``,
+With one GPU per process: ``init_process_group("nccl")`` and ``load_model(device=f"cuda:{rank}")``,
+where ``rank`` is the environment variable ``LOCAL_RANK``. Under ``accelerate launch``,
 ``accelerate.PartialState()`` starts the process group.
 
-This is a function of its own. `calibrate` does not look for a process group: it would wait for
-ever where one process alone calls it, and count windows twice where all are given the same.
+`calibrate` itself ignores the process group: otherwise it would wait forever if only one process
+called it, and count windows twice if all passed the same ones.
 """
 
 import hashlib
@@ -42,27 +42,26 @@ from ghostlib.statistics.features import STREAM
 
 @checked
 def shard(windows: Tensor) -> Tensor:
-    """This process's part of ``windows`` (or of their attention mask): every n-th of them.
+    """This process's part of ``windows`` (or of their attention mask).
 
-    Of k windows and n processes, process r has windows r, r + n, r + 2n …; without a process group,
-    all of them.
+    Process r of n has windows r, r + n, r + 2n …; without a process group, all of them.
     """
-    rank, processes = _place()
+    rank, processes = _rank_and_size()
     return windows[rank::processes]
 
 
-# Not @checked: a refusal in one process alone would leave the others waiting.
+# Not @checked: an error in one process alone would leave the others waiting.
 def calibrate_distributed(
     model: PreTrainedModel,
     windows: Tensor,
     boundaries: Iterable[Boundary | tuple[int, int]],
     **options: Any,
 ) -> Calibration:
-    """As `calibrate`, with the sums over all processes of the default group.
+    """`calibrate` with sums over all processes of the default process group.
 
     Every process must call it, with the same model, boundaries and options and with windows of its
-    own. If anything is wrong in one process, the call ends with an error in all of them. Without a
-    process group there is one process.
+    own. An error in one process ends the call with an error in all. Without a process group there
+    is one process.
 
     Args:
         model, boundaries: see `calibrate`.
@@ -70,28 +69,28 @@ def calibrate_distributed(
         options: see `calibrate`; an ``attention_mask`` belongs to this process's windows.
 
     Returns:
-        The same `Calibration` in every process, equal to that of one process with all windows up to
-        the rounding of float64 sums.
+        The same `Calibration` in every process, equal to one process's on all windows up to the
+        rounding of float64 sums.
 
     Raises:
         ValueError: a process without windows, two with the same windows, or processes that do not
             agree on the boundaries, the options or the model.
         RuntimeError: `calibrate` failed in one of the processes (the message says which and why).
     """
-    if not isinstance(boundaries, Iterable):  # they are the same in every process
+    if not isinstance(boundaries, Iterable):  # in every process, so all of them raise
         raise ValueError(f"boundaries must be a list of Boundary(start, stop), got {boundaries!r}")
-    asked = list(boundaries)
-    if isinstance(several := options.get("regressors"), set | frozenset):
-        options["regressors"] = sorted(several, key=str)  # in every process alike
+    gaps = list(boundaries)
+    if isinstance(regressors := options.get("regressors"), set | frozenset):
+        options["regressors"] = sorted(regressors, key=str)  # a set has another order elsewhere
     device = torch.device("cpu")
-    if _place()[1] > 1 and "cpu:" not in dist.get_backend_config():
+    if _rank_and_size()[1] > 1 and "cpu:" not in dist.get_backend_config():
         device = input_device(model)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        plan = repr((asked, {k: v for k, v in options.items() if k != "attention_mask"}))
+        plan = repr((gaps, {k: v for k, v in options.items() if k != "attention_mask"}))
         _check_plans(_gather((plan, _digest(windows, options.get("attention_mask")))))
         calibration, failure = None, None
         try:
-            calibration = calibrate(model, windows, asked, **options)
+            calibration = calibrate(model, windows, gaps, **options)
         except Exception as error:
             failure = error
         outcomes = _gather(f"{type(failure).__name__}: {failure}" if failure else None)
@@ -108,14 +107,14 @@ def calibrate_distributed(
 
 
 def all_reduce(calibration: Calibration, device: torch.device | str = "cpu") -> Calibration:
-    """The sums of ``calibration`` over all processes, which must hold the same boundaries.
+    """The sums of ``calibration`` over all processes, which must have the same boundaries.
 
-    A Gram matrix that boundaries share is added up once and stays shared.
+    A Gram matrix that boundaries share is added once and stays shared.
 
     Args:
-        device: where the process group's backend wants tensors: a GPU for NCCL.
+        device: of the process group's backend: a GPU for NCCL.
     """
-    # One flat dictionary of everything that is summed; shared matrices stand in it once.
+    # One flat dictionary of all sums, in which a shared matrix occurs once.
     sums: dict[int | str, Tensor] = {}
     for moments in calibration.collected.values():
         sums |= {id(tensor): tensor for tensor in moments.tensors().values()}
@@ -131,35 +130,35 @@ def all_reduce(calibration: Calibration, device: torch.device | str = "cpu") -> 
     rows = (totals["similarities"] / total.tokens).tolist()
     for boundary, row in zip(calibration.similarities, rows, strict=True):
         total.similarities[boundary] = Similarity(*row)
-    lines = totals["counts"].tolist()
-    for (key, moments), line in zip(calibration.collected.items(), lines, strict=True):
+    rows = totals["counts"].tolist()
+    for (key, moments), row in zip(calibration.collected.items(), rows, strict=True):
         tensors = {name: totals[id(tensor)] for name, tensor in moments.tensors().items()}
-        known = zip(moments.counts().items(), line, strict=True)
-        counted = {name: type(mine)(whole) for (name, mine), whole in known}  # tokens are whole
-        total.collected[key] = moments.replaced(tensors, counted)
+        pairs = zip(moments.counts().items(), row, strict=True)
+        scalars = {name: type(own)(count) for (name, own), count in pairs}  # int or float
+        total.collected[key] = moments.replaced(tensors, scalars)
     if total.collected:
         total.update(total.of(STREAM))
     return total
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_size() -> tuple[int, int]:
     """Rank of this process and number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def _gather(mine: Any) -> list[Any]:
-    """What every process passed, by rank."""
-    processes = _place()[1]
-    found = [mine] * processes
+def _gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    processes = _rank_and_size()[1]
+    values = [value] * processes
     if processes > 1:
-        dist.all_gather_object(found, mine)
-    return found
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _total(values: Tensor, device: torch.device | str) -> Tensor:
-    if _place()[1] == 1:
+    if _rank_and_size()[1] == 1:
         return values
     moved = values.to(device, copy=True)
     dist.all_reduce(moved)
@@ -167,7 +166,7 @@ def _total(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _digest(windows: Any, mask: Any) -> str | None:
-    """What tells these windows from others; "" for none, None for what `calibrate` will refuse."""
+    """A hash of the windows: "" for no windows, None for what `calibrate` will refuse."""
     if not isinstance(windows, Tensor):
         return None
     if windows.numel() == 0:
@@ -177,7 +176,7 @@ def _digest(windows: Any, mask: Any) -> str | None:
 
 
 def _check_plans(plans: list[tuple[str, str | None]]) -> None:
-    """Refuse, in every process, what `calibrate` cannot notice in one."""
+    """Refuse, in every process, plans that disagree and windows that are missing or duplicate."""
     processes = len(plans)
     first: dict[str, int] = {}
     for rank, (plan, digest) in enumerate(plans):

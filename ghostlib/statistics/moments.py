@@ -1,13 +1,13 @@
-"""Moments: everything a least-squares repair needs to know about the tokens on both sides of a gap.
+"""Moments: sufficient statistics of the tokens on both sides of a gap, for least-squares repairs.
 
 Row-vector convention: activations are ``X`` of shape (tokens, width), a matrix acts as ``X @ W``.
 The squared error of *any* matrix ``M`` on features ``F`` is a quadratic form in the second moments
 
     ``||F M - Delta||_F^2 = tr(M' G M) - 2 tr(M' F'Delta) + ||Delta||_F^2``,  ``G = F'F``,
 
-so the activations themselves need never be kept: memory is O(width^2), whatever the number of
-tokens (paper, appendix H, eqs. A15-A16). The moments of two sets of tokens add up. With the stream
-itself for ``F``, and ``W = I + M``, the same number is the familiar ``||X_pre W - X_post||_F^2``.
+so the activations are not stored: memory is O(width^2), whatever the number of tokens (paper,
+appendix H, eqs. A15-A16). The moments of two sets of tokens add up. With the stream itself for
+``F``, and ``W = I + M``, the same number is ``||X_pre W - X_post||_F^2``.
 """
 
 import copy
@@ -15,6 +15,7 @@ import json
 import operator
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -33,6 +34,7 @@ from ghostlib.statistics.features import STREAM, Regressor, Sources
 _FORMAT = "ghostlib-moments-2"
 _TENSORS = ("G", "cross", "f1", "d1", "d2", "x_abs", "y_abs", "ratio", "ratio_rotated")
 _COUNTS = ("tokens", "weight", "sequences", "fourth")
+_SETTINGS = ("regressor", "hidden", "bias", "boundary", "model")
 
 
 @runtime_checkable
@@ -49,13 +51,13 @@ class Repair(Protocol):
 
 
 class Stream(NamedTuple):
-    """One sequence of the stream in float64, with what every boundary there shares.
+    """One sequence of the stream in float64, with the sums that its boundaries share.
 
     Attributes:
         values: (tokens, width).
         weight: (tokens,) of each token's squared error.
         abs: (width,) weighted column sums of ``|X|``.
-        rotated: (width,) those of ``|X H|``, H the Hadamard matrix; None where the width has none.
+        rotated: (width,) of ``|X H|``, H the Hadamard matrix; None for a width without one.
     """
 
     values: Tensor
@@ -65,18 +67,16 @@ class Stream(NamedTuple):
 
     @classmethod
     def of(cls, activations: Tensor, weight: Tensor | None = None) -> "Stream":
-        """Take ``activations`` (tokens, width), each row with its ``weight``."""
+        """From ``activations`` (tokens, width) and the ``weight`` (tokens,) of each."""
         values = activations.double()
-        w = torch.ones(len(values), device=values.device) if weight is None else weight
-        w = w.to(values.device).double()
+        w = values.new_ones(len(values)) if weight is None else weight.to(values)
         rotated = None
         if has_hadamard(values.shape[1]):
-            # It feeds a mean of absolute values only, for which float32 will do.
+            # float32 suffices for a mean of absolute values.
             rotated = w @ rotate(activations.float()).abs().double()
-            # A column without signal holds the rounding of whole tokens.
-            noise = (
-                8 * torch.finfo(torch.float32).eps * (w @ torch.linalg.vector_norm(values, dim=1))
-            )
+            # A column without signal holds the rounding error of whole tokens.
+            size = w @ torch.linalg.vector_norm(values, dim=1)
+            noise = 8 * torch.finfo(torch.float32).eps * size
             rotated = rotated.where(rotated > noise, 0.0)
         return cls(values, w, w @ values.abs(), rotated)
 
@@ -84,18 +84,17 @@ class Stream(NamedTuple):
 class Moments:
     """Additive float64 sufficient statistics of features ``F`` (tokens, p) and ``Delta``.
 
-    ``Delta = X_post - X_pre`` (tokens, C) is what the removed layers added to the stream. Tokens
-    may each carry a weight ``w``; without one, ``w = 1``.
+    ``Delta = X_post - X_pre`` (tokens, C) is what the removed layers added to the stream. Each
+    token has a weight ``w``, 1 by default.
 
     Args:
         width: of the stream, C.
         regressor: the features, or their spelling; by default the stream ``X_pre`` itself.
         hidden: width of the MLP, where a feature needs it.
-        bias: whether least squares fits a bias as well, because the weights that will take the
-            repair have one.
-        boundary: which gap they belong to.
-        model: fingerprint of the model they come from.
-        device: where the sums are kept.
+        bias: whether least squares fits a bias, as the weights that receive the repair have one.
+        boundary: the gap.
+        model: fingerprint of the model.
+        device: of the sums.
 
     Attributes:
         G: (p, p) Gram matrix ``F' diag(w) F``.
@@ -105,33 +104,23 @@ class Moments:
         d2: (C,) squared norm of each column of ``Delta``.
         x_abs: (C,) column sums of ``|X_pre|``.
         y_abs: (C,) column sums of ``|X_post|``.
-        ratio: (C,) sum over sequences of ``mean|X_post| / mean|X_pre|`` by channel (1 where that
-            channel is all zero), the statistic of LinearPatch.
-        ratio_rotated: (C,) the same in the Hadamard-rotated basis; zero where the width has none.
-        tokens: number of tokens with a weight above 0.
+        ratio: (C,) sum over sequences of ``mean|X_post| / mean|X_pre|`` by channel (1 for a channel
+            that is zero), the statistic of LinearPatch.
+        ratio_rotated: (C,) the same in the Hadamard basis; zero for a width without one.
+        tokens: number of tokens with a positive weight.
         weight: sum of their weights.
         sequences: number of calls of `update`.
         fourth: sum over tokens of ``(w |Delta|^2)^2``, for `effective_tokens`.
 
     Raises:
-        ValueError: a width that is no whole number of at least 1, features of the MLP without its
-            width, a boundary that is none, or a device that is not there.
+        ValueError: a width below 1, features of the MLP without its width, an invalid boundary, or
+            an unavailable device.
 
     >>> X_pre, X_post = torch.randn(2, 100, 8)
     >>> moments = Moments(8).update(X_pre, X_post)
     >>> moments.G.shape, moments.cross.shape, moments.tokens
     (torch.Size([8, 8]), torch.Size([8, 8]), 100)
     """
-
-    G: Tensor
-    cross: Tensor
-    f1: Tensor
-    d1: Tensor
-    d2: Tensor
-    x_abs: Tensor
-    y_abs: Tensor
-    ratio: Tensor
-    ratio_rotated: Tensor
 
     @checked
     def __init__(
@@ -151,10 +140,11 @@ class Moments:
         self.regressor = Regressor.parse(regressor)
         self.blocks = self.regressor.widths(C, hidden)
         p = sum(self.blocks)
-        shapes = {"G": (p, p), "cross": (p, C), "f1": (p,)}
-        for name in _TENSORS:
-            shape = shapes.get(name, (C,))
-            setattr(self, name, torch.zeros(shape, dtype=torch.float64, device=device))
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.G, self.cross, self.f1 = zeros(p, p), zeros(p, C), zeros(p)
+        self.d1, self.d2 = zeros(C), zeros(C)
+        self.x_abs, self.y_abs = zeros(C), zeros(C)
+        self.ratio, self.ratio_rotated = zeros(C), zeros(C)
         self.tokens, self.sequences = 0, 0
         self.weight, self.fourth = 0.0, 0.0
         self.boundary = None if boundary is None else check_boundary(boundary)
@@ -184,46 +174,45 @@ class Moments:
     ) -> Self:
         """Add the tokens of one sequence; returns self.
 
-        LinearPatch averages over sequences: for its statistic it matters which tokens come in one
-        call, and so it does for a feature of the token before. For everything else it does not. A
-        sequence in which no token counts adds nothing.
+        The split into sequences matters only for LinearPatch, whose statistic is averaged over
+        them, and for features of the previous token. A sequence of zero weight adds nothing.
 
         Args:
             X_pre: (tokens, C) stream before the gap.
-            X_post: (tokens, C) stream after it.
+            X_post: (tokens, C) stream after the gap.
             weight: (tokens,) non-negative weight of each token's squared error.
-            hidden: (tokens, I) what the down-projection before the gap reads, if it is needed.
-            output: (tokens, C) what it returns, likewise.
+            hidden: (tokens, I) input of the down-projection before the gap, if a feature needs it.
+            output: (tokens, C) output of that down-projection, if a feature needs it.
             real: (tokens,) false at padding.
             used: (tokens,) tokens to learn from; by default ``real``.
 
         Raises:
             ValueError: shapes that do not fit, complex or non-finite values, invalid weights, or a
-                token that is zero after the gap where weights divide by its norm. Nothing is added
-                in that case.
+                token that is zero after the gap where weights divide by its norm. Nothing is added.
         """
         sources = Sources(X_pre, hidden, output)
         self._check(sources, X_post, {"weight": weight, "real": real, "used": used})
-        used = real if used is None else used
-        rows = torch.ones(len(X_pre), dtype=torch.bool) if used is None else used.bool().cpu()
-        sources = sources.map(lambda part: part.double().to(self.G.device))
+        device = self.G.device
+        if used is None:
+            used = torch.ones(len(X_pre)) if real is None else real
+        used = used.to(device).bool()
+        sources = sources.map(lambda source: source.double().to(device))
         F = self.regressor.design(sources, real, len(self.G))
-        pick = rows.to(F.device)
-        part = None if weight is None else weight[rows.to(weight.device)]
-        x, y = (Stream.of(S.to(self.G.device)[pick], part) for S in (X_pre, X_post))
-        return self.add_sequence(F[pick], x, y)
+        weight = None if weight is None else weight.to(device)[used]
+        x, y = (Stream.of(S.to(device)[used], weight) for S in (X_pre, X_post))
+        return self.add_sequence(F[used], x, y)
 
     def add_sequence(self, F: Tensor, x: Stream, y: Stream, *, with_gram: bool = True) -> Self:
-        """`update` from what several boundaries share; for the streaming pass.
+        """`update` of the streaming pass, from streams that boundaries share.
 
         Sums are rebound, never changed in place, so that two objects may share a tensor.
         """
         delta = y.values - x.values
-        w, counted = x.weight, x.weight > 0
-        if not bool(counted.any()):
+        w, positive = x.weight, x.weight > 0
+        if not positive.any():
             return self
         if self.regressor.weight.name != "1":
-            norm = torch.linalg.vector_norm(y.values, dim=-1).where(counted, 1.0)
+            norm = torch.linalg.vector_norm(y.values, dim=-1).where(positive, 1.0)
             if not (norm > 0).all():
                 raise ValueError(
                     f"a token has norm 0 after the boundary, where its weight "
@@ -231,7 +220,7 @@ class Moments:
                     "without a weight"
                 )
             w = w * self.regressor.weight.of(norm)
-        weighted = F if bool((w == 1).all()) else F * w[:, None]
+        weighted = F if (w == 1).all() else F * w[:, None]
         if with_gram:
             self.G = self.G + weighted.T @ F
         error = w * delta.square().sum(1)
@@ -243,7 +232,7 @@ class Moments:
         self.ratio = self.ratio + ratio(y.abs, x.abs)
         if x.rotated is not None and y.rotated is not None:
             self.ratio_rotated = self.ratio_rotated + ratio(y.rotated, x.rotated)
-        self.tokens += int(counted.sum())
+        self.tokens += int(positive.sum())
         self.weight += float(w.sum())
         self.sequences += 1
         return self
@@ -262,9 +251,9 @@ class Moments:
                 f"these moments have width {self.width}, "
                 f"got activations of widths {X_pre.shape[1]} and {X_post.shape[1]}"
             )
-        named: dict[str, Tensor | None] = {"X_pre": X_pre, "X_post": X_post}
-        named |= {"hidden": sources.hidden, "output": sources.output}
-        for name, values in named.items():
+        activations = {"X_pre": X_pre, "X_post": X_post, **sources._asdict()}
+        del activations["stream"]
+        for name, values in activations.items():
             if values is None:
                 continue
             if values.is_complex():
@@ -279,16 +268,16 @@ class Moments:
                     f"{name} must have shape ({len(X_pre)},), got {tuple(values.shape)}"
                 )
         weight = by_token["weight"]
-        if weight is not None and not (
-            not weight.is_complex() and weight.isfinite().all() and (weight >= 0).all()
+        if weight is not None and (
+            weight.is_complex() or not weight.isfinite().all() or (weight < 0).any()
         ):
             raise ValueError("weights must be finite and non-negative")
 
-    # ------------------------------------------------------------------ what they tell
+    # ------------------------------------------------------------------ derived quantities
 
     @property
     def gram(self) -> Gram:
-        """``G`` with its factorisations, which boundaries with the same start share."""
+        """``G`` with its factorisations, shared by boundaries with the same start."""
         if self._gram is None or self._gram.G is not self.G:
             self._gram = gram(self.G, self.blocks)
         return self._gram
@@ -300,13 +289,13 @@ class Moments:
         Raises:
             ValueError: moments of other features.
         """
-        self._require_identity("B = X_pre' X_post")
+        self._require_stream("B = X_pre' X_post")
         return self.G + self.cross
 
     @property
     def t(self) -> float:
         """``||X_post||_F^2`` of the plain stream; `ValueError` for other features."""
-        self._require_identity("t = ||X_post||^2")
+        self._require_stream("t = ||X_post||^2")
         return float(self.G.trace() + 2 * self.cross.trace() + self.d2.sum())
 
     @property
@@ -316,11 +305,11 @@ class Moments:
 
     @property
     def effective_tokens(self) -> float:
-        """How many tokens share the objective: ``(sum_t e_t)^2 / sum_t e_t^2``.
+        """Effective number of tokens in the objective, ``(sum_t e_t)^2 / sum_t e_t^2``.
 
-        ``e_t = w_t |Delta_t|^2`` is what a token contributes to the error of the pruned model. All
-        tokens where they are alike, about k where k of them own it; one of them owns at least the
-        reciprocal. Both sums are additive, so this is exact whatever the order of the tokens.
+        ``e_t = w_t |Delta_t|^2`` is a token's part of the error of the pruned model. The number of
+        tokens where all parts are equal, about k where k tokens dominate; the largest share of one
+        token is at least its reciprocal. Both sums are additive, so the value is exact.
         """
         return self.pruned_error**2 / self.fourth if self.fourth > 0 else float(self.tokens)
 
@@ -328,16 +317,14 @@ class Moments:
     def error(self, repair: Tensor | Repair) -> float:
         """Squared error ``||F M + 1 b' - Delta||_F^2`` of any repair on these tokens.
 
-        On training moments this is the training residual, on held-out moments the held-out error.
-        Below about 1e-15 of ``||X_post||^2`` the value is rounding; it is clipped at zero.
+        Below about 1e-15 of ``||X_post||^2`` the value is rounding error; it is clipped at zero.
 
         Args:
             repair: an `Operator`; or its ``W`` (C, C) where the regressor has an identity, as the
                 plain stream, whose error is ``||X_pre W - X_post||_F^2``; or else its ``M`` (p, C).
 
         Raises:
-            ValueError: a matrix of another shape or with NaN, or an operator that reads other
-                features.
+            ValueError: a matrix of another shape or with NaN, or an operator on other features.
         """
         bias = None
         regressor = getattr(repair, "regressor", self.regressor)
@@ -358,7 +345,7 @@ class Moments:
 
     @checked
     def error_of(self, M: Tensor, bias: Tensor | None = None) -> float:
-        """`error` of a matrix ``M`` (p, C) on the features, and a bias (C,)."""
+        """`error` of a matrix ``M`` (p, C) and a bias (C,)."""
         if M.shape != self.cross.shape:
             raise ValueError(
                 f"operator must have shape {tuple(self.cross.shape)}, got {tuple(M.shape)}"
@@ -371,7 +358,7 @@ class Moments:
 
     @checked
     def relative_error(self, repair: Tensor | Repair) -> float:
-        """`error` divided by that of the pruned model (1 = no better than pruning).
+        """`error` divided by the error of the pruned model (1 = no better than pruning).
 
         Raises:
             ValueError: ``X_post`` equals ``X_pre`` (there is nothing to recover).
@@ -381,41 +368,38 @@ class Moments:
         return self.error(repair) / self.pruned_error
 
     def part(self, regressor: Regressor | str) -> "Moments":
-        """The moments of some of these features, as the blocks they are here.
+        """The moments of a subset of the features, cut from the blocks of these.
 
-        Leading features come as views, and sums that no feature enters are shared.
+        Leading features are views, and sums independent of the features are shared.
 
         Raises:
-            ValueError: a feature that is not here, or another weight of tokens.
+            ValueError: a feature or a token weight that these moments do not have.
         """
         narrow = Regressor.parse(regressor)
         if not self.regressor.contains(narrow):
             raise ValueError(
                 f"moments of {self.regressor} do not hold those of {narrow}: collect these"
             )
-        chosen = self.replaced({}, {})
-        chosen.regressor = narrow
-        chosen.bias = self.bias and "hidden" in narrow.sources
-        every = torch.arange(len(self.G)).split(list(self.blocks))
-        columns_of = dict(zip(self.regressor.features, every, strict=True))
-        picked = [columns_of[feature] for feature in narrow.features]
-        chosen.blocks = tuple(map(len, picked))
-        columns: Any = torch.cat(picked)
+        indices = torch.arange(len(self.G)).split(list(self.blocks))
+        block_of = dict(zip(self.regressor.features, indices, strict=True))
+        blocks = [block_of[feature] for feature in narrow.features]
+        columns: Any = torch.cat(blocks)
         if columns.tolist() == list(range(len(columns))):
             columns = slice(len(columns))
-        chosen.G = self.G[columns][:, columns]
-        chosen.cross, chosen.f1 = self.cross[columns], self.f1[columns]
-        return chosen
+        part = self.replaced({"G": self.G[columns][:, columns], "cross": self.cross[columns]})
+        part.f1, part.blocks = self.f1[columns], tuple(map(len, blocks))
+        part.regressor, part.bias = narrow, self.bias and "hidden" in narrow.sources
+        return part
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         """(p,) weighted mean of ``F``, (C,) of ``Delta``."""
         return self.f1 / self.weight, self.d1 / self.weight
 
-    def about(self, f: Tensor, d: Tensor) -> Self:
-        """The second moments of ``F - f`` and ``Delta - d``, with the `means` of a fit's tokens.
+    def centred(self, f: Tensor, d: Tensor) -> Self:
+        """The moments of ``F - f`` and ``Delta - d``, with the `means` of the training tokens.
 
-        Least squares on these is least squares with a bias.
+        Least squares on centred moments is least squares with a bias.
         """
         f, d, w = f.to(self.G), d.to(self.G), self.weight
         half = self.f1 - w / 2 * f
@@ -426,46 +410,46 @@ class Moments:
             "d1": self.d1 - w * d,
             "d2": self.d2 - 2 * self.d1 * d + w * d.square(),
         }
-        moved = self.replaced(sums, {})
-        # Centring cancels: what is left of a large constant channel is rounding at the size of G.
-        moved._gram = Gram(moved.G, self.blocks, self.G.diagonal())
-        return moved
+        centred = self.replaced(sums)
+        # Of a large constant channel, centring leaves rounding error at the size of G.
+        centred._gram = Gram(centred.G, self.blocks, self.G.diagonal())
+        return centred
 
-    def _require_identity(self, what: str) -> None:
+    def _require_stream(self, name: str) -> None:
         if self.regressor.features != STREAM.features:
             raise ValueError(
-                f"{what} is of the plain stream, these moments are of {self.regressor}"
+                f"{name} is defined for the plain stream, these moments are of {self.regressor}"
             )
 
-    # ------------------------------------------------------------------ sums of sums, files
+    # ------------------------------------------------------------------ addition, files
 
     def __add__(self, other: "Moments") -> Self:
-        """Moments of both sets of tokens together.
+        """Moments of the union of both sets of tokens.
 
-        Every sum is added once, so the result differs from one long pass only by the rounding of
-        float64 additions (relative 1e-15 per addition), and ``a + b`` equals ``b + a`` exactly.
+        They differ from those of one pass by float64 rounding alone (relative 1e-15 per addition),
+        and ``a + b`` equals ``b + a`` exactly.
 
         Raises:
             ValueError: other features, another width, boundary or model, or one with a bias.
         """
         if not isinstance(other, Moments):
             return NotImplemented
-        for what in ("width", "blocks", "boundary", "model", "regressor", "bias"):
-            this, that = getattr(self, what), getattr(other, what)
+        for name in ("width", "blocks", "boundary", "model", "regressor", "bias"):
+            this, that = getattr(self, name), getattr(other, name)
             if this != that:
-                raise ValueError(f"moments of different {what} cannot be added: {this} and {that}")
-        mapped = {k: t + getattr(other, k).to(self.G.device) for k, t in self.tensors().items()}
+                raise ValueError(f"moments of different {name} cannot be added: {this} and {that}")
+        tensors = {k: t + getattr(other, k).to(self.G.device) for k, t in self.tensors().items()}
         counts = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
-        return self.replaced(mapped, counts)
+        return self.replaced(tensors, counts)
 
     def __radd__(self, other: Any) -> Self:
         return self if other == 0 else NotImplemented  # so that sum() works
 
     @checked
     def to(self, device: torch.device | str) -> Self:
-        """A copy on another device (float64 stays); `ValueError` if it is not there."""
+        """A copy on another device, in float64; `ValueError` if it is not available."""
         check_device(device)
-        return self.replaced({name: t.to(device) for name, t in self.tensors().items()}, {})
+        return self.replaced({name: t.to(device) for name, t in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name."""
@@ -475,41 +459,35 @@ class Moments:
         """The scalar sums by name."""
         return {name: getattr(self, name) for name in _COUNTS}
 
-    def replaced(self, tensors: Mapping[str, Tensor], counts: Mapping[str, float]) -> Self:
-        """A copy with other sums."""
+    def replaced(self, *sums: Mapping[str, Any]) -> Self:
+        """A copy with other sums, by name."""
         changed = copy.copy(self)
         changed._gram = None
-        for name, value in (*tensors.items(), *counts.items()):
-            setattr(changed, name, value)
+        for values in sums:
+            vars(changed).update(values)
         return changed
 
     @checked
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file; an old file is replaced only once the new one is whole.
+        """Write one safetensors file; an old file is replaced once the new one is complete.
 
         Raises:
             OSError: it could not be written; the old file stays.
         """
         path = Path(path)
-        facts = self.counts() | {
-            "format": _FORMAT,
-            "regressor": str(self.regressor),
-            "hidden": self.hidden,
-            "bias": self.bias,
-            "boundary": self.boundary,
-            "model": self.model,
-        }
+        settings = {name: getattr(self, name) for name in _SETTINGS} | {"format": _FORMAT}
+        facts = json.dumps(self.counts() | settings, default=str)
         tensors = {name: t.cpu().contiguous() for name, t in self.tensors().items()}
         try:
             with replacing(path) as temporary:
-                save_file(tensors, temporary, metadata={"moments": json.dumps(facts)})
-        except SafetensorError as error:  # of a full disk, or no such folder
+                save_file(tensors, temporary, metadata={"moments": facts})
+        except SafetensorError as error:  # the disk is full, or there is no such folder
             raise OSError(f"{path} could not be written ({error}): name another") from error
 
     @classmethod
     @checked
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -521,14 +499,7 @@ class Moments:
                 if facts.get("format") != _FORMAT:
                     raise ValueError("not a ghostlib moments file")
                 sums = {name: file.get_tensor(name) for name in _TENSORS}
-            moments = cls(
-                sums["cross"].shape[1],
-                regressor=facts["regressor"],
-                hidden=facts["hidden"],
-                bias=facts["bias"],
-                boundary=facts["boundary"],
-                model=facts["model"],
-            )
+            moments = cls(sums["cross"].shape[1], **{name: facts[name] for name in _SETTINGS})
             for name, value in sums.items():
                 empty = getattr(moments, name)
                 if (value.shape, value.dtype) != (empty.shape, empty.dtype):
@@ -541,13 +512,13 @@ class Moments:
 
 
 def ratio(numerator: Tensor, denominator: Tensor, empty: float = 1.0) -> Tensor:
-    """``numerator / denominator``; where that is zero 1, so that a channel without signal stays."""
+    """``numerator / denominator``, ``empty`` where that is 0: 1 keeps a channel without signal."""
     safe = torch.where(denominator > 0, denominator, 1.0)
     return torch.where(denominator > 0, numerator / safe, empty)
 
 
 def check_moments(moments: Moments) -> None:
-    """Refuse moments that no operator can be solved from.
+    """Refuse invalid moments, before an operator is solved from them.
 
     Raises:
         ValueError: no tokens, another dtype than float64, a Gram matrix that is not symmetric, or
@@ -574,17 +545,17 @@ def check_moments(moments: Moments) -> None:
 
 
 def check_alike(train: Moments, *held_out: Moments) -> None:
-    """Refuse to judge a fit on held-out moments of another kind; and `check_moments` of all.
+    """Refuse held-out moments of another kind than ``train``; and `check_moments` of all.
 
     Raises:
         ValueError: another width or another regressor; or as `check_moments`.
     """
     for moments in held_out:
-        for what in ("width", "blocks", "regressor"):
-            first, second = getattr(train, what), getattr(moments, what)
+        for name in ("width", "blocks", "regressor"):
+            first, second = getattr(train, name), getattr(moments, name)
             if first != second:
                 raise ValueError(
-                    f"training and held-out moments must have one {what}, got {first} and {second}"
+                    f"training and held-out moments must have one {name}, got {first} and {second}"
                 )
     for moments in (train, *held_out):
         check_moments(moments)

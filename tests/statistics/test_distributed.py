@@ -141,7 +141,7 @@ def test_moments_of_all_regressors_are_added_up(monkeypatch: pytest.MonkeyPatch)
     regressor = "x, n(x); 1/|y|"
     one = gl.calibrate(tiny_model("llama"), tiny_windows(), BOUNDARIES, regressors=[regressor])
     before = {key: moments.to("cpu") for key, moments in one.collected.items()}
-    monkeypatch.setattr(distributed, "_place", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "_rank_and_size", lambda: (0, 2))
     monkeypatch.setattr(dist, "all_reduce", lambda values: values.mul_(2))
     total = distributed.all_reduce(one)
     assert total.collected.keys() == one.collected.keys()
@@ -164,8 +164,8 @@ def test_backends_without_the_cpu_get_tensors_on_the_models_device(
         asked.add(str(device))
         return values
 
-    monkeypatch.setattr(distributed, "_place", lambda: (0, 2))
-    monkeypatch.setattr(distributed, "_gather", lambda mine: [mine])
+    monkeypatch.setattr(distributed, "_rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "_gather", lambda value: [value])
     monkeypatch.setattr(distributed, "_total", total)
     monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
     monkeypatch.setattr(distributed, "input_device", lambda model: torch.device("meta"))

@@ -335,9 +335,11 @@ def test_error_refuses_an_operator_that_reads_something_else(reads: str) -> None
 
 def test_the_plain_stream_alone_has_B_and_t() -> None:
     other = Moments(8, regressor="x, n(x)").update(*pair(10))
-    with pytest.raises(ValueError, match=r"B = X_pre' X_post is of the plain stream, .* x, n\(x\)"):
+    with pytest.raises(
+        ValueError, match=r"B = X_pre' X_post is defined for the plain stream, .* x, n\(x\)"
+    ):
         _ = other.B
-    with pytest.raises(ValueError, match=r"t = \|\|X_post\|\|\^2 is of the plain stream"):
+    with pytest.raises(ValueError, match=r"t = \|\|X_post\|\|\^2 is defined for the plain stream"):
         _ = other.t
     X, Y = pair(10)
     weighted = Moments(8, regressor="x; 1/|y|^2").update(X, Y)
