@@ -31,7 +31,7 @@ ASIDE = {
     "Similarity": "made by calibrate",
     "MassiveActivationWarning": "a warning",
     "SingularGramWarning": "a warning",
-    "Moments.about": "for fits with a bias, behind solve and the paths",
+    "Moments.centred": "for fits with a bias, behind solve and the paths",
     "Moments.add_sequence": "for the streaming pass, behind update",
     "Moments.error_of": "behind error, which checks",
     "Moments.tensors": "no input",
