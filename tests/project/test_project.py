@@ -18,6 +18,8 @@ import fill
 import ghostlib as gl
 import rules
 from ghostlib import cli
+from ghostlib.evaluation.perplexity import PUBLISHED
+from ghostlib.evaluation.tasks import PAPER_TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -261,6 +263,19 @@ def test_commands_of_the_pages_are_understood():
         for kind, known in (("criteria", gl.CRITERIA), ("operators", gl.OPERATORS)):
             for name in getattr(options, kind, ()):
                 assert name in known or name in ("pruned", "auto"), line
+
+
+def test_the_commands_for_the_published_tables_score_all_that_the_paper_scores():
+    text = (ROOT / "docs" / "maintainers.md").read_text(encoding="utf-8")
+    lines = re.findall(r"`(ghostlib experiment [^`]+)`", text)
+    options = [cli.parser().parse_args(shlex.split(line)[1:]) for line in lines]
+    assert len(options) == 3
+    for table in options:
+        assert tuple(table.tasks) in ((), PAPER_TASKS)
+        assert not table.perplexity or (
+            set(table.perplexity) == set(PUBLISHED) and table.bos is False
+        )
+        assert table.tasks or table.perplexity
 
 
 def test_links_between_pages_are_alive():
