@@ -1,8 +1,10 @@
-"""Abilities: items that ask what they say, scores against the whole model's logits, verdicts."""
+"""Abilities: items against their description, scores against whole passes, and verdicts."""
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,16 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ghostlib as gl
-from ghostlib.evaluation.abilities import (
-    BRIEF,
-    NATS,
-    RIGHT,
-    Ability,
-    Item,
-    LeftOut,
-    Probe,
-    ProbeSet,
-)
+from ghostlib.evaluation.abilities import BRIEF, NATS, RIGHT, Ability, Probe, ProbeSet
 
 TOKENIZER = tiny_tokenizer()
 WRITTEN = [name for name in gl.PROBES if name not in ("repeated-bigrams", "new-bigrams", "facts")]
@@ -46,7 +39,7 @@ def test_items_depend_on_the_seed_alone(model):
 
 
 @pytest.mark.parametrize("distance", [16, 64, 256])
-def test_copied_tokens_are_those_of_the_first_half(model, distance):
+def test_copied_tokens_repeat_the_first_half(model, distance):
     name = "copying" if distance == 64 else f"copying-{distance}"
     special = set(TOKENIZER.all_special_ids)
     for _, item in few(model, [name])._items:
@@ -55,28 +48,30 @@ def test_copied_tokens_are_those_of_the_first_half(model, distance):
         assert len(item.right) == distance
 
 
-def test_a_choice_is_asked_where_the_answers_part(model):
-    """Of two that begin alike, the first token that differs decides, and nothing of it is shown."""
-    text = few(model, ["names", "look-up", "brackets", "sequences", "sums", "agreement"])
-    for _, item in text._items:
+def test_a_choice_is_scored_where_the_answers_differ(model):
+    """The first token that differs decides, and the context ends before it."""
+    choices = few(model, ["names", "look-up", "brackets", "sequences", "sums", "agreement"])
+    for _, item in choices._items:
         assert item.places == [len(item.ids) - 1] and len(item.right) == len(item.wrong) == 1
         assert item.right != item.wrong
+    closer = {"(": ")", "[": "]", "{": "}"}
     for _, item in few(model, ["brackets"])._items:
         shown, (right,) = TOKENIZER.decode(item.ids), TOKENIZER.batch_decode([list(item.right)])
-        opened = [c for c in shown if c in "([{"]
-        for closer in (c for c in shown if c in ")]}"):
-            assert {"(": ")", "[": "]", "{": "}"}[opened.pop()] == closer
-        assert {"(": ")", "[": "]", "{": "}"}[opened.pop()] == right
+        opened = [c for c in shown if c in closer]
+        for closed in [*(c for c in shown if c in closer.values()), right]:
+            assert closer[opened.pop()] == closed
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
-def test_scores_are_those_of_the_whole_models_logits(kind, bos):
+@pytest.mark.parametrize(
+    ("kind", "bos", "count"),
+    [*product(["llama", "gpt2", "gemma2"], [False, True], [5]), ("llama", False, 1)],
+)
+def test_scores_are_those_of_the_whole_models_logits(kind, bos, count):
     tokenizer = tiny_tokenizer(bos=bos)
     model = tiny_model(kind, vocab_size=len(tokenizer), max_position_embeddings=1024)
-    asked = ProbeSet(model, tokenizer, SHORT, count=5)
+    probes = ProbeSet(model, tokenizer, SHORT[-1:] if count == 1 else SHORT, count=count)
     expected: dict[str, list[float]] = {}
-    for name, item in asked._items:
+    for name, item in probes._items:
         assert not bos or item.ids[0] == tokenizer.bos_token_id
         with torch.no_grad():
             logits = model(torch.tensor([item.ids])).logits[0].double()[list(item.places)]
@@ -85,36 +80,35 @@ def test_scores_are_those_of_the_whole_models_logits(kind, bos):
         else:
             value = -float(logits.log_softmax(-1)[range(len(item.right)), item.right].mean())
         expected.setdefault(name, []).append(value)
-    found = asked.ask(model)
-    assert list(found) == SHORT
-    for name, values in found.items():
+    scores = probes.ask(model)
+    assert list(scores) == list(expected)
+    for name, values in scores.items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-5)
 
 
 def test_items_of_one_text_share_a_row(model):
-    asked = ProbeSet(model, TOKENIZER, ["sequences"])
-    distinct = {tuple(item.ids) for _, item in asked._items}
-    assert sum(map(len, asked.batches)) == len(distinct) < len(asked._items)
-    (scores,) = asked.ask(model).values()
-    by_item = {(tuple(item.ids), *item.wrong): [] for _, item in asked._items}
-    for (_, item), score in zip(asked._items, scores, strict=True):
-        by_item[tuple(item.ids), *item.wrong].append(score)
-    assert all(len(set(values)) == 1 for values in by_item.values())
+    probes = ProbeSet(model, TOKENIZER, ["sequences"])
+    distinct = {tuple(item.ids) for _, item in probes._items}
+    assert sum(map(len, probes.batches)) == len(distinct) < len(probes._items)
+    (scores,) = probes.ask(model).values()
+    by_item = defaultdict(set)
+    for (_, item), score in zip(probes._items, scores, strict=True):
+        by_item[tuple(item.ids), *item.wrong].add(score)
+    assert all(len(values) == 1 for values in by_item.values())
 
 
-def test_trials_ask_what_the_whole_variant_answers(model):
+def test_trials_score_as_the_whole_variant(model):
     calib = torch.randint(3, len(TOKENIZER), (4, 24), generator=torch.Generator().manual_seed(0))
-    asked, layers, gap = few(model, SHORT), (1, 2), gl.Boundary(1, 3)
-    operators = {gap: gl.solve(gl.calibrate(model, calib, [gap])[gap], "ghost")}
-    trials = gl.Trials(model, calib, probes=asked)
-    for given in ({}, operators):
-        variant = gl.install(model, given or {gap: None})
-        found, expected = trials.abilities(layers, given), asked.ask(variant)
+    probes, layers, gap = few(model, SHORT), (1, 2), gl.Boundary(1, 3)
+    repair = {gap: gl.solve(gl.calibrate(model, calib, [gap])[gap], "ghost")}
+    trials = gl.Trials(model, calib, probes=probes)
+    for operators in ({}, repair):
+        variant = gl.install(model, operators or {gap: None})
+        scores, expected = trials.abilities(layers, operators), probes.ask(variant)
         for name in SHORT:
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
-        torch.testing.assert_close(
-            trials.losses(layers, given), gl.window_losses(variant, calib), rtol=1e-5, atol=0
-        )
+            np.testing.assert_allclose(scores[name], expected[name], rtol=1e-5)
+        losses = trials.losses(layers, operators)
+        torch.testing.assert_close(losses, gl.window_losses(variant, calib), rtol=1e-5, atol=0)
 
 
 def values(*numbers: float) -> np.ndarray:
@@ -129,9 +123,9 @@ def test_intervals_and_verdicts():
     assert dense.verdict == "passed" and dense.dense is None and dense.kept is None
     for shift, verdict, kept in ((0.0, "kept", 1), (1.0, "weaker", 0.75), (3.5, "lost", 0.125)):
         noise = values(0, 0.01, 0, 0.01) if shift else 0  # equal differences have no interval
-        found = Ability.of(loss, values(1, 2, 3, 2) + shift + noise, 6, dense)
-        assert found.verdict == verdict and found.kept == pytest.approx(kept, abs=0.01)
-    assert str(found) == "lost a: 2.00 -> 5.50 nats per token"
+        ability = Ability.of(loss, values(1, 2, 3, 2) + shift + noise, 6, dense)
+        assert ability.verdict == verdict and ability.kept == pytest.approx(kept, abs=0.01)
+    assert str(ability) == "lost a: 2.00 -> 5.50 nats per token"
     right = Ability.of(share, values(*[1] * 19, 0), chance=0.5)
     wilson = stats.binomtest(19, 20).proportion_ci(method="wilson")
     assert (right.score, right.low, right.high) == pytest.approx((0.95, wilson.low, wilson.high))
@@ -160,46 +154,36 @@ def test_a_profile_is_a_table_json_and_html(model):
 
 
 def test_a_lost_ability_says_so_in_one_line(model):
-    values_of = {"copying": values(2.5, 2.6, 2.7, 2.6), "names": values(1, 1, 1, 1)}
-    profile = gl.Profile(
-        {
-            "copying": Ability.of(
-                gl.PROBES["copying"],
-                values(11.8, 12.0, 11.9, 11.9),
-                math.log(49152),
-                Ability.of(gl.PROBES["copying"], values_of["copying"], math.log(49152)),
-            ),
-            "names": Ability.of(gl.PROBES["names"], values_of["names"], 0.5),
-        },
-        {},
-        0,
-    )
-    assert profile.lost == ["lost copying: 2.60 -> 11.9 nats per token"]
+    copying, chance = gl.PROBES["copying"], math.log(49152)
+    dense = Ability.of(copying, values(2.5, 2.6, 2.7, 2.6), chance)
+    scores = {
+        "copying": Ability.of(copying, values(11.8, 12.0, 11.9, 11.9), chance, dense),
+        "names": Ability.of(gl.PROBES["names"], values(1, 1, 1, 1), 0.5),
+    }
+    assert gl.Profile(scores, {}, 0).lost == ["lost copying: 2.60 -> 11.9 nats per token"]
 
 
 def test_a_reference_is_of_the_same_items(model):
-    asked = {"probes": ["copying-16"]}
-    dense = gl.abilities(model, None, **asked)  # as many items, of other tokens
+    dense = gl.abilities(model, None, probes=["copying-16"])  # as many items, of other tokens
     with pytest.raises(ValueError, match=r"items of 'copying-16' .* arguments and tokenizer"):
-        gl.abilities(model, TOKENIZER, **asked, reference=dense)
+        gl.abilities(model, TOKENIZER, probes=["copying-16"], reference=dense)
     assert json.loads(dense.to_json())["digests"] == dense.digests != {}
     every = gl.abilities(model, TOKENIZER, probes=SHORT)
-    assert gl.abilities(model, TOKENIZER, **asked, reference=every).abilities["copying-16"].dense
-    before = replace(every, digests={})  # a profile from before there were digests
-    assert gl.abilities(model, TOKENIZER, **asked, reference=before).abilities["copying-16"].dense
+    for reference in (every, replace(every, digests={})):  # old profiles have no digests
+        profile = gl.abilities(model, TOKENIZER, probes=["copying-16"], reference=reference)
+        assert profile.abilities["copying-16"].dense
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_running_text_begins_with_one_bos_at_most(model, bos):
     tokenizer = tiny_tokenizer(bos=bos)
-    asked = ProbeSet(model, tokenizer, ["repeated-bigrams", "new-bigrams"], count=2)
-    for _, item in asked._items:
+    for _, item in ProbeSet(model, tokenizer, ["repeated-bigrams", "new-bigrams"], count=2)._items:
         assert list(item.ids).count(tokenizer.bos_token_id) == bos
         assert len(item.ids) == 256 + bos
         assert [item.ids[place + 1] for place in item.places] == list(item.right)
 
 
-# ---------------------------------------------------------------- what cannot be asked
+# ---------------------------------------------------------------- probes that cannot be run
 
 
 def word_tokenizer(**options) -> PreTrainedTokenizerFast:
@@ -224,7 +208,7 @@ def test_without_a_tokenizer_random_tokens_are_copied():
     assert list(profile.abilities) == ["copying-16"]
 
 
-def test_a_context_that_is_too_short_leaves_the_others():
+def test_a_context_that_is_too_short_leaves_the_probe_out():
     profile = gl.abilities(tiny_model("llama"), None, probes=["copying-256", "copying"])
     assert profile.left_out == {"copying-256": "takes 512 tokens, and the model knows 128"}
     nothing = gl.abilities(tiny_model("llama"), None, probes=["copying-256"])
@@ -233,11 +217,11 @@ def test_a_context_that_is_too_short_leaves_the_others():
 
 def test_a_text_without_items_leaves_the_probe_out(model, monkeypatch):
     monkeypatch.setitem(gl.PROBES, "none", Probe("none", "", lambda rng, language: iter(()), 4))
-    found = gl.abilities(model, TOKENIZER, probes=["none"])
-    assert found.left_out == {"none": "finds no item in the text"}
+    profile = gl.abilities(model, TOKENIZER, probes=["none"])
+    assert profile.left_out == {"none": "finds no item in the text"}
 
 
-def test_a_repaired_model_is_asked_like_any_other(model):
+def test_a_repaired_model_is_profiled_like_any_other(model):
     calib = torch.randint(3, len(TOKENIZER), (4, 24), generator=torch.Generator().manual_seed(0))
     recovered = gl.recover(model, calib, [1, 2], "ghost", relative_ridge=1e-3)
     profile = gl.abilities(recovered, TOKENIZER, probes=BRIEF, reference=model)
@@ -271,23 +255,19 @@ def test_the_criterion_weighs_text_against_copying():
     selection = gl.select_layers(model, ids, 2, "abilities", **options)
     gaps = [gl.Boundary(s, s + n) for n in (1, 2) for s in range(LAYERS - n + 1)]
     stats_of = gl.calibrate(model, ids, gaps)
-    asked = ProbeSet(model, None, ["copying-16"], seed=-1, count=4)
+    probes = ProbeSet(model, None, ["copying-16"], seed=-1, count=4)
     for layers, score in selection.scores.items():
-        chosen = gl.runs(layers, LAYERS)
-        variant = gl.install(model, {gap: gl.solve(stats_of[gap], "ghost") for gap in chosen})
-        expected = gl.window_losses(variant, ids[:2]).mean() + 0.5 * float(
-            asked.ask(variant)["copying-16"].mean()
-        )
-        assert score == pytest.approx(float(expected), rel=1e-5)
+        removed = gl.runs(layers, LAYERS)
+        variant = gl.install(model, {gap: gl.solve(stats_of[gap], "ghost") for gap in removed})
+        loss, copying = gl.window_losses(variant, ids[:2]), probes.ask(variant)["copying-16"]
+        assert score == pytest.approx(float(loss.mean() + 0.5 * copying.mean()), rel=1e-5)
     with pytest.raises(ValueError, match="'names' cannot be asked: it needs a tokenizer"):
         gl.select_layers(model, ids, 2, "abilities", keep="names")
 
 
-def test_items_are_one_record():
-    """The vocabulary of the tiny model holds every id that is drawn without a tokenizer."""
-    asked = ProbeSet(tiny_model("llama"), None, ["copying-16"])
-    assert max(max(item.ids) for _, item in asked._items) < VOCABULARY
-    assert Item([1], [0], [2]).wrong == () and issubclass(LeftOut, ValueError)
+def test_without_a_tokenizer_tokens_are_of_the_models_vocabulary():
+    probes = ProbeSet(tiny_model("llama"), None, ["copying-16"])
+    assert max(max(item.ids) for _, item in probes._items) < VOCABULARY
 
 
 @pytest.mark.embedded
