@@ -1,5 +1,4 @@
-"""The operator families: from `Moments` to the best repair within each set, and all else there is
-to know of each.
+"""The operator families: closed forms from `Moments` to the best repair within each set.
 
 Every solver takes moments of features ``F`` (tokens, p) and ``Delta`` (tokens, C) and returns the
 matrix ``M`` (p, C) of the repair ``X + F M``; with the plain stream for ``F`` that is ``X W`` with
@@ -11,9 +10,9 @@ matrix ``M`` (p, C) of the repair ``X + F M``; with the plain stream for ``F`` t
     identity ⊂ low-rank (any rank) ⊂ ghost ⊂ two-branch ⊂ three-branch,
     identity ⊂ replaceme ⊂ refit ⊂ ghost-refit,  ghost ⊂ ghost-refit,
 
-so their training errors are ordered. The two ``linearpatch`` families and ``magnitude`` are no
-least-squares fits. Directions the calibration tokens never visit stay untouched: each family
-returns, among equally good fits, the one with the smallest ``M``.
+so their training errors are ordered. The two ``linearpatch`` families and ``magnitude`` are not
+least-squares fits. Among equally good fits each family returns the one with the smallest ``M``, so
+directions without calibration data stay unchanged.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,14 +31,14 @@ from ghostlib.statistics.moments import Moments, ratio
 
 
 class Fit(NamedTuple):
-    """What a solver returns.
+    """Result of a solver.
 
     Attributes:
         M: (p, C) float64 matrix.
         bias: (C,) or None.
-        inverse: the regularised inverse it was solved with; None where no matrix was inverted.
-        seen: the diagonal that was inverted instead, for families that invert one.
-        error: the squared error that is left, where solving gives it away.
+        inverse: the regularised inverse of the Gram matrix, or None if there is none.
+        seen: the diagonal that the solver inverted instead, or None.
+        error: the squared error, where it is a by-product of the solution.
     """
 
     M: Tensor
@@ -50,13 +49,13 @@ class Fit(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Sizes that free parameters are counted from.
+    """Sizes that determine the number of free parameters.
 
     Attributes:
         C: width of the stream.
-        p: width of all features together.
+        p: total width of the features.
         rank: bound on the rank of ``M``; 0 for none.
-        bias: whether there is one.
+        bias: whether there is a bias.
     """
 
     C: int
@@ -67,21 +66,21 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """All there is to know of a family of repairs.
+    """A family of repairs.
 
     Attributes:
-        name: what people call it.
-        searches: the set it searches, in a line.
-        solve: from moments (and options) to a `Fit`.
-        dof: its free parameters, from the `Shape`.
-        regressor: what it is solved from: the features it reads and how tokens weigh.
+        name: in `FAMILIES`, figures and tables.
+        searches: the set it searches, in one line.
+        solve: the closed form, from moments (and options) to a `Fit`.
+        dof: number of free parameters, from the `Shape`.
+        regressor: its features and token weight.
         install: where its matrices go, a name in `ghostlib.surgery.installers.INSTALLERS`.
         color: in every figure.
         marker: of its points.
         dash: of its lines.
-        least_squares: whether it minimises a squared error, which few tokens may own.
-        options: what `solve` accepts beside the moments.
-        default: options where no regularisation is given.
+        least_squares: whether it minimises a squared error, which few tokens may dominate.
+        options: of `solve`.
+        default: options without a choice of regularisation.
     """
 
     name: str
@@ -102,21 +101,17 @@ class Family:
 
     @property
     def free(self) -> bool:
-        """Whether it adds no parameter and no operation: the checkpoint stays a stock one."""
+        """Whether it adds no parameter and no operation, so that the checkpoint is a stock one."""
         return self.install in ("down-projection", "earlier-writes", "nothing")
 
     @property
     def ridged(self) -> bool:
-        """Whether it has a ridge by default, which windows kept out of the fit can choose."""
+        """Whether it has a ridge by default, which held-out windows can choose."""
         return "relative_ridge" in dict(self.default)
 
     @checked
     def check_place(self, gaps: Iterable[Boundary]) -> None:
-        """Refuse a gap that has no layer before it, where the repair needs one.
-
-        Raises:
-            ValueError: such a gap, and what works instead.
-        """
+        """Raise `ValueError` for a gap at layer 0, if the repair needs a layer before the gap."""
         for gap in gaps:
             if gap.start == 0 and self.regressor.reads_mlp:
                 raise ValueError(
@@ -126,11 +121,11 @@ class Family:
 
     @classmethod
     def of(cls, spelling: "str | Family") -> "Family":
-        """The family of a name, or least squares on a regressor spelt ``"x, n(x); 1/|y|"``.
+        """The family with this name, or least squares on a regressor spelt ``"x, n(x); 1/|y|"``.
 
         Raises:
             ValueError: neither a family nor a regressor (the message names the nearest family), or
-                a regressor that reads the MLP, which no matrix at the gap can.
+                a regressor that reads the MLP, which a module at the gap cannot.
         """
         if isinstance(spelling, Family):
             return spelling
@@ -162,7 +157,7 @@ def scalar(moments: Moments) -> Fit:
 
 
 def diagonal(moments: Moments) -> Fit:
-    """``W = diag(d)`` with ``d_j = B_jj / G_jj``; 1 for a channel that is always zero."""
+    """``W = diag(d)`` with ``d_j = B_jj / G_jj``, or 1 for a channel that is zero."""
     G, B = moments.G.diagonal(), moments.B.diagonal()
     return Fit(torch.diag(ratio(B, G) - 1), seen=G)
 
@@ -171,8 +166,8 @@ def linearpatch_d(moments: Moments, *, pooled: bool = False) -> Fit:
     """LinearPatch without rotation: ``d_j = mean|X_post,j| / mean|X_pre,j|`` (NeurIPS 2025).
 
     Args:
-        pooled: take the ratio over all tokens at once (weighted where the tokens are) instead of
-            averaging the ratios of the sequences, as the published code does.
+        pooled: take one ratio over all (weighted) tokens. By default the ratios of the sequences
+            are averaged, as in the published code.
     """
     pool = ratio(moments.y_abs, moments.x_abs)
     return Fit(torch.diag((pool if pooled else moments.ratio / moments.sequences) - 1))
@@ -203,8 +198,8 @@ def hadamard_diagonal(moments: Moments) -> Fit:
 def magnitude(moments: Moments) -> Fit:
     """Prune&Comp: ``W = a I``, a the mean over channels of ``mean|X_post,j| / mean|X_pre,j|``.
 
-    That is the mean of `linearpatch_d`'s diagonal (arXiv 2507.18212, whose code averages the ratios
-    of channels and sequences). It is folded into the weights before the gap.
+    The mean of `linearpatch_d`'s diagonal (arXiv 2507.18212, whose code averages over channels and
+    sequences), folded into the weights before the gap.
     """
     return Fit(linearpatch_d(moments).M.diagonal().mean() * _eye(moments))
 
@@ -230,18 +225,18 @@ def scaled_orthogonal(moments: Moments) -> Fit:
 def symmetric(moments: Moments, **options: Unpack[Regularisation]) -> Fit:
     """``W = W'``: the Lyapunov equation ``G W + W G = B + B'`` in the eigenbasis of ``G``.
 
-    Solved for ``M = W - I``, which obeys the same equation with ``X'Delta`` on the right. There
-    entry (i, j) is divided by ``s_i + s_j``, so it stays 0 only where neither direction was seen.
-    The same as ``scipy.linalg.solve_continuous_lyapunov(G, B + B')`` where G has full rank.
+    Solved for ``M = W - I``, which satisfies the same equation with ``X'Delta`` for ``B``. Entry
+    (i, j) is divided by ``s_i + s_j``, so it is 0 only where neither direction has data. The same
+    as ``scipy.linalg.solve_continuous_lyapunov(G, B + B')`` where G has full rank.
 
     Args:
         options: ``rcond``, ``ridge`` or ``relative_ridge`` as in `ghost`.
     """
     inverse = moments.gram.regularise(**options)
     V, unit2 = inverse.spectrum.vectors, inverse.scaling[0] ** 2
-    # X v = 0 forces v' X' Delta = 0: on dropped directions both are rounding, and must go together.
+    # X v = 0 implies v' X' Delta = 0: both are rounding error on dropped directions.
     C = V.T @ (moments.cross / unit2) @ V * inverse.kept[:, None]
-    s = inverse.spectrum.values * inverse.kept + inverse.shift  # what is unseen is shrunk as well
+    s = inverse.spectrum.values * inverse.kept + inverse.shift  # dropped directions shrink as well
     M = V @ ratio(C + C.T, s[:, None] + s[None, :], empty=0.0) @ V.T
     return Fit((M + M.T) / 2, inverse=inverse)
 
@@ -256,14 +251,14 @@ def ghost(moments: Moments, *, around: str = "identity", **options: Unpack[Regul
     The same as ``scipy.linalg.lstsq(X_pre, X_post - X_pre)``, from moments.
 
     Args:
-        around: ``"identity"`` solves for the smallest ``M``, which leaves unseen directions as they
-            are; ``"zero"`` for the smallest ``W``, which erases them. The two agree without a ridge
+        around: ``"identity"`` solves for the smallest ``M``, which keeps directions without data;
+            ``"zero"`` for the smallest ``W``, which erases them. The two agree without a ridge
             where ``X_pre`` has full column rank.
         options: at most one of ``rcond``, truncated SVD as in the paper's text: singular values of
             ``X_pre`` up to this fraction of the largest are dropped, 1e-6 by default; ``ridge``,
-            ``(G + ridge I) M = X'Delta`` as in the paper's code, which takes 1e-6; and
-            ``relative_ridge``, the same in units of the mean eigenvalue ``tr(G)/p``, so that a
-            value keeps its meaning when the number of tokens or the scale of the stream changes.
+            ``(G + ridge I) M = X'Delta`` as in the paper's code, where it is 1e-6; and
+            ``relative_ridge``, the same in units of the mean eigenvalue ``tr(G)/p``, independent of
+            the number of tokens and the scale of the stream.
     """
     if around == "zero":
         inverse = moments.gram.regularise(**options)
@@ -279,51 +274,54 @@ def least_squares(
     bias: bool | None = None,
     **options: Unpack[Regularisation],
 ) -> Fit:
-    """The best ``M = [M_1; M_2; …]`` of ``X + f_1 M_1 + f_2 M_2 …``, or of that plus a bias.
+    """The best ``M = [M_1; M_2; …]`` of ``X + f_1 M_1 + f_2 M_2 …``, with or without a bias.
 
-    ``Delta`` regressed on all features at once: linear in the ``M_k``, hence one least-squares
-    problem. With ``rank``, reduced-rank regression: ``||F M - Delta||`` differs by a constant from
-    the distance of ``G^(1/2) M`` to the whitened fit ``G^(-1/2) F'Delta``, whose best rank-r
-    approximation is its truncated SVD (Eckart-Young).
+    One linear least-squares problem: ``Delta`` regressed on all features. With ``rank``,
+    reduced-rank regression: ``||F M - Delta||`` differs by a constant from the distance between
+    ``G^(1/2) M`` and the whitened fit ``G^(-1/2) F'Delta``, whose best rank-r approximation is its
+    truncated SVD (Eckart-Young).
 
     Args:
-        rank: of ``M`` at most, between 1 and C.
-        bias: fit a bias as well, which nothing shrinks: centred moments. By default where the
-            weights that will take the repair have one.
+        rank: upper bound on the rank of ``M``, between 1 and C.
+        bias: fit a bias as well, not penalised: centred moments. By default where the weights that
+            receive the repair have one.
         options: as in `ghost`; a relative ridge is in each feature's own unit, one for all features
             or one for each.
 
     Raises:
         ValueError: a rank out of range, or bad options.
     """
-    if rank is not None:
-        check_rank(rank, moments.width)
     bias = moments.bias if bias is None else bias
     f, d = moments.means
-    seen = moments.centred(f, d) if bias else moments
-    inverse = seen.gram.regularise(**options)
-    M = inverse.solve(seen.cross) if rank is None else _reduced(inverse, seen.cross, rank)
-    explained = inverse.explained(M, seen.cross) if rank is None else None
-    left = None if explained is None else max(seen.pruned_error - explained, 0.0)
-    return Fit(M, d - f @ M if bias else None, inverse, error=left)
+    if bias:
+        moments = moments.centred(f, d)
+    inverse, error = moments.gram.regularise(**options), None
+    if rank is None:
+        M = inverse.solve(moments.cross)
+        explained = inverse.explained(M, moments.cross)
+        error = None if explained is None else max(moments.pruned_error - explained, 0.0)
+    else:
+        check_rank(rank, moments.width)
+        M = _reduced(inverse, moments.cross, rank)
+    return Fit(M, d - f @ M if bias else None, inverse, error=error)
 
 
 def check_rank(rank: int, width: int | None = None) -> None:
-    """Refuse, by `ValueError`, a rank that is not between 1 and the width (where that is known)."""
+    """Raise `ValueError` for a rank that is not between 1 and the width (if known)."""
     if not whole(rank) or not 1 <= rank <= (rank if width is None else width):
-        known = "" if width is None else f" {width}"
-        raise ValueError(f"rank must lie between 1 and the width{known}, got {rank}")
+        limit = "the width" if width is None else f"the width {width}"
+        raise ValueError(f"rank must lie between 1 and {limit}, got {rank}")
 
 
 def joint_least_squares(
     moments: Moments, *, bias: bool | None = None, **options: Unpack[Regularisation]
 ) -> Fit:
-    """Least squares on the stream and what the last MLP reads, ``X + X M + h E``.
+    """Least squares on the stream and on the input of the last down-projection, ``X + X M + h E``.
 
-    ``M`` becomes a module at the boundary and ``E`` goes into the down-projection before it, which
-    the module multiplies by ``I + M``: ``E (I + M)^-1`` is what is folded. Where ``I + M`` is so
-    close to singular that float32 would not hold the fold, the ridge is raised tenfold, with a
-    warning, until it does.
+    ``M`` becomes a module at the boundary and multiplies the output of the down-projection before
+    it by ``I + M``, so ``E (I + M)^-1`` is folded into that projection. Where ``I + M`` is too
+    close to singular to fold in float32, the ridge is raised tenfold, with a warning, until it is
+    not.
     """
     while True:
         fit = least_squares(moments, bias=bias, **options)
@@ -355,15 +353,15 @@ def _reduced(inverse: Regularised, cross: Tensor, rank: int) -> Tensor:
     """The best fit (p, C) of at most this rank, from cross moments ``F'Delta`` (p, C)."""
     root, A = whitened(inverse, cross)
     if rank < min(A.shape):
-        # The leading right singular vectors, from A'A: a third of the cost of an SVD, and an error
-        # in them enters the residual only squared.
+        # The leading right singular vectors, from A'A: a third of the cost of an SVD; their error
+        # enters the residual only squared.
         U = torch.linalg.eigh(A.T @ A).eigenvectors[:, -rank:]
         A = A @ U @ U.T
     return (inverse.spectrum.vectors @ (root * A)) / inverse.scaling[:, None]
 
 
 def whitened(inverse: Regularised, cross: Tensor) -> tuple[Tensor, Tensor]:
-    """``G^(-1/2)``'s eigenvalues (p, 1), and the whitened fit in the eigenbasis (p, C)."""
+    """Eigenvalues of ``G^(-1/2)`` (p, 1), and the whitened fit in the eigenbasis (p, C)."""
     root = inverse.gain.sqrt()[:, None]
     return root, root * (inverse.spectrum.vectors.T @ (cross / inverse.scaling[:, None]))
 
@@ -382,11 +380,11 @@ def _in_hadamard_basis(moments: Moments, d: Tensor) -> Tensor:
 
 
 def _procrustes(B: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthogonal ``Q`` with the largest ``tr(Q'B)``, and that trace, the nuclear norm of ``B``."""
+    """Orthogonal ``Q`` with the largest ``tr(Q'B)``, and the nuclear norm of ``B``, its trace."""
     U, sigma, Vh = torch.linalg.svd(B)
     unseen = sigma <= len(B) * torch.finfo(B.dtype).eps * sigma[0]
     if unseen.any():
-        # Any rotation among the null directions fits as well: take the one nearest the identity.
+        # Any rotation of the null space fits equally well: take the one nearest the identity.
         U0, V0 = U[:, unseen], Vh[unseen].T
         P, _, Qh = torch.linalg.svd(U0.T @ V0)
         U[:, unseen] = U0 @ (P @ Qh)
@@ -396,19 +394,19 @@ def _procrustes(B: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- the table
 
 _RIDGES = tuple(Regularisation.__annotations__)
-# Condition number of I + M up to which float32 holds a fold: 1e6 x 1.2e-7 is a tenth.
+# Largest condition number of I + M for a fold in float32: 1e6 x 1.2e-7 is a tenth.
 _FOLDABLE = 1e6
 _SMALLEST_RIDGE = 1e-6
 
 
-def _whole(s: Shape) -> int:
+def _matrix_dof(s: Shape) -> int:
     return (s.rank * (s.p + s.C - s.rank) if s.rank else s.p * s.C) + s.bias * s.C
 
 
-def _on(features: str, **more: Any) -> dict[str, Any]:
+def _linear(spelling: str, **fields: Any) -> dict[str, Any]:
     """Fields of a family that is least squares on other features than the stream."""
-    fields = {"solve": least_squares, "dof": _whole, "options": (*_RIDGES, "rank", "bias")}
-    return fields | {"regressor": Regressor.parse(features)} | more
+    fields = {"solve": least_squares, "options": (*_RIDGES, "rank", "bias")} | fields
+    return {"regressor": Regressor.parse(spelling), "dof": _matrix_dof} | fields
 
 
 _JOINT: dict[str, Any] = {
@@ -439,38 +437,38 @@ for _family in (
            lambda s: s.C * (s.C - 1) // 2 + 1, color="#4485f7", marker="^"),
     Family("symmetric", "W = W'", symmetric, lambda s: s.C * (s.C + 1) // 2,
            color="#1faaee", marker="v", options=_RIDGES),
-    Family("low-rank", "I + M, rank M = r", low_rank, _whole, color="#44e8dc", marker=">",
+    Family("low-rank", "I + M, rank M = r", low_rank, _matrix_dof, color="#44e8dc", marker=">",
            options=(*_RIDGES, "rank")),
-    Family("ghost", "every matrix", ghost, _whole, color="#008077", marker="o",
+    Family("ghost", "every matrix", ghost, _matrix_dof, color="#008077", marker="o",
            options=(*_RIDGES, "around")),
-    Family("affine", "every matrix and bias", affine, _whole, color="#054547", marker="p",
+    Family("affine", "every matrix and bias", affine, _matrix_dof, color="#054547", marker="p",
            options=_RIDGES),
     Family("replaceme", "every matrix on the output of the last MLP before the gap",
-           color="#754539", marker="s", install="down-projection", **_on("f", options=_RIDGES)),
+           color="#754539", marker="s", install="down-projection", **_linear("f", options=_RIDGES)),
     Family("refit", "the whole down-projection before the gap", color="#f1a8bf", marker="D",
-           install="down-projection", **_on("h", default=(("relative_ridge", 1e-2),))),
+           install="down-projection", **_linear("h", default=(("relative_ridge", 1e-2),))),
     Family("ghost-refit", "a matrix on the stream and the down-projection before it, jointly",
            color="#1765e1", marker="P", install="module and down-projection",
-           **_on("x, h", **_JOINT)),
+           **_linear("x, h", **_JOINT)),
     Family("ghost-refit-relative", "the same, tokens weighted by 1/|y|",
            color="#003db5", marker="*", dash="--", install="module and down-projection",
-           **_on("x, h; 1/|y|", **_JOINT)),
+           **_linear("x, h; 1/|y|", **_JOINT)),
     Family("ghost-relative", "every matrix, tokens weighted by 1/|y|",
            color="#629947", marker="p", dash="--",
-           **_on("x; 1/|y|")),
+           **_linear("x; 1/|y|")),
     Family("two-branch", "matrices on the stream and its normalised copy",
            color="#745fa1", marker="d",
-           **_on("x, n(x)")),
+           **_linear("x, n(x)")),
     Family("two-branch-relative", "the same, tokens weighted by 1/|y|",
            color="#5a1d6b", marker="^", dash="--",
-           **_on("x, n(x); 1/|y|")),
+           **_linear("x, n(x); 1/|y|")),
     Family("three-branch", "the same and the normalised stream of the token before",
-           color="#43d8fe", marker="*", dash=":", **_on("x, n(x), n(prev)")),
+           color="#43d8fe", marker="*", dash=":", **_linear("x, n(x), n(prev)")),
     Family("three-branch-relative", "the same, tokens weighted by 1/|y|",
            color="#4d8eaf", marker=">", dash="--",
-           **_on("x, n(x), n(prev); 1/|y|")),
+           **_linear("x, n(x), n(prev); 1/|y|")),
     Family("branches", "matrices on any features of the stream", color="#ac6a8b", marker="h",
-           **_on("x, n(x); 1/|y|")),
+           **_linear("x, n(x); 1/|y|")),
 ):
     FAMILIES[_family.name] = _family
 # fmt: on

@@ -1,4 +1,4 @@
-"""Paths: every ridge or rank for the price of one eigendecomposition, and the choice of one.
+"""Paths: every ridge or rank from one eigendecomposition, and the choice of one.
 
 In the eigenbasis ``G = V diag(s) V'`` a ridge on ``M`` only rescales rows,
 
@@ -6,14 +6,15 @@ In the eigenbasis ``G = V diag(s) V'`` a ridge on ``M`` only rescales rows,
 
 so the training error is a sum over ``p`` rows, and the error on any other moments a quadratic form
 in ``f`` whose (p, p) matrix is computed once. Ridges are relative: multiples of each feature's mean
-eigenvalue. Likewise the operators of reduced-rank regression are nested: ``M_r`` is the sum of the
-first ``r`` of the products ``p_i q_i'``, and the error of every rank a running sum.
+eigenvalue. The operators of reduced-rank regression are nested: ``M_r`` is the sum of the first
+``r`` products ``p_i q_i'``, and the error as a function of the rank a cumulative sum.
 """
 
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Unpack
 
 import torch
@@ -53,19 +54,17 @@ class RidgePath:
 def ridge_path(
     train: Moments, ridges: Iterable[float] = RIDGES, held_out: Moments | None = None
 ) -> RidgePath:
-    """Errors of ``solve(train, …, relative_ridge=r)`` for every ``r``, without a solve each.
+    """Errors of ``solve(train, …, relative_ridge=r)`` for every ``r``, without a solve per value.
 
     After the decomposition of ``train.G`` (shared with `solve`) a value costs O(p) on the training
-    moments and O(p^2) on held-out ones.
+    moments and O(p^2) on held-out moments.
 
     **Generalised cross-validation** is ``(error/n) / (1 - h/n)^2`` with ``n`` tokens and ``h =
-    sum_i s_i/(s_i + ridge)``, the trace of the hat matrix, and 1 more with a bias. Both are
-    functions of the moments, so the score is exact. Leave-one-*token*-out is not: it weights the
-    residual of each token by its own leverage ``x' (G + ridge)^-1 x``, and the moments keep sums
-    over tokens, not tokens; GCV replaces every leverage by the mean ``h/n``. Leaving out a whole
-    *fold* is exact again, because its moments can be taken out of the sum: `cross_validate`.
-    Neighbouring tokens of a text are dependent, which GCV ignores; whole documents held out do not
-    have that bias.
+    sum_i s_i/(s_i + ridge)``, the trace of the hat matrix, plus 1 with a bias. Both are functions
+    of the moments, so the score is exact. Leave-one-*token*-out would need the leverage
+    ``x' (G + ridge)^-1 x`` of each token, which sums over tokens do not give; GCV replaces it by
+    the mean ``h/n``. Leaving out a *fold* is exact (`cross_validate`), as moments add up. GCV
+    ignores that neighbouring tokens of a text are dependent; held-out documents avoid that bias.
 
     Args:
         train: moments of any regressor.
@@ -76,31 +75,29 @@ def ridge_path(
         ValueError: no ridge, one that is not positive and finite, no tokens, different widths or
             regressors.
     """
-    values = torch.tensor([check_ridge(ridge) for ridge in ridges], dtype=torch.float64)
-    if not len(values):
-        raise ValueError("no ridge to try: name at least one")
-    train, *judges = _seen(train, *(() if held_out is None else (held_out,)))
+    values = _grid(ridges)
+    train, *others = _centred(train, *(() if held_out is None else (held_out,)))
     unit = train.gram.unit  # of each feature
     s, V = train.gram.spectrum.values, train.gram.spectrum.vectors
-    gains = [train.gram.regularise(relative_ridge=float(ridge)).gain for ridge in values]
-    f = torch.stack(gains)  # (k, p)
+    f = torch.stack(
+        [train.gram.regularise(relative_ridge=ridge).gain for ridge in values]
+    )  # (k, p)
     C = V.T @ (train.cross / unit[:, None])  # (p, C)
-    rows = C.square().sum(1)
-    train_error = (f.square() * s - 2 * f) @ rows + train.pruned_error
+    train_error = (f.square() * s - 2 * f) @ C.square().sum(1) + train.pruned_error
     h = (f * s).sum(1) + train.bias
     n = train.tokens
     free = 1.0 - h / n
     gcv = torch.where(free > 1e-6, train_error / n / free.square(), torch.inf)
     held_out_error = None
-    for judge in judges:
+    for other in others:
         # tr(M'G_v M) - 2 tr(M'F_v'Delta_v) + ||Delta_v||^2 of M = V diag(f) C
         U = V / unit[:, None]
-        quadratic = (U.T @ judge.G.to(U) @ U) * (C @ C.T)
-        linear = (U.T @ judge.cross.to(U) * C).sum(1)
-        errors = ((f @ quadratic) * f).sum(1) - 2 * f @ linear + judge.pruned_error
+        quadratic = (U.T @ other.G.to(U) @ U) * (C @ C.T)
+        linear = (U.T @ other.cross.to(U) * C).sum(1)
+        errors = ((f @ quadratic) * f).sum(1) - 2 * f @ linear + other.pruned_error
         held_out_error = errors.clamp_min(0.0).cpu()
     return RidgePath(
-        ridges=values,
+        ridges=torch.tensor(values, dtype=torch.float64),
         train_error=train_error.clamp_min(0.0).cpu(),
         held_out_error=held_out_error,
         dof=(train.width * h).cpu(),
@@ -110,10 +107,10 @@ def ridge_path(
 
 @checked
 def cross_validate(folds: Sequence[Moments], ridges: Iterable[float] = RIDGES) -> Tensor:
-    """Held-out error of each fold when least squares is solved from all the others.
+    """Held-out error of each fold for least squares on all other folds.
 
     Args:
-        folds: k moments of disjoint sets of tokens, best of whole documents.
+        folds: k moments of disjoint sets of tokens, preferably complete documents.
         ridges: positive multiples of the mean eigenvalue of the other folds' Gram matrix.
 
     Returns:
@@ -126,11 +123,11 @@ def cross_validate(folds: Sequence[Moments], ridges: Iterable[float] = RIDGES) -
         raise ValueError(f"cross-validation needs at least 2 folds, got {len(folds)}")
     ridges = tuple(ridges)
     errors = []
-    for left_out, fold in enumerate(folds):
-        # Summing the others loses no digits, where subtracting the fold from the total would.
-        first, *rest = (other for index, other in enumerate(folds) if index != left_out)
+    for index, fold in enumerate(folds):
+        # A sum loses no digits, where subtracting the fold from the total would.
+        first, *rest = (*folds[:index], *folds[index + 1 :])
         error = ridge_path(sum(rest, start=first), ridges, held_out=fold).held_out_error
-        assert error is not None  # because held-out moments were given
+        assert error is not None
         errors.append(error)
     return torch.stack(errors)
 
@@ -145,14 +142,13 @@ def choose_ridge(
     """The relative ridge with the lowest estimated error, for ``solve(…, relative_ridge=…)``.
 
     Args:
-        train: moments to fit: judged on ``held_out`` where given, by GCV otherwise. Or several
-            moments, the folds of a cross-validation.
+        train: training moments, or the folds of a cross-validation.
         ridges: candidates; ties go to the larger ridge.
-        held_out: moments of other tokens.
+        held_out: moments of other tokens, to evaluate on; without them, GCV decides.
 
     Raises:
         ValueError: folds together with ``held_out``, or as in `ridge_path`; every candidate
-            interpolates the training tokens, so that GCV has nothing to judge by.
+            interpolates the training tokens, so that GCV is infinite.
     """
     ridges = sorted(ridges, reverse=True)
     if not isinstance(train, Moments):
@@ -178,48 +174,49 @@ def choose_ridges(
     *,
     start: float = 1e-2,
 ) -> tuple[float, ...]:
-    """A relative ridge for each feature, with the lowest error on held-out tokens.
+    """A relative ridge for each feature, by coordinate descent on the held-out error.
 
-    Features of the stream and of the MLP want ridges that differ a hundredfold. No single
-    decomposition serves ridges of different ratios, so this walks from ``start`` along one feature
-    after the other for as long as the held-out error falls, a Cholesky factorisation a step.
+    Features of the stream and of the MLP need ridges that differ a hundredfold, and no single
+    decomposition serves ridges of different ratios: each step is a Cholesky factorisation.
 
     Args:
-        train: moments to fit.
+        train: training moments.
         held_out: moments of other tokens.
         ridges: candidates, for every feature.
-        start: where the walk begins, for every feature.
+        start: initial value, for every feature.
 
     Raises:
         ValueError: no ridge, one that is not positive and finite, no tokens, or different widths
             or regressors.
     """
-    grid = sorted(check_ridge(ridge) for ridge in ridges)
-    if not grid:
-        raise ValueError("no ridge to try: name at least one")
+    grid = sorted(_grid(ridges))
     check_ridge(start)
     check_alike(train, held_out)
-    known: dict[tuple[int, ...], float] = {}
 
-    def error(place: tuple[int, ...]) -> float:
-        if place not in known:
-            chosen = [grid[index] for index in place]
-            fit = least_squares(train, relative_ridge=chosen)
-            known[place] = held_out.error_of(fit.M, fit.bias)
-        return known[place]
+    @cache
+    def error(indices: tuple[int, ...]) -> float:
+        fit = least_squares(train, relative_ridge=[grid[index] for index in indices])
+        return held_out.error_of(fit.M, fit.bias)
 
     first = min(range(len(grid)), key=lambda index: abs(math.log(grid[index] / start)))
     best = (first,) * len(train.blocks)
-    moved = True
-    while moved:
-        moved = False
+    improved = True
+    while improved:
+        improved = False
         for block, step in itertools.product(range(len(best)), (1, -1)):
             while 0 <= best[block] + step < len(grid):
-                tried = (*best[:block], best[block] + step, *best[block + 1 :])
-                if error(tried) >= error(best):
+                neighbour = (*best[:block], best[block] + step, *best[block + 1 :])
+                if error(neighbour) >= error(best):
                     break
-                best, moved = tried, True
+                best, improved = neighbour, True
     return tuple(grid[index] for index in best)
+
+
+def _grid(ridges: Iterable[float]) -> list[float]:
+    grid = [check_ridge(ridge) for ridge in ridges]
+    if not grid:
+        raise ValueError("no ridge to try: name at least one")
+    return grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,17 +237,17 @@ def rank_path(train: Moments, held_out: Moments, **options: Unpack[Regularisatio
     """Errors of ``solve(train, "low-rank", rank=r)`` for every r from one decomposition.
 
     Args:
-        train: moments to solve from, of any regressor.
-        held_out: of other tokens, of the same width and regressor.
+        train: moments of any regressor.
+        held_out: moments of other tokens, of the same width and regressor.
         options: ``rcond``, ``ridge`` or ``relative_ridge``, as in `ghost`.
 
     Raises:
         ValueError: no tokens, or different widths or regressors.
     """
-    train, held_out = _seen(train, held_out)
+    train, held_out = _centred(train, held_out)
     inverse = train.gram.regularise(**options)
     root, A = whitened(inverse, train.cross)
-    Q = torch.linalg.eigh(A.T @ A).eigenvectors.flip(1).T  # rows q_i', the strongest first
+    Q = torch.linalg.eigh(A.T @ A).eigenvectors.flip(1).T  # rows q_i', by descending eigenvalue
     P = inverse.spectrum.vectors @ (root * (A @ Q.T)) / inverse.scaling[:, None]  # columns p_i
     return RankPath(*(_rank_errors(P, Q, moments) for moments in (train, held_out)))
 
@@ -275,12 +272,12 @@ def choose_rank(
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must not be negative or infinite, got {tolerance}")
     errors = rank_path(train, held_out, **options).held_out_error
-    enough = errors <= errors.min() * (1 + tolerance)
-    return 1 + int(enough.nonzero()[0])
+    admissible = errors <= errors.min() * (1 + tolerance)
+    return 1 + int(admissible.nonzero()[0])
 
 
-def _seen(train: Moments, *held_out: Moments) -> list[Moments]:
-    """What least squares sees of them: about the training means, where it fits a bias."""
+def _centred(train: Moments, *held_out: Moments) -> list[Moments]:
+    """All moments, centred on the training means if least squares fits a bias."""
     check_alike(train, *held_out)
     means = train.means
     return [moments.centred(*means) if train.bias else moments for moments in (train, *held_out)]

@@ -1,4 +1,4 @@
-"""Operators: what is put in place of the removed layers, solved in closed form from moments."""
+"""Operators: repairs in place of the removed layers, solved in closed form from moments."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,24 +16,24 @@ from ghostlib.operators.families import FAMILIES, Family, Shape, check_rank, low
 from ghostlib.statistics.features import STREAM, Regressor, Sources
 from ghostlib.statistics.moments import Moments, check_moments
 
-_FEW = 0.01  # of all tokens
+_MASSIVE_SHARE = 0.01  # of all tokens
 
 
 class MassiveActivationWarning(UserWarning):
-    """A few tokens own the objective: what is best for it may harm all other tokens."""
+    """A few tokens dominate the objective, and its optimum may harm all other tokens."""
 
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """A solved repair ``X -> X + F M + b`` and how far to trust it.
+    """A solved repair ``X -> X + F M + b``, with diagnostics.
 
     Attributes:
         M: (p, C) float64 matrix, acting on row vectors of features as ``F @ M``.
-        family: the record of the family it was searched in.
-        regressor: the features, as the model's layers read them, and the weight of tokens.
+        family: its family.
+        regressor: the features, resolved for the model's norm, and the token weight.
         bias: (C,) b, or None.
         dof: number of free parameters.
-        residual: (weighted) squared error on the tokens it was solved from; NaN if unknown.
+        residual: (weighted) squared error on the training tokens; NaN if unknown.
     """
 
     M: Tensor = field(repr=False)
@@ -50,7 +50,7 @@ class Operator:
     def of(
         cls, W: Tensor, family: str | Family = "ghost", *, residual: float = float("nan")
     ) -> "Operator":
-        """An operator around a matrix ``W`` (C, C) that was not solved here, such as a tuned one.
+        """An operator from a given matrix ``W`` (C, C), such as a fine-tuned one.
 
         Raises:
             ValueError: ``W`` is not square, real and finite, or the family has no single matrix.
@@ -67,7 +67,7 @@ class Operator:
 
     @property
     def name(self) -> str:
-        """Of its family."""
+        """Name of its family."""
         return self.family.name
 
     @property
@@ -75,7 +75,7 @@ class Operator:
         """(C, C) ``I + M``, for a repair of one feature that is not normalised.
 
         Raises:
-            ValueError: a repair of other features, which is no single matrix on the stream.
+            ValueError: a repair of other features, which is not a single matrix on the stream.
         """
         if not self.regressor.has_identity:
             raise ValueError(f"{self.name} reads {self.regressor}: it has M, and no single W")
@@ -85,9 +85,9 @@ class Operator:
 
     @cached_property
     def rank(self) -> int:
-        """Effective rank of the Gram matrix the family inverts, or of its (rotated) diagonal.
+        """Effective rank of the Gram matrix, or (rotated) diagonal, that the family inverts.
 
-        0 where nothing is inverted. After a ridge solve this computes the spectrum.
+        0 without an inverse. After a ridge solve this computes the spectrum.
         """
         if self._diagonal is not None:
             return int((self._diagonal > 0).sum())
@@ -95,7 +95,7 @@ class Operator:
 
     @cached_property
     def condition(self) -> float:
-        """Condition number of the same matrix: infinite if singular, 1 if nothing is inverted."""
+        """Condition number of the same matrix: infinite if singular, 1 without an inverse."""
         if self._diagonal is not None:
             low, high = float(self._diagonal.min()), float(self._diagonal.max())
             return high / low if low > 0 else float("inf")
@@ -110,16 +110,16 @@ class Operator:
         hidden: Tensor | None = None,
         output: Tensor | None = None,
     ) -> Tensor:
-        """What the stream ``X`` becomes, (..., C) -> (..., C), in its dtype and on its device.
+        """The repaired stream (…, C), in the dtype and on the device of ``X``.
 
         Args:
-            X: (…, C); whole sequences (…, tokens, C) where a feature is of the token before.
-            real: (…, tokens), false at padding, which is nobody's token before.
-            hidden: (…, I) what the down-projection before the gap reads, if a feature needs it.
-            output: (…, C) what it returns, likewise.
+            X: (…, C); complete sequences (…, tokens, C) where a feature reads the previous token.
+            real: (…, tokens), false at padding, which is never the previous token.
+            hidden: (…, I) input of the down-projection before the gap, if a feature needs it.
+            output: (…, C) output of that down-projection, if a feature needs it.
 
         Raises:
-            ValueError: ``X`` has another width or no floating-point numbers, a source is missing or
+            ValueError: ``X`` has another width or is not floating point, a source is missing or
                 does not fit, or a mask of another shape.
         """
         p, C = self.M.shape
@@ -133,19 +133,19 @@ class Operator:
 
 
 Operators = Mapping[Boundary, Operator]
-"""What repairs each gap; a gap that is not in it stays one."""
+"""The operator of each repaired gap."""
 
 
 @checked
 def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Operator:
-    """The operator of a family that fits the moments best.
+    """The best fit of a family to the moments.
 
     Args:
         moments: of the family's regressor.
         name: one of `FAMILIES`, whose ``solve`` documents the options; or a `Family`.
         options: ``rcond``, ``ridge`` or ``relative_ridge`` for families that invert a matrix;
-            ``around`` for `ghost`; ``rank`` for ``low-rank`` and repairs of several features, which
-            take ``bias`` too; ``pooled`` for ``linearpatch-d``.
+            ``around`` for `ghost`; ``rank`` for ``low-rank``; ``rank`` and ``bias`` for repairs of
+            several features; ``pooled`` for ``linearpatch-d``.
 
     Raises:
         ValueError: an unknown name, no tokens, moments that are not float64 or not symmetric,
@@ -162,61 +162,48 @@ def solve(moments: Moments, name: str | Family = "ghost", **options: Any) -> Ope
     family = Family.of(name)
     check_moments(moments)
     generic = moments.regressor.generic
-    open_choice = family is FAMILIES["branches"] and not moments.regressor.reads_mlp
-    if generic != family.regressor.generic and not (open_choice and generic != STREAM):
+    any_features = family is FAMILIES["branches"] and not generic.reads_mlp and generic != STREAM
+    if generic != family.regressor.generic and not any_features:
         raise ValueError(
             f"{family} is solved from moments of {family.regressor}, these are of {generic}: "
             f"calibrate(…, regressors=['{family.regressor}']).of('{family.regressor}')"
         )
     check_options(family, options, moments.width)
     ridges = Regularisation.__annotations__.keys()
-    given = {k: value for k, value in options.items() if value is not None or k not in ridges}
-    fit = family.solve(moments, **({} if ridges & given else dict(family.default)) | given)
+    options = {k: value for k, value in options.items() if value is not None or k not in ridges}
+    fit = family.solve(moments, **({} if ridges & options else dict(family.default)) | options)
     if fit.inverse is not None:
         # The channels of a standardised token sum to zero.
         nullity = sum(feature.norm == "layer" for feature in moments.regressor.features)
         if problem := fit.inverse.diagnosis(moments.tokens, nullity):
             warn(f"{family}: {problem}", SingularGramWarning)
-    rank = options.get("rank") or 0
-    shape = Shape(moments.width, sum(moments.blocks), rank, fit.bias is not None)
+    shape = Shape(moments.width, len(fit.M), options.get("rank") or 0, fit.bias is not None)
     residual = moments.error_of(fit.M, fit.bias) if fit.error is None else fit.error
-    return Operator(
-        fit.M,
-        family,
-        moments.regressor,
-        fit.bias,
-        family.dof(shape),
-        residual,
-        fit.inverse,
-        fit.seen,
-    )
+    regressor, dof = moments.regressor, family.dof(shape)
+    return Operator(fit.M, family, regressor, fit.bias, dof, residual, fit.inverse, fit.seen)
 
 
 def solve_quietly(moments: Moments, family: Family | str = "ghost", **options: Any) -> Operator:
-    """`solve`, where too few tokens are meant and no reason for a warning."""
+    """`solve` without `SingularGramWarning`, for fits on few tokens by intention."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SingularGramWarning)
         return solve(moments, family, **options)
 
 
 def check_options(family: Family, options: Mapping[str, Any], width: int | None = None) -> None:
-    """Refuse an option that the family's solver does not take, or out of range, before any pass.
+    """Raise `ValueError` for an unknown option, one out of range, or ``low-rank`` without a rank.
 
     Args:
-        width: of the stream, which a rank may not exceed, where it is known.
-
-    Raises:
-        ValueError: such an option, the message lists those there are; or ``low-rank`` without rank.
+        width: of the stream, the largest rank, if known.
     """
     if unknown := [name for name in options if name not in family.options]:
         known = f"it takes {', '.join(family.options)}" if family.options else "it takes none"
         raise ValueError(f"{family} has no option {unknown[0]!r}: {known}")
-    shared = {n: v for n, v in options.items() if n in Regularisation.__annotations__}
+    inverse = {n: v for n, v in options.items() if n in Regularisation.__annotations__}
     features = len(family.regressor.features)
-    if family is FAMILIES["branches"]:  # of as many as the moments will have
-        ridges = shared.get("relative_ridge")
-        features = 1 if ridges is None else max(len(as_list(ridges)), 1)
-    gram(torch.eye(features, dtype=torch.float64), (1,) * features).regularise(**shared)
+    if family is FAMILIES["branches"]:  # any number of features
+        features = len(as_list(options.get("relative_ridge", 1.0))) or 1
+    gram(torch.eye(features, dtype=torch.float64), (1,) * features).regularise(**inverse)
     if (around := options.get("around", "zero")) not in ("identity", "zero"):
         raise ValueError(f"around must be 'identity' or 'zero', got {around!r}")
     rank = options.get("rank")
@@ -227,15 +214,12 @@ def check_options(family: Family, options: Mapping[str, Any], width: int | None 
 
 
 def warn_of_massive_activations(moments: Mapping[Boundary, Moments], family: Family) -> None:
-    """Warn of boundaries whose objective belongs to less than one token in a hundred.
-
-    `Moments.effective_tokens` tells it from the moments alone, before anything is evaluated.
-    """
-    for boundary, collected in moments.items() if family.least_squares else ():
-        share = collected.effective_tokens
-        if collected.tokens > 0 and share < _FEW * collected.tokens:
+    """Warn of boundaries whose objective less than one token in a hundred dominates."""
+    for boundary, sums in moments.items() if family.least_squares else ():
+        effective = sums.effective_tokens
+        if sums.tokens > 0 and effective < _MASSIVE_SHARE * sums.tokens:
             warn(
-                f"boundary {boundary}: {share:.0f} of {collected.tokens} tokens own the squared "
+                f"boundary {boundary}: {effective:.0f} of {sums.tokens} tokens own the squared "
                 f"error that {family} minimises (massive activations born or ended in the removed "
                 "layers), so the others may fare worse than without repair: use operator="
                 "'two-branch-relative', which weights each token by 1/|y|, or operator='auto'",
@@ -247,8 +231,8 @@ def warn_of_massive_activations(moments: Mapping[Boundary, Moments], family: Fam
 def antisymmetric_share(M: Tensor) -> float:
     """``||(M - M')/2||_F / ||M||_F``: 0 for a symmetric matrix, 1 for an antisymmetric one.
 
-    The paper's figure 3 reports it for ``M*``. A large random matrix has ``sqrt(1/2)``, 70.7 %,
-    which is the number to compare with. A zero matrix is symmetric and has 0.
+    The paper's figure 3 reports it for ``M*``. The reference is a large random matrix, with
+    ``sqrt(1/2)``, 70.7 %. A zero matrix is symmetric and has 0.
 
     Raises:
         ValueError: ``M`` is not square, real and finite.
