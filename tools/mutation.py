@@ -110,7 +110,7 @@ def survey(folder: str, sample: int | None) -> None:
         for file, code in itertools.compress(chosen, pool.imap(passes, chosen)):
             survivors += 1
             before, name = file.read_text().splitlines(), str(file.relative_to(ROOT))
-            change = difflib.unified_diff(before, code.splitlines(), name, n=0, lineterm="")
+            change = difflib.unified_diff(before, code.splitlines(), name, name, n=0, lineterm="")
             print("\n".join(change), flush=True)
     print(
         f"{folder}: {len(chosen)} of {len(every)} mutants, {survivors} survive "

@@ -1,7 +1,7 @@
 """Plotting: one function for every kind of figure.
 
-In come numbers that a notebook computed; out comes the `Axes`, with an alternative text made of the
-numbers. Nothing here knows a model. An operator looks the same in every notebook: see `style`.
+From numbers that a notebook computed to `Axes`, with an alternative text made of the numbers.
+Nothing here knows a model. An operator looks the same in every notebook: see `style`.
 """
 
 from ghostlib.plotting.results import INCLUSIONS as INCLUSIONS

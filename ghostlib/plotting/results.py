@@ -1,4 +1,4 @@
-"""Figures of results: one function each, from plain data to the `Axes` it drew on.
+"""Figures of results: one function each, from plain data to `Axes`.
 
 Every function attaches an alternative text made of its data (`ghostlib.plotting.alt_text`).
 """
@@ -36,7 +36,7 @@ from ghostlib.plotting.style import (
 
 PERPLEXITY = "perplexity (log scale, lower is better)"
 ERROR = "error relative to no repair (lower is better)"
-# (smaller, larger) of the sets of plain operators
+# (smaller, larger) sets of plain operators
 INCLUSIONS = (
     ("identity", "scalar"),
     ("scalar", "diagonal"),
@@ -52,10 +52,8 @@ INCLUSIONS = (
     ("low-rank", "ghost"),
     ("ghost", "affine"),
 )
-_OUTSIDE: dict[str, Any] = {
-    "loc": "upper left",
-    "bbox_to_anchor": (1.0, 1.0),
-}  # a legend beside the axes
+# a legend to the right of the axes
+_OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
 
 
 # ---------------------------------------------------------------- perplexities and accuracies
@@ -69,18 +67,17 @@ def perplexity_bars(
     note: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Perplexity of each model on each corpus, on a logarithmic axis that starts at the dense
-    model's.
+    """Bars of perplexity by model and corpus, on a logarithmic axis, from the dense model's up.
 
     Args:
         table: ``{model: {corpus: perplexity}}``; model names pick the colours. ``"dense"``
             is drawn as a line across its corpus' group, the others as bars from it.
         intervals: ``{model: {corpus: (low, high)}}``, for some or all bars.
-        names: what readers see in place of names of models and corpora.
+        names: labels for some of the models and corpora.
         note: small print below, such as the model and the tokens scored.
     """
     ax = ax or plt.gca()
-    shown = {name: name for name in (*table, *table["dense"])} | dict(names or {})
+    labels = {name: name for name in (*table, *table["dense"])} | dict(names or {})
     corpora = list(table["dense"])
     models = [name for name in table if name != "dense"]
     width = 0.8 / max(len(models), 1)
@@ -99,24 +96,24 @@ def perplexity_bars(
                 ax.errorbar(x, value, [[value - low], [top - value]], color="#242424", capsize=3)
             ax.annotate(short(value), (x, top), (0, 8), textcoords="offset points", ha="center")
         ax.hlines(floor, group - 0.46, group + 0.46, color=color("dense"), linewidth=2.5)
-        label = f"{shown['dense']} {short(floor)}"
-        ax.annotate(label, (group - 0.46, floor), (0, -14), textcoords="offset points")
+        text = f"{labels['dense']} {short(floor)}"
+        ax.annotate(text, (group - 0.46, floor), (0, -14), textcoords="offset points")
     values = [v for row in table.values() for v in row.values()]
     highest = max(values + [high for row in (intervals or {}).values() for _, high in row.values()])
     ax.set(yscale="log", ylim=(min(values) * 0.8, highest * 1.25), ylabel=PERPLEXITY)
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5)))
     plain_numbers(ax.yaxis)
-    ax.set_xticks(range(len(corpora)), [shown[corpus] for corpus in corpora])
+    ax.set_xticks(range(len(corpora)), [labels[corpus] for corpus in corpora])
     ax.grid(axis="x", visible=False)
-    drawn = [handles[name] for name in models]
     overlaid: dict[Any, Any] = {tuple: HandlerTuple(ndivide=1)}
-    ax.legend(drawn, [shown[name] for name in models], handler_map=overlaid, **_OUTSIDE)
+    texts = [labels[name] for name in handles]
+    ax.legend([*handles.values()], texts, handler_map=overlaid, **_OUTSIDE)
     if note:
         ax.set_xlabel(note, fontsize=10, loc="left")
     groups = []
     for corpus in corpora:
-        row = [f"{shown[name]} {short(values[corpus])}" for name, values in table.items()]
-        groups.append(f"{shown[corpus]}: {', '.join(row)}")
+        row = [f"{labels[name]} {short(values[corpus])}" for name, values in table.items()]
+        groups.append(f"{labels[corpus]}: {', '.join(row)}")
     return describe(ax, f"Bars of perplexity, lower is better. {'; '.join(groups)}. {note}".strip())
 
 
@@ -131,20 +128,20 @@ def published_and_measured(
     chance: float | None = None,
     axes: Sequence[Axes] | None = None,
 ) -> tuple[Axes, Axes]:
-    """The paper's numbers and ours in two panels, an operator in the same place and colour in both.
+    """The paper's numbers and ours in two panels, each operator in the same place and colour.
 
-    Two panels, because model and tasks differ: what can be compared is the order. Their scale is
-    the same. The dense and the pruned model come first.
+    Model and tasks differ, so that only the order can be compared. The panels have one scale; the
+    dense and the pruned model come first.
 
     Args:
         published: ``{operator: value}``.
-        measured: the same; an operator may be in one only.
+        measured: the same; some operators may be in one of the two only.
         errors: half widths of the measured values' 95 % intervals.
-        labels: titles of the panels, which say the models.
-        ylabel: what a bar means, its unit, and whether lower or higher is better.
+        labels: titles of the panels, which name the models.
+        ylabel: the quantity, its unit, and whether lower or higher is better.
         log: points on logarithmic axes, for perplexities.
         chance: accuracy of guessing, drawn as a line in the measured panel.
-        axes: two of them; None to make them in the current figure.
+        axes: two of them; None to create them in the current figure.
     """
     left, right = plt.gcf().subplots(1, 2) if axes is None else axes
     names = list(dict.fromkeys([*published, *measured]))
@@ -153,7 +150,7 @@ def published_and_measured(
     for ax, label, table in ((left, labels[0], published), (right, labels[1], measured)):
         for name, value in table.items():
             x, half = names.index(name), (errors or {}).get(name) if ax is right else None
-            if log:  # a bar's foot would be arbitrary
+            if log:  # the foot of a bar would be arbitrary
                 ax.plot(x, value, look(name).marker or "_", color=color(name), ms=10, mew=2)
             else:
                 ax.bar(x, value, color=color(name))
@@ -167,8 +164,8 @@ def published_and_measured(
             number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # over grid
         if chance is not None and ax is right:
             ax.axhline(chance, color=NEUTRAL.color, linestyle=":")
-            beside = ax.get_yaxis_transform()  # a fraction of the width, a value
-            ax.text(1.01, chance, f"chance\n{short(chance)}", transform=beside, va="center")
+            margin = ax.get_yaxis_transform()  # a fraction of the width, a value
+            ax.text(1.01, chance, f"chance\n{short(chance)}", transform=margin, va="center")
         ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
         ax.grid(axis="x", visible=False)
         interval = "\n(whiskers: 95 % interval)" if errors and ax is right else ""
@@ -195,15 +192,15 @@ def by_start(
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Perplexity after removing a block, against its first layer; one line a repair.
+    """Perplexity after removing a block, against its first layer; one line per repair.
 
     Args:
-        curves: ``{repair: {first removed layer: perplexity}}``; the dense model's is one value at
-            every start.
+        curves: ``{repair: {first removed layer: perplexity}}``; the dense model has the same value
+            at every start.
         ranges: ``{repair: {first removed layer: (lowest, highest)}}`` over seeds, a shade behind
             some or all lines.
-        rings: repairs whose markers are large and open, around those of a line that coincides.
-        most: upper end of the axis; triangles mark what lies above, and the legend says how far.
+        rings: repairs with large open markers, around the markers of a line that coincides.
+        most: upper end of the axis; triangles mark values above, the legend gives the highest.
         ylabel: another score, on a linear axis.
     """
     ax = ax or plt.gca()
@@ -241,12 +238,12 @@ def by_start(
 def abilities(
     tables: Mapping[str, pd.DataFrame], *, title: str = "", ax: Axes | None = None
 ) -> Axes:
-    """What is kept of each ability, a row a probe: 0 is chance, 1 the dense model.
+    """Share of each ability that is kept, one row per probe: 0 is chance, 1 the dense model.
 
     Bars are 95 % intervals over items. Probes that decide nothing are left out.
 
     Args:
-        tables: ``{model: table}``, of profiles that were compared with the dense model
+        tables: ``{model: table}`` of profiles with the dense model as reference
             (`ghostlib.Profile.table`); the names pick colours and markers.
     """
     ax = ax or plt.gca()
@@ -280,13 +277,13 @@ def front(
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """Two losses of several models, and the line of those that none beats in both.
+    """Two losses of several models, and the Pareto front.
 
     Args:
         points: ``{name: (x, y)}``, lower is better for both.
-        labels: text beside the points that have one.
-        xlabel: what x is, and its unit.
-        ylabel: what y is, and its unit.
+        labels: ``{name: text}`` for some of the points.
+        xlabel: the quantity x and its unit.
+        ylabel: the quantity y and its unit.
     """
     ax = ax or plt.gca()
     best: list[str] = []
@@ -304,14 +301,13 @@ def front(
     ax.margins(0.08)
     ax.legend(loc="upper right")
     along = np.linspace(steps[:-1], steps[1:], 50).reshape(-1, 2) if len(steps) > 1 else steps
-    beside = [*along, *(xy for name, xy in points.items() if name not in labels)]
-    wrapped = {
-        name: textwrap.fill(text, 22, break_on_hyphens=False) for name, text in labels.items()
-    }
-    label_points(ax, [(*points[name], text) for name, text in wrapped.items()], beside=beside)
-    texts = [
-        f"{text} {points[name][0]:.3g}, {points[name][1]:.3g}" for name, text in labels.items()
+    unlabelled = [xy for name, xy in points.items() if name not in labels]
+    wrapped = [
+        (*points[name], textwrap.fill(text, 22, break_on_hyphens=False))
+        for name, text in labels.items()
     ]
+    label_points(ax, wrapped, beside=[*along, *unlabelled])
+    texts = ["{} {:.3g}, {:.3g}".format(text, *points[name]) for name, text in labels.items()]
     ends = "; ".join(f"{x:.3g}, {y:.3g}" for x, y in edge)
     return describe(ax, f"{ylabel} against {xlabel}: {'; '.join(texts)}. Front: {ends}.")
 
@@ -319,27 +315,26 @@ def front(
 def differences(
     table: Mapping[str, ArrayLike], *, ylabel: str, title: str = "", ax: Axes | None = None
 ) -> Axes:
-    """Paired differences of two models: a dot a window, a bar at the mean with its 95 % interval.
+    """Paired differences of two models: one dot per window, and the mean with its 95 % interval.
 
     Args:
-        table: ``{group: differences}``, two or more in each (such as windows of a corpus); groups
-            stand side by side.
-        ylabel: what is subtracted from what, its unit, and which sign is better.
+        table: ``{group: differences}``, two or more in each (such as windows of a corpus).
+        ylabel: the subtraction, its unit, and which sign is better.
     """
     ax = ax or plt.gca()
     texts = []
     for place, (label, values) in enumerate(table.items()):
-        each = np.asarray(values, dtype=float)
-        mean, low, high = t_interval(each)
-        side_by_side = place + np.linspace(-0.3, 0, len(each))  # in order: equal ones stay visible
-        ax.plot(side_by_side, each, "o", color=NEUTRAL.color, mec="white")
+        y = np.asarray(values, dtype=float)
+        mean, low, high = t_interval(y)
+        x = place + np.linspace(-0.3, 0, len(y))  # side by side: equal ones stay visible
+        ax.plot(x, y, "o", color=NEUTRAL.color, mec="white")
         ax.errorbar(
             place + 0.1, mean, (high - low) / 2, fmt="_", color="#242424", capsize=5, markersize=14
         )
-        inside = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-        ax.annotate(inside, (place + 0.1, mean), (10, 0), textcoords="offset points", va="center")
-        spread = f"{len(each)} differences from {each.min():+.3f} to {each.max():+.3f}"
-        texts.append(f"{label} mean {inside}, {spread}")
+        text = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        ax.annotate(text, (place + 0.1, mean), (10, 0), textcoords="offset points", va="center")
+        spread = f"{len(y)} differences from {y.min():+.3f} to {y.max():+.3f}"
+        texts.append(f"{label} mean {text}, {spread}")
     ax.axhline(0, color="#404040", linewidth=1)
     ax.set_xticks(range(len(table)), list(table))
     ax.set(xlim=(-0.4, len(table) - 0.3), ylabel=ylabel, title=title)
@@ -354,22 +349,22 @@ def ratios(
     title: str = "",
     axes: Sequence[Axes] | None = None,
 ) -> list[Axes]:
-    """Perplexity relative to ghost: a panel a corpus, a row a repair, a dot for each seed.
+    """Perplexity relative to ghost: one panel per corpus, one row per repair, one dot per seed.
 
-    A bar stands at the seeds' geometric mean, which is written beside the panel. The axes are
+    A bar stands at the seeds' geometric mean, which is written next to the panel. The axes are
     logarithmic where ratios differ by more than a factor of three.
 
     Args:
-        table: ``{repair: {corpus: one ratio a seed}}``, drawn from top to bottom.
-        names: the operator whose look a row has, where its label is another.
+        table: ``{repair: {corpus: one ratio per seed}}``, drawn from top to bottom.
+        names: ``{repair: operator}`` for rows with the look of an operator of another name.
         title: above all panels.
-        axes: one for each corpus; None to make them in the current figure.
+        axes: one per corpus; None to create them in the current figure.
     """
     corpora = list(dict.fromkeys(corpus for row in table.values() for corpus in row))
     if axes is None:
         axes = list(plt.gcf().subplots(1, len(corpora), sharex=True, sharey=True, squeeze=False)[0])
-    every = [value for row in table.values() for values in row.values() for value in values]
-    log = max(1.0, *every) > 3 * min(1.0, *every)
+    pooled = [value for row in table.values() for values in row.values() for value in values]
+    log = max(1.0, *pooled) > 3 * min(1.0, *pooled)
     for ax, corpus in zip(axes, corpora, strict=True):
         means = {}
         for row, (label, by_corpus) in enumerate(table.items()):
@@ -382,8 +377,8 @@ def ratios(
             ax.plot([mean, mean], [row - 0.3, row + 0.3], color=shade, linewidth=3)
             ax.plot(values, np.full(len(values), row), marker, color=shade, alpha=0.7, mec="white")
             text = f"{mean:#.2g}" if mean < 0.1 else f"{mean:.2f}"
-            beside = ax.get_yaxis_transform()  # a fraction of the width, a row
-            ax.text(1.02, row, text, transform=beside, va="center", fontsize=10)
+            margin = ax.get_yaxis_transform()  # a fraction of the width, a row
+            ax.text(1.02, row, text, transform=margin, va="center", fontsize=10)
         ax.axvline(1.0, color=color("ghost"), linewidth=1.5, zorder=0)
         ax.set(xscale="log" if log else "linear", title=corpus)
         plain_numbers(ax.xaxis)
@@ -409,17 +404,17 @@ def ratio_by_start(
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
-    """A repair compared with another after removing a block, against its first layer.
+    """Ratio of the perplexities of two repairs of a block, against its first removed layer.
 
     A circle with its 95 % interval at each start: full where the interval excludes 1, open where
-    it does not and which of the two is better is undecided.
+    it is undecided which of the two is better.
 
     Args:
-        ratios: ``{first removed layer: (estimate, low, high, ...)}`` of perplexities; below 1 the
-            repair is better than the other.
-        repair: whose look the circles have.
+        ratios: ``{first removed layer: (estimate, low, high, ...)}``; below 1 the repair is better
+            than the other.
+        repair: operator whose look the circles have.
         beside: the same ratio by another measurement, without interval: crosses.
-        band: first and last of the starts that have a grey ground.
+        band: first and last start on a grey ground.
     """
     ax = ax or plt.gca()
     if band:
@@ -428,11 +423,11 @@ def ratio_by_start(
     decided = {start: low > 1 or high < 1 for start, (_, low, high, *_) in ratios.items()}
     for start, (estimate, low, high, *_) in ratios.items():
         ends = [[estimate - low], [high - estimate]]
-        inside = color(repair) if decided[start] else "white"
-        ax.errorbar(start, estimate, ends, fmt="o", color=color(repair), mfc=inside, capsize=3)
+        fill = color(repair) if decided[start] else "white"
+        ax.errorbar(start, estimate, ends, fmt="o", color=color(repair), mfc=fill, capsize=3)
     if beside:
-        right = [start + 0.3 for start in beside]  # clear of the circles
-        ax.plot(right, list(beside.values()), "x", color="#404040", markersize=5, zorder=3)
+        x = [start + 0.3 for start in beside]  # clear of the circles
+        ax.plot(x, list(beside.values()), "x", color="#404040", markersize=5, zorder=3)
     ax.set(yscale="log", xlabel="first removed layer", title=title)
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))
     ax.minorticks_off()
@@ -462,9 +457,9 @@ def through_depth(
     """One line per curve against the position in the residual stream, or another layer index.
 
     Args:
-        curves: ``{name: values}``; names of operators get their look. Value ``i`` stands at stream
-            index ``first + i`` (the input of that layer; the layer count is the final norm).
-        mark: ``"max"`` or ``"min"``: the point of each curve that is marked with its value.
+        curves: ``{name: values}``; operators have their look. Value ``i`` stands at stream index
+            ``first + i`` (the input of that layer; the layer count is the final norm).
+        mark: ``"max"`` or ``"min"``: the point of each curve to mark with its value.
     """
     ax = ax or plt.gca()
     texts = []
@@ -478,9 +473,9 @@ def through_depth(
         if mark:
             best = high if mark == "max" else low
             ax.plot(x[best], y[best], "o", ms=13, mfc="none", mec=line.get_color(), mew=2)
-            where = (0, 12 if mark == "max" else -20)
+            offset = (0, 12 if mark == "max" else -20)
             note = f"{x[best]}: {y[best]:.3g}"
-            ax.annotate(note, (x[best], y[best]), where, textcoords="offset points", ha="center")
+            ax.annotate(note, (x[best], y[best]), offset, textcoords="offset points", ha="center")
             ax.margins(y=0.15)
     if log:
         ax.set_yscale("log")
@@ -498,7 +493,7 @@ def token_depth_heatmap(
 
     Args:
         norms: (depth, tokens).
-        tokens: their texts, as column labels.
+        tokens: column labels.
     """
     ax = ax or plt.gca()
     values = np.asarray(norms, dtype=float)
@@ -536,10 +531,10 @@ def lattice(
     """Sets of operators as a Hasse diagram: a line leads up from a set to one that contains it.
 
     Args:
-        places: ``{operator: (x, y)}``, where its box stands.
+        places: ``{operator: (x, y)}``, centres of the boxes.
         inclusions: (smaller, larger) pairs.
         notes: a second line for some of the boxes.
-        members: (operator, set) pairs, each a dashed line: not a set, but one element of it.
+        members: (operator, set) pairs, dashed lines from a single element to its set.
     """
     ax = ax or plt.gca()
     for pairs, dash in ((inclusions, "-"), (members, "--")):
@@ -559,7 +554,7 @@ def lattice(
 
 
 def operator_lattice(width: int, rank: int, *, title: str = "", ax: Axes | None = None) -> Axes:
-    """The sets of plain operators as a Hasse diagram, each with its number of free parameters.
+    """The sets of plain operators as a Hasse diagram, with their numbers of free parameters.
 
     Args:
         width: of the stream.
@@ -589,12 +584,9 @@ def operator_lattice(width: int, rank: int, *, title: str = "", ax: Axes | None 
 
 
 def train_and_held_out(
-    errors: Mapping[str, tuple[float, float]],
-    *,
-    title: str = "",
-    ax: Axes | None = None,
+    errors: Mapping[str, tuple[float, float]], *, title: str = "", ax: Axes | None = None
 ) -> Axes:
-    """Two horizontal bars for each operator: training tokens (hatched) and held-out ones.
+    """Two horizontal bars per operator: errors on training (hatched) and on held-out tokens.
 
     Args:
         errors: ``{operator: (training, held out)}``, drawn from top to bottom.
@@ -633,12 +625,12 @@ def against_tokens(
     """Curves against the number of calibration tokens, both axes logarithmic.
 
     Args:
-        curves: ``{label: {tokens: values}}``, one value or one for each independent draw: the line
-            is their median, the small dots are the draws. A label is the name of an operator, or
+        curves: ``{label: {tokens: values}}``, one value or one per independent draw: the line is
+            their median, the small dots are the draws. A label is the name of an operator, or
             ``"name, note"``; with a note markers are hollow, and the line is dashed for the note
             ``"training"`` and dotted for any other.
         width: of the model, marked by a vertical line.
-        ylim: ends of the axis; triangles mark what lies beyond, and the legend says how far.
+        ylim: ends of the axis; triangles mark values beyond, the legend gives the farthest.
     """
     ax = ax or plt.gca()
     texts = []
@@ -650,15 +642,14 @@ def against_tokens(
             line_style |= {"linestyle": dash, "markerfacecolor": "white"}
         tokens = sorted(curve)
         draws = [np.atleast_1d(np.asarray(curve[n], dtype=float)) for n in tokens]
-        middle = [float(np.median(values)) for values in draws]
-        ax.plot(tokens, middle, **line_style, markersize=6, label=label)
+        medians = [float(np.median(values)) for values in draws]
+        ax.plot(tokens, medians, **line_style, markersize=6, label=label)
         for n, values in zip(tokens, draws, strict=True):
             if len(values) > 1:
                 ax.plot([n] * len(values), values, ".", color=color(name), alpha=0.5, markersize=5)
-        highest = int(np.argmax(middle))
-        places = dict.fromkeys((0, highest, len(tokens) - 1))
-        reach = [f"{middle[i]:.3g} at {tokens[i]:,}" for i in places]
-        texts.append(f"{label} {', '.join(reach)}")
+        places = dict.fromkeys((0, int(np.argmax(medians)), len(tokens) - 1))
+        points = [f"{medians[i]:.3g} at {tokens[i]:,}" for i in places]
+        texts.append(f"{label} {', '.join(points)}")
     if width is not None:
         ax.axvline(width, color="#404040", linewidth=1, linestyle="-.", label=f"width {width}")
     ax.set(xscale="log", yscale="log", xlabel="calibration tokens", ylabel=ylabel, title=title)
@@ -683,20 +674,18 @@ def start_by_length(
     log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """A value for every block of layers, first removed layer across, number of layers upward.
+    """Heat map of every block: first removed layer (column), number of layers (row, upwards).
 
     Args:
         values: ``{(start, stop): value}``, such as by `Boundary`.
-        label: what a colour means.
-        best: ``"min"`` or ``"max"``: the block marked in every row by a dot; a frame from there
-            shows the layers that it takes.
+        label: the quantity.
+        best: ``"min"`` or ``"max"``: the block in each row that a dot marks, with a frame around
+            its layers.
         log: colours by the logarithm of the value.
     """
     ax = ax or plt.gca()
-    rows: dict[int, dict[int, float]] = {}
-    for (start, stop), value in values.items():
-        rows.setdefault(stop - start, {})[start] = value
-    table = pd.DataFrame(rows).T.sort_index(ascending=False).sort_index(axis=1)
+    cells = {(stop - start, start): value for (start, stop), value in values.items()}
+    table = pd.Series(cells).unstack()[::-1]
     better = "lower" if best == "min" else "higher"
     sns.heatmap(
         table,
@@ -725,7 +714,7 @@ def start_by_length(
 def removed_layers(
     choices: Mapping[str, Iterable[int]], total: int, *, title: str = "", ax: Axes | None = None
 ) -> Axes:
-    """Which of ``total`` layers each criterion removes: one row a criterion, one cell a layer.
+    """Layers that each criterion removes: one row per criterion, one cell per layer of ``total``.
 
     Args:
         choices: ``{name: layers}``, drawn from top to bottom.
@@ -755,17 +744,16 @@ def against_score(
     interval: tuple[float, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Perplexity of the model repaired by ghost against a criterion's score, one dot a block.
+    """Perplexity of the model repaired by ghost against a criterion's score, one dot per block.
 
-    In a corner stands Spearman's rank correlation with ``interval``, or else with one that takes
-    the blocks as independent (overlapping ones are not: it is too narrow, if anything).
+    A corner has Spearman's rank correlation with ``interval``, or with an interval for independent
+    blocks (too narrow, if anything: blocks overlap).
 
     Args:
         score: ``{first removed layer: value}``; the dots are labelled by the layer.
         perplexity: the same.
-        xlabel: the criterion, and the unit of its score.
-        best: ``"min"`` or ``"max"``: the end of the axis from which the criterion removes first.
-            It stands on the left.
+        xlabel: the criterion and the unit of its score.
+        best: ``"min"`` or ``"max"``: the score that the criterion removes first, on the left.
         interval: low and high end for the rank correlation, such as a bootstrap's.
     """
     ax = ax or plt.gca()
@@ -786,22 +774,21 @@ def against_score(
     ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=10)
     label_points(ax, [(a, b, str(start)) for a, b, start in zip(x, y, starts, strict=True)])
     most, least = (pick(starts, key=perplexity.__getitem__) for pick in (max, min))
-    lowest = f"lowest perplexity {short(perplexity[least])} at start {least}"
-    highest = f"highest {short(perplexity[most])} at start {most}"
     first = starts[int(np.argmin(np.multiply(sign, x)))]
-    chosen = f"removed first: start {first}, perplexity {short(perplexity[first])}"
-    text = f"{text}; {lowest}, {highest}; {chosen}"
+    text += f"; lowest perplexity {short(perplexity[least])} at start {least}"
+    text += f", highest {short(perplexity[most])} at start {most}"
+    text += f"; removed first: start {first}, perplexity {short(perplexity[first])}"
     return describe(ax, f"Perplexity with ghost against {xlabel}: {text}.")
 
 
 def _rank_correlation(x: ArrayLike, y: ArrayLike) -> tuple[float, float, float]:
-    """Spearman's correlation and its 95 % interval (Bonett and Wright, 2000), NaN for 3 points."""
+    """Spearman's correlation and its 95 % interval (Bonett and Wright, 2000); NaN for 3 points."""
     rho, count = float(stats.spearmanr(x, y).statistic), np.size(x)
     if count < 4:
         return rho, np.nan, np.nan
     half = 1.96 * np.sqrt((1 + rho**2 / 2) / (count - 3))
-    middle = np.arctanh(np.clip(rho, -0.9999, 0.9999))
-    return rho, float(np.tanh(middle - half)), float(np.tanh(middle + half))
+    centre = np.arctanh(np.clip(rho, -0.9999, 0.9999))
+    return rho, float(np.tanh(centre - half)), float(np.tanh(centre + half))
 
 
 def grid(
@@ -818,12 +805,12 @@ def grid(
     """Perplexities as a heat map with their numbers, on a logarithmic colour scale; light is good.
 
     Args:
-        table: one row a choice of layers, one column a repair; missing cells stay white. Rows of
-            equal values, such as two criteria that choose the same layers, are drawn as one.
-        label: what a number means.
+        table: one row per choice of layers, one column per repair; missing cells stay white. Rows
+            of equal values, such as two criteria that choose the same layers, are merged.
+        label: the quantity.
         limits: ends of the colour scale, to give several maps the same one.
-        shares: the numbers are shares between 0 and 1, of which more is better; no logarithm.
-        numbers: whether to write them; the alternative text has them in any case.
+        shares: shares between 0 and 1, where more is better, on a linear scale.
+        numbers: whether to write them; the alternative text always has them.
         colour_bar: whether to draw it.
     """
     ax = ax or plt.gca()
@@ -836,9 +823,8 @@ def grid(
     values = merged.to_numpy(dtype=float)
     if shares:
         values = values.round(1) + 0.0  # no "-0.0"
-    texts = np.vectorize(lambda v: "" if np.isnan(v) else f"{v:.1f}" if shares else short(v))(
-        values
-    )
+    written = np.vectorize(lambda v: "" if np.isnan(v) else f"{v:.1f}" if shares else short(v))
+    texts = written(values)
     low, high = limits or ((0.0, 1.0) if shares else (np.nanmin(values), np.nanmax(values)))
     colours = f"{label}\n({'' if shares else 'log colours; '}light: better)"
     beyond = int(np.nanmin(values) < low) + 2 * int(np.nanmax(values) > high)
@@ -868,15 +854,14 @@ def grid(
 
 
 def _plain_colour_bar(ax: Axes) -> None:
-    """Numbers beside the colours without powers of ten, and over a wide range only some of them."""
+    """Label a logarithmic colour bar without powers of ten, sparsely over a wide range."""
     bar: Any = ax.collections[0].colorbar
     if not isinstance(bar.mappable.norm, LogNorm):
         return
     low, high = bar.mappable.get_clim()
 
-    def written(value: float, _: object) -> str:
+    def label(value: float, _: object) -> str:
         return "" if high > 20 * low and f"{value:e}"[0] not in "125" else f"{value:,g}"
 
-    axis = bar.ax.yaxis
-    for write in (axis.set_major_formatter, axis.set_minor_formatter):
-        write(FuncFormatter(written))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(label))
+    bar.ax.yaxis.set_minor_formatter(FuncFormatter(label))

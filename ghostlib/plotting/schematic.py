@@ -1,4 +1,4 @@
-"""The schematic of what is removed and what takes its place."""
+"""Schematic of the removed layers and of the matrix in their place."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 from ghostlib.plotting.style import color, describe
 
 _DENSE, _REPAIRED = 2.0, 0.0  # heights of the two rows
-_HALF = 0.36  # of a box
+_HALF = 0.36  # half the width of a box
 
 
 def schematic(layers: int, removed: Sequence[int], *, ax: Axes | None = None) -> Axes:
@@ -17,10 +17,10 @@ def schematic(layers: int, removed: Sequence[int], *, ax: Axes | None = None) ->
 
     Args:
         layers: decoder layers of the dense model.
-        removed: the block of adjacent layers that is removed, such as ``range(12, 19)``.
+        removed: the block of adjacent layers to remove, such as ``range(12, 19)``.
 
     Raises:
-        ValueError: layers that the model does not have, all of them, or no single block.
+        ValueError: layers that the model does not have, all layers, or not a single block.
     """
     start, stop = min(removed, default=0), max(removed, default=-1) + 1
     if sorted(removed) != list(range(start, stop)) or not 0 <= start < stop <= layers:
@@ -47,12 +47,11 @@ def schematic(layers: int, removed: Sequence[int], *, ax: Axes | None = None) ->
             zorder=0,
         )
     for column, name in enumerate(names):
-        gone = entry <= column < leave
-        _layer(
-            ax, column, _DENSE, name, color("pruned") if gone else "#404040", "--" if gone else "-"
-        )
-        if not gone:
-            _layer(ax, column, _REPAIRED, name, "#404040", "-")
+        if entry <= column < leave:
+            _layer(ax, column, _DENSE, name, color("pruned"), "--")
+        else:
+            for height in (_DENSE, _REPAIRED):
+                _layer(ax, column, height, name, "#404040")
     middle = (entry + leave - 1) / 2
     _layer(ax, middle, _REPAIRED, "W", color("ghost"), fill=color("ghost"))
 
@@ -96,9 +95,8 @@ def schematic(layers: int, removed: Sequence[int], *, ax: Axes | None = None) ->
 
 def _abbreviated(start: int, stop: int) -> list[str]:
     """Names of layers ``start … stop - 1``; of more than three the first and the last."""
-    if stop - start <= 3:
-        return [str(layer) for layer in range(start, stop)]
-    return [str(start), "…", str(stop - 1)]
+    names = [str(layer) for layer in range(start, stop)]
+    return names if len(names) <= 3 else [names[0], "…", names[-1]]
 
 
 def _layer(

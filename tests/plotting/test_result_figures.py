@@ -1,4 +1,4 @@
-"""Figures of results, through the data on the axes they return and the text they attach."""
+"""Figures of results: the data on their axes and their alternative texts."""
 
 from collections.abc import Iterable
 from itertools import combinations
@@ -36,7 +36,7 @@ def labels(texts: Iterable[Text]) -> list[str]:
 
 
 def apart(*axes: Axes) -> bool:
-    """Whether no two of the words on these axes overlap, tick labels and titles included."""
+    """Whether no two texts on these axes overlap, tick labels and titles included."""
     plt.gcf().draw_without_rendering()
     boxes = []
     for ax in axes:
@@ -81,7 +81,7 @@ def test_perplexity_bars_of_the_dense_model_alone_are_its_lines():
     assert "dense 20.0" in alt_text(ax) and not ax.patches
 
 
-def test_perplexity_bars_for_newcomers():
+def test_perplexity_bars_with_intervals_names_and_a_note():
     intervals = {"ghost": {"wiki": (16.0, 21.0)}, "pruned": {"wiki": (28.0, 60.0)}}
     ax = plotting.perplexity_bars(
         TABLE,
@@ -345,10 +345,10 @@ def test_dots_carry_the_start_and_the_best_end_is_on_the_left():
     other = plotting.against_score(score, perplexity, xlabel="residual", ax=plt.figure().gca())
     assert not other.xaxis_inverted() and labels(other.texts)[0].startswith("Spearman -1.00 [")
     assert "removed first: start 8, perplexity 30.0." in alt_text(other)
-    given = plotting.against_score(
+    other = plotting.against_score(
         score, perplexity, xlabel="residual", interval=(-1.0, 0.25), ax=plt.figure().gca()
     )
-    assert labels(given.texts)[0] == "Spearman -1.00 [-1.00, 0.25]"
+    assert labels(other.texts)[0] == "Spearman -1.00 [-1.00, 0.25]"
 
 
 def test_paired_differences_have_a_mean_and_its_interval():
@@ -412,7 +412,7 @@ def test_a_grid_of_shares_has_even_colours_from_none_to_all_and_light_is_more():
 
 
 def profile(*kept: float) -> pd.DataFrame:
-    """A table of copying (nats, chance 10) and names (shares), of which so much is kept."""
+    """A table of copying (nats, chance 10) and names (shares), with the shares ``kept``."""
     names = ["copying", "names", "sums"]
     dense, chance = np.array([2.0, 0.9, 0.55]), np.array([10.0, 0.5, 0.5])
     score = chance + np.array([*kept, 1.0]) * (dense - chance)
@@ -435,7 +435,7 @@ def test_abilities_are_shares_of_what_the_dense_model_has():
     assert "higher is better" in ax.get_xlabel() and apart(ax)
 
 
-def test_a_front_holds_what_none_beats_in_both():
+def test_a_front_has_the_points_that_none_beats_in_both():
     points = {"a": (3.0, 12.0), "b": (3.1, 5.0), "c": (3.2, 6.0), "d": (3.4, 4.0)}
     ax = plotting.front(
         points, labels={"a": "cosine", "b": "ours"}, xlabel="text, nats", ylabel="copying, nats"
@@ -477,9 +477,9 @@ def test_other_scores_by_start_are_linear():
 
 
 def test_a_ratio_by_start_is_open_where_its_interval_decides_nothing():
-    found = {0: (0.5, 0.4, 0.6, 3, 192), 1: (0.9, 0.7, 1.1), 2: (2.0, 1.5, 3.0)}
+    ratios = {0: (0.5, 0.4, 0.6, 3, 192), 1: (0.9, 0.7, 1.1), 2: (2.0, 1.5, 3.0)}
     ax = plotting.ratio_by_start(
-        found, "refit", beside={0: 0.6, 2: 1.9}, band=(1, 2), title="refit ÷ ghost"
+        ratios, "refit", beside={0: 0.6, 2: 1.9}, band=(1, 2), title="refit ÷ ghost"
     )
     circles = [line for line in ax.get_lines() if line.get_marker() == "o"]
     fills = [line.get_markerfacecolor() for line in circles]

@@ -1,4 +1,4 @@
-"""The palette measured, alternative text, files, labels that stay apart and marked limits."""
+"""Distances in the palette, alternative text, files, labels without overlap, marked limits."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("fresh_figure")
 EVERY = {name: look(name) for name in (*LOOKS, *FAMILIES)}
 
 
-# What a colour looks like, as matrices on linear RGB: Machado et al. (2009), severity 1; and grey.
+# Colour vision as matrices on linear RGB: Machado et al. (2009), severity 1; and grey.
 VISIONS = {
     "normal": np.eye(3),
     "protanopia": np.array(
@@ -61,7 +61,7 @@ def lab(colour: str, vision: str) -> np.ndarray:
 
 
 def ciede2000(first: np.ndarray, second: np.ndarray) -> float:
-    """The difference of two colours in CIELAB (Sharma, Wu and Dalal, 2005)."""
+    """Difference of two colours in CIELAB (Sharma, Wu and Dalal, 2005)."""
     (L1, a1, b1), (L2, a2, b2) = first, second
     mean_chroma = (np.hypot(a1, b1) + np.hypot(a2, b2)) / 2
     G = 0.5 * (1 - np.sqrt(mean_chroma**7 / (mean_chroma**7 + 25.0**7)))
@@ -84,7 +84,7 @@ def ciede2000(first: np.ndarray, second: np.ndarray) -> float:
 
 @pytest.mark.parametrize(
     ("first", "second", "difference"),
-    [  # of the published test data
+    [  # from the published test data
         ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
         ((50, -1.3802, -84.2814), (50, 0, -82.7485), 1.0000),
         ((50, 2.4900, -0.0010), (50, -2.4900, 0.0009), 7.1792),
@@ -100,16 +100,16 @@ def test_the_measure_of_differences_is_the_published_one(first, second, differen
 
 
 def test_no_two_operators_look_alike():
-    """Apart by 15 for every kind of vision, or told apart by the marker; dashes besides."""
-    seen = {v: {name: lab(look.color, v) for name, look in EVERY.items()} for v in VISIONS}
-    for a, b in combinations(set(EVERY) - {"identity"}, 2):  # which is what "pruned" does
-        closest = min(ciede2000(colours[a], colours[b]) for colours in seen.values())
+    """At least 15 apart for every kind of vision, or with different markers; dashes besides."""
+    colours = {v: {name: lab(look.color, v) for name, look in EVERY.items()} for v in VISIONS}
+    for a, b in combinations(set(EVERY) - {"identity"}, 2):  # the operator of "pruned"
+        closest = min(ciede2000(seen[a], seen[b]) for seen in colours.values())
         assert closest > 15 or EVERY[a].marker != EVERY[b].marker, (a, b)
         assert EVERY[a][1:] != EVERY[b][1:], (a, b)
-        assert ciede2000(seen["normal"][a], seen["normal"][b]) > 10, (a, b)
+        assert ciede2000(colours["normal"][a], colours["normal"][b]) > 10, (a, b)
 
 
-def test_those_most_often_drawn_together_are_apart_in_colour_alone():
+def test_operators_often_drawn_together_differ_in_colour_alone():
     names = ["dense", "pruned", "linearpatch-d", "linearpatch-r", "diagonal", "symmetric"]
     names += ["replaceme", "refit", "ghost", "ghost-refit", "two-branch-relative", "auto"]
     for vision in ("normal", "protanopia", "deuteranopia"):
@@ -119,9 +119,8 @@ def test_those_most_often_drawn_together_are_apart_in_colour_alone():
 
 
 def test_every_family_and_every_model_has_a_look():
-    others = ["dense", "pruned", "auto", "ghost sequential", "replaceme-cosine"]
-    coming = ["refit", "refit-relative", "ghost-refit", "ghost-refit-relative"]
-    assert set(EVERY) >= {*FAMILIES, *others, *coming}
+    others = {"dense", "pruned", "auto", "ghost sequential", "replaceme-cosine"}
+    assert set(EVERY) >= {*FAMILIES, *others, "refit", "refit-relative"}
     assert plotting.color("pruned") == plotting.color("identity")
     assert plotting.style("dense")["marker"] == "", "a line, and always the same"
     assert [name for name, look in EVERY.items() if not look.marker] == ["dense"]
@@ -132,7 +131,7 @@ def test_every_family_and_every_model_has_a_look():
             find("gost")
 
 
-def test_a_family_that_was_added_has_its_records_colour(monkeypatch: pytest.MonkeyPatch):
+def test_a_new_family_has_the_colour_of_its_record(monkeypatch: pytest.MonkeyPatch):
     new = replace(FAMILIES["ghost"], name="brand-new", color="#123456")
     monkeypatch.setitem(FAMILIES, "brand-new", new)
     assert plotting.look("brand-new") == plotting.Look("#123456", "o")
@@ -210,12 +209,12 @@ def test_a_notebook_stores_the_text_with_the_picture(
     monkeypatch.delenv("MPLBACKEND", raising=False)
     pictures = []
 
-    def hear(message: dict[str, Any]) -> None:
+    def collect(message: dict[str, Any]) -> None:
         if "image/png" in message["content"].get("data", {}):
             pictures.append(nbformat.v4.output_from_msg(message))
 
     with fresh.kernel(tmp_path) as client:
-        reply = client.execute_interactive(CELL, timeout=300, output_hook=hear)
+        reply = client.execute_interactive(CELL, timeout=300, output_hook=collect)
     assert reply["content"]["status"] == "ok", reply
     (output,) = pictures
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL, outputs=pictures)])
@@ -254,7 +253,7 @@ def test_labels_cover_neither_points_nor_each_other(crowd: int):
     assert crowd == 2 or (led[0] and led[1] and not all(led))
 
 
-def test_values_beyond_the_limits_are_marked_and_told():
+def test_values_beyond_the_limits_are_marked_and_labelled():
     ax = plt.figure().gca()
     ax.plot([0, 1, 2, 3], [5.0, 2000.0, 7e6, 0.5], label="ghost", color="#008077")
     ax.plot([0, 1], [50.0, 60.0], label="pruned")
