@@ -79,9 +79,8 @@ def ridge_path(
     train, *others = _centred(train, *(() if held_out is None else (held_out,)))
     unit = train.gram.unit  # of each feature
     s, V = train.gram.spectrum.values, train.gram.spectrum.vectors
-    f = torch.stack(
-        [train.gram.regularise(relative_ridge=ridge).gain for ridge in values]
-    )  # (k, p)
+    gains = [train.gram.regularise(relative_ridge=ridge).gain for ridge in values]
+    f = torch.stack(gains)  # (k, p)
     C = V.T @ (train.cross / unit[:, None])  # (p, C)
     train_error = (f.square() * s - 2 * f) @ C.square().sum(1) + train.pruned_error
     h = (f * s).sum(1) + train.bias

@@ -1,8 +1,8 @@
-"""The rules that every family of repairs keeps, and a check of one family against all of them.
+"""Rules for all families of repairs, and a check of one family against all rules.
 
-In the spirit of scikit-learn's ``check_estimator``: whoever adds a family runs one call, and the
-message names the rule that it breaks. A rule is a function of a `Trial`, the family solved on small
-random streams in which a token is large, the change is partly linear and a bias is left.
+In the spirit of scikit-learn's ``check_estimator``: one call checks a new family, and the message
+names the rule that it breaks. A rule is a function of a `Trial`, the family solved on small random
+streams with a large token, a partly linear change and a bias.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,18 +20,18 @@ from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator, solve_quietly
 from ghostlib.statistics.moments import Moments
 
-_GIANT = 1e6
-_CLOSE = 1e-6
+_MASSIVE = 1e6
+_TOLERANCE = 1e-6
 
 
 class Tokens(NamedTuple):
     """One sequence on both sides of a gap.
 
     Attributes:
-        x: (tokens, C) the stream before it.
-        y: (tokens, C) the stream after it.
-        hidden: (tokens, I) what the down-projection before the gap reads.
-        output: (tokens, C) what it returns, a part of ``x``.
+        x: (tokens, C) the stream before the gap.
+        y: (tokens, C) the stream after the gap.
+        hidden: (tokens, I) input of the down-projection before the gap.
+        output: (tokens, C) its output, a part of ``x``.
     """
 
     x: Tensor
@@ -40,16 +40,20 @@ class Tokens(NamedTuple):
     output: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
-        """The same function of each."""
+        """Apply a function to every tensor."""
         return Tokens(*map(function, self))
 
-    def times(self, factor: float | Tensor) -> "Tokens":
-        """All of them so much larger; (tokens, 1) for a factor of each token."""
+    def scaled(self, factor: float | Tensor) -> "Tokens":
+        """All tensors times ``factor``, or (tokens, 1) factors."""
         return self.map(lambda part: part * factor)
 
-    def turned(self, R: Tensor) -> "Tokens":
+    def transformed(self, R: Tensor) -> "Tokens":
         """The stream in another basis, ``x R``."""
         return self._replace(x=self.x @ R, y=self.y @ R, output=self.output @ R)
+
+    def repaired(self, operator: Operator) -> Tensor:
+        """The repaired stream."""
+        return operator.apply(self.x, hidden=self.hidden, output=self.output)
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,12 @@ class Trial:
     """A family with its options, to be solved on random streams.
 
     Attributes:
-        family: which is on trial.
+        family: to be checked.
         options: for its solver.
-        contains: families whose sets are parts of its own.
+        contains: families whose sets are subsets of its own.
         seed: of the streams.
         device: of the streams and the moments.
-        width: of the streams, C, a multiple of 4 for the sake of Hadamard matrices.
+        width: of the streams, C, a multiple of 4 for Hadamard matrices.
     """
 
     family: Family
@@ -78,12 +82,12 @@ class Trial:
         return self.width + 2
 
     def sequences(self, count: int = 3, tokens: int = 24) -> list[Tokens]:
-        """Random sequences; the same ones for one seed."""
+        """Random sequences, determined by the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         normal = partial(torch.randn, generator=generator, dtype=torch.float64)
         mix, change, normalised = (normal(self.width, self.width) for _ in range(3))
         down, mean, shift = normal(self.hidden, self.width), normal(self.width), normal(self.width)
-        made = []
+        sequences = []
         for _ in range(count):
             hidden = normal(tokens, self.hidden)
             output = hidden @ down / self.hidden
@@ -91,84 +95,79 @@ class Trial:
             x[0] *= 20
             n = x / x.square().mean(1, keepdim=True).sqrt()
             y = x + (x @ change + n @ normalised + shift) / 2 + normal(tokens, self.width)
-            made.append(Tokens(x, y, hidden, output).map(lambda part: part.to(self.device)))
-        return made
+            sequences.append(Tokens(x, y, hidden, output).map(lambda part: part.to(self.device)))
+        return sequences
 
     def moments(self, *sequences: Tokens, weight: Tensor | None = None) -> Moments:
-        """What the family is solved from."""
-        made = Moments(
+        """Moments of the sequences, for the family's regressor."""
+        moments = Moments(
             self.width, regressor=self.family.regressor, hidden=self.hidden, device=self.device
         )
         for tokens in sequences:
-            made.update(tokens.x, tokens.y, weight, hidden=tokens.hidden, output=tokens.output)
-        return made
+            moments.update(tokens.x, tokens.y, weight, hidden=tokens.hidden, output=tokens.output)
+        return moments
 
     def solve(self, moments: Moments) -> Operator:
-        """The family's best."""
+        """The family's best fit."""
         return solve_quietly(moments, self.family, **self.options)
 
     def fit(self, *sequences: Tokens) -> Operator:
-        """`solve` of the `moments` of these sequences."""
+        """`solve` of the `moments` of the sequences."""
         return self.solve(self.moments(*sequences))
 
     def hard_cases(self) -> dict[str, list[Tokens]]:
-        """Streams that leave something undetermined, or out of proportion."""
+        """Degenerate and badly scaled streams."""
         plain = self.sequences()
         first = plain[0]
-        large = torch.ones_like(first.x[:, :1])
-        large[1] = _GIANT
+        factors = torch.ones_like(first.x[:, :1])
+        factors[1] = _MASSIVE
         massive = first.y.clone()
-        massive[1, 2] = _GIANT
-        dead = torch.ones(self.width, dtype=torch.float64, device=self.device)
+        massive[1, 2] = _MASSIVE
+        dead = torch.eye(self.width, dtype=torch.float64, device=self.device)
         dead[1] = 0.0
         return {
             "many tokens": plain,
             "one token": [first.map(lambda part: part[:1])],
             "fewer tokens than channels": [first.map(lambda part: part[: self.width - 1])],
-            "tokens that are all alike": [first.map(lambda part: part[:1].repeat(9, 1))],
-            "a dead channel": [tokens.turned(torch.diag(dead)) for tokens in plain],
+            "equal tokens": [first.map(lambda part: part[:1].repeat(9, 1))],
+            "a dead channel": [tokens.transformed(dead) for tokens in plain],
             "a dead channel that comes to life": [
-                tokens.turned(torch.diag(dead))._replace(y=tokens.y) for tokens in plain
+                tokens.transformed(dead)._replace(y=tokens.y) for tokens in plain
             ],
-            "a giant": [first.times(large), *plain[1:]],
-            "a giant that is born": [first._replace(y=massive), *plain[1:]],
+            "a massive token": [first.scaled(factors), *plain[1:]],
+            "a token that becomes massive": [first._replace(y=massive), *plain[1:]],
         }
 
     @property
-    def cuts(self) -> bool:
-        """Whether a sequence may be cut or shuffled: not where the token before is read."""
+    def divisible(self) -> bool:
+        """Whether a sequence may be split or shuffled: unless the previous token is read."""
         return not self.family.regressor.reads_previous
 
 
-def repaired(operator: Operator, tokens: Tokens) -> Tensor:
-    """What the stream before the gap becomes."""
-    return operator.apply(tokens.x, hidden=tokens.hidden, output=tokens.output)
-
-
-def _assert_close(found: Tensor, expected: Tensor, tolerance: float = _CLOSE) -> None:
+def _assert_close(actual: Tensor, expected: Tensor) -> None:
     scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * scale)
+    torch.testing.assert_close(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE * scale)
 
 
-def _assert_same_repair(one: Operator, other: Operator, tokens: Iterable[Tokens]) -> None:
-    for sequence in tokens:
-        _assert_close(repaired(other, sequence), repaired(one, sequence))
+def _assert_same_repair(one: Operator, other: Operator, sequences: Iterable[Tokens]) -> None:
+    for tokens in sequences:
+        _assert_close(tokens.repaired(other), tokens.repaired(one))
 
 
 # ---------------------------------------------------------------- the rules
 
 
 def zero_change(trial: Trial) -> None:
-    """Where the removed layers did nothing, the repair does nothing."""
-    still = [tokens._replace(y=tokens.x) for tokens in trial.sequences()]
-    operator = trial.fit(*still)
-    for tokens in still:
-        _assert_close(repaired(operator, tokens), tokens.x)
-    assert float(operator.M.abs().max()) < _CLOSE, "M is not zero"
+    """If the removed layers change nothing, neither does the repair."""
+    unchanged = [tokens._replace(y=tokens.x) for tokens in trial.sequences()]
+    operator = trial.fit(*unchanged)
+    for tokens in unchanged:
+        _assert_close(tokens.repaired(operator), tokens.x)
+    assert float(operator.M.abs().max()) < _TOLERANCE, "M is not zero"
 
 
 def nesting(trial: Trial) -> None:
-    """Its training error is not above that of any set it contains."""
+    """The training error is at most that of any set it contains."""
     for case, sequences in trial.hard_cases().items():
         moments = trial.moments(*sequences)
         error = trial.solve(moments).residual
@@ -177,29 +176,27 @@ def nesting(trial: Trial) -> None:
             assert error <= moments.pruned_error + slack, f"worse than no repair on {case}"
         for inner in trial.contains:
             assert inner.regressor.weight == trial.family.regressor.weight, "weighted otherwise"
-            smaller = Trial(inner, seed=trial.seed, device=trial.device).fit(*sequences)
-            assert error <= smaller.residual + slack, f"worse than {inner} on {case}"
+            subset = Trial(inner, seed=trial.seed, device=trial.device).fit(*sequences)
+            assert error <= subset.residual + slack, f"worse than {inner} on {case}"
 
 
 def error_formula(trial: Trial) -> None:
-    """Its error from moments is that on the activations themselves, weight by weight."""
-    weigh = trial.family.regressor.weight.of
+    """The error from moments is the weighted error on the activations."""
     for case, sequences in trial.hard_cases().items():
         moments = trial.moments(*sequences)
         operator = trial.solve(moments)
         error = size = 0.0
         for tokens in sequences:
-            weight = weigh(tokens.y.norm(dim=1))
-            missed = (repaired(operator, tokens) - tokens.y).square().sum(1)
-            error += float(weight @ missed)
+            weight = trial.family.regressor.weight.of(tokens.y.norm(dim=1))
+            error += float(weight @ (tokens.repaired(operator) - tokens.y).square().sum(1))
             size += float(weight @ (tokens.x.square() + tokens.y.square()).sum(1))
-        for claimed in (moments.error(operator), operator.residual):
-            assert abs(claimed - error) <= 1e-9 * size + _CLOSE * error, f"{claimed} on {case}"
+        for value in (moments.error(operator), operator.residual):
+            assert abs(value - error) <= 1e-9 * size + _TOLERANCE * error, f"{value} on {case}"
 
 
 def freedom(trial: Trial) -> None:
-    """`dof` is the dimension of its set: the rank of the derivative of (M, b) by ``y``."""
-    trial = replace(trial, width=4)  # quicker, and a dimension is a dimension
+    """`dof` is the dimension of the set: the rank of ``d(M, b)/dy``."""
+    trial = replace(trial, width=4)  # for speed
     (tokens,) = trial.sequences(1)
     operator, step = trial.fit(tokens), 1e-4
 
@@ -208,12 +205,12 @@ def freedom(trial: Trial) -> None:
         return fit.M.flatten() if fit.bias is None else torch.cat([fit.M.flatten(), fit.bias])
 
     generator = torch.Generator().manual_seed(trial.seed)
-    slopes = []
+    derivatives = []
     for _ in range(operator.dof + 4):
         direction = torch.randn(tokens.y.shape, generator=generator, dtype=torch.float64)
         direction = step * direction.to(tokens.y)
-        slopes.append((solution(direction) - solution(-direction)) / step)
-    singular = torch.linalg.svdvals(torch.stack(slopes))
+        derivatives.append((solution(direction) - solution(-direction)) / step)
+    singular = torch.linalg.svdvals(torch.stack(derivatives))
     rank = int((singular > max(1e-5 * float(singular[0]), 1e-8)).sum())
     assert rank == operator.dof, f"dof says {operator.dof}, its solutions have {rank} dimensions"
 
@@ -223,72 +220,71 @@ def scale(trial: Trial) -> None:
     sequences = trial.sequences()
     operator = trial.fit(*sequences)
     for factor in (1e-20, 1e-3, 1e20):
-        scaled = [tokens.times(factor) for tokens in sequences]
+        scaled = [tokens.scaled(factor) for tokens in sequences]
         other = trial.fit(*scaled)
         for tokens, same in zip(scaled, sequences, strict=True):
-            _assert_close(repaired(other, tokens) / factor, repaired(operator, same))
+            _assert_close(tokens.repaired(other) / factor, same.repaired(operator))
 
 
 def token_order(trial: Trial) -> None:
-    """Neither the order of sequences nor, where none reads the token before, of tokens counts."""
+    """The order of sequences does not matter, nor that of tokens, unless the previous is read."""
     sequences = trial.sequences()
-    changed = sequences[::-1]
-    if trial.cuts:
-        changed = [tokens.map(lambda part: part.flip(0)) for tokens in changed]
-    _assert_same_repair(trial.fit(*sequences), trial.fit(*changed), sequences)
+    reordered = sequences[::-1]
+    if trial.divisible:
+        reordered = [tokens.map(lambda part: part.flip(0)) for tokens in reordered]
+    _assert_same_repair(trial.fit(*sequences), trial.fit(*reordered), sequences)
 
 
 def repetition(trial: Trial) -> None:
-    """All tokens twice, or each with twice the weight, change nothing; nor do whole weights."""
+    """Duplicating all tokens or weights changes nothing; integer weights repeat tokens."""
     sequences = trial.sequences()
     operator = trial.fit(*sequences)
     _assert_same_repair(operator, trial.fit(*sequences, *sequences), sequences)
     double = torch.full((len(sequences[0].x),), 2.0, device=trial.device)
     doubled = trial.moments(*sequences, weight=double)
     _assert_same_repair(operator, trial.solve(doubled), sequences)
-    if trial.cuts:
-        times = torch.arange(len(double), device=trial.device) % 3
-        copied = [tokens.map(lambda part: part.repeat_interleave(times, 0)) for tokens in sequences]
-        weighted = trial.moments(*sequences, weight=times.double())
-        _assert_same_repair(trial.fit(*copied), trial.solve(weighted), sequences)
+    if trial.divisible:
+        counts = torch.arange(len(double), device=trial.device) % 3
+        copies = [tokens.map(lambda t: t.repeat_interleave(counts, 0)) for tokens in sequences]
+        weighted = trial.moments(*sequences, weight=counts.double())
+        _assert_same_repair(trial.fit(*copies), trial.solve(weighted), sequences)
 
 
 def splitting(trial: Trial) -> None:
-    """Tokens may come in parts, and moments from several places, where none reads the one before.
+    """Sequences may be split, unless the previous token is read, and moments may be added.
 
-    Families whose statistic is an average over sequences, as LinearPatch's, are exempt.
+    Families whose statistic is an average over sequences, such as LinearPatch, are exempt.
     """
-    sequences = trial.sequences()
-    parts = sequences
-    if trial.cuts:
+    sequences = parts = trial.sequences()
+    if trial.divisible:
         halves = [slice(None, 9), slice(9, None)]
         parts = [tokens.map(itemgetter(half)) for tokens in sequences for half in halves]
     operator = trial.fit(*sequences)
     _assert_same_repair(operator, trial.fit(*parts), sequences)
     separate = [trial.moments(part) for part in parts]
-    together = sum(separate[1:], start=separate[0])
-    _assert_same_repair(operator, trial.solve(together), sequences)
+    total = sum(separate[1:], start=separate[0])
+    _assert_same_repair(operator, trial.solve(total), sequences)
 
 
 def channel_order(trial: Trial) -> None:
-    """Channels in another order give the same repair in that order."""
-    _in_another_basis(trial, torch.eye(trial.width)[[2, 0, 3, 1, *range(4, trial.width)]])
+    """Permuted channels give the permuted repair."""
+    _check_equivariance(trial, torch.eye(trial.width)[[2, 0, 3, 1, *range(4, trial.width)]])
 
 
 def rotation(trial: Trial) -> None:
     """A rotated stream gives the rotated repair."""
     generator = torch.Generator().manual_seed(trial.seed)
     square = torch.randn(trial.width, trial.width, generator=generator, dtype=torch.float64)
-    _in_another_basis(trial, torch.linalg.qr(square).Q)
+    _check_equivariance(trial, torch.linalg.qr(square).Q)
 
 
-def _in_another_basis(trial: Trial, R: Tensor) -> None:
+def _check_equivariance(trial: Trial, R: Tensor) -> None:
     R = R.to(trial.device, torch.float64)
     sequences = trial.sequences()
-    turned = [tokens.turned(R) for tokens in sequences]
-    operator, other = trial.fit(*sequences), trial.fit(*turned)
-    for tokens, same in zip(turned, sequences, strict=True):
-        _assert_close(repaired(other, tokens) @ R.T, repaired(operator, same))
+    transformed = [tokens.transformed(R) for tokens in sequences]
+    operator, other = trial.fit(*sequences), trial.fit(*transformed)
+    for tokens, same in zip(transformed, sequences, strict=True):
+        _assert_close(tokens.repaired(other) @ R.T, same.repaired(operator))
 
 
 def dead_channel(trial: Trial) -> None:
@@ -296,57 +292,52 @@ def dead_channel(trial: Trial) -> None:
     sequences = trial.hard_cases()["a dead channel"]
     operator = trial.fit(*sequences)
     for tokens in sequences:
-        y = repaired(operator, tokens)
-        assert float(y[:, 1].abs().max()) <= _CLOSE * float(y.abs().max()), "it comes to life"
+        y = tokens.repaired(operator)
+        assert float(y[:, 1].abs().max()) <= _TOLERANCE * float(y.abs().max()), "it is not zero"
 
 
 def unseen(trial: Trial) -> None:
-    """What no token has shown is left alone: a silent stream gives ``M = 0``."""
-    silent = [
-        tokens.times(0.0)._replace(y=tokens.y - tokens.y.mean(0)) for tokens in trial.sequences()
-    ]
-    operator = trial.fit(*silent)
-    assert not operator.M.any(), "M is not zero"
+    """Directions without data stay unchanged: a zero stream gives ``M = 0``."""
+    zero = [t.scaled(0.0)._replace(y=t.y - t.y.mean(0)) for t in trial.sequences()]
+    assert not trial.fit(*zero).M.any(), "M is not zero"
 
 
 def finite(trial: Trial) -> None:
-    """Numbers are finite whatever the tokens leave undetermined, and of moderate size."""
+    """Numbers are finite and of moderate size, even if the fit is not unique."""
     for case, sequences in trial.hard_cases().items():
         operator = trial.fit(*sequences)
         bias = torch.zeros(1) if operator.bias is None else operator.bias
         for values in (operator.M, bias, torch.tensor(operator.residual)):
             assert torch.isfinite(values).all(), f"not finite on {case}"
-        seen = torch.cat([tokens.y for tokens in sequences]).abs().max()
+        largest = torch.cat([tokens.y for tokens in sequences]).abs().max()
         for tokens in sequences:
-            assert repaired(operator, tokens).abs().max() < 1e3 * seen, f"exploded on {case}"
+            assert tokens.repaired(operator).abs().max() < 1e3 * largest, f"exploded on {case}"
 
 
 def precision(trial: Trial) -> None:
-    """Activations of any precision are summed in float64, and repaired in their own."""
+    """Activations of any dtype are summed in float64, and repaired in their own dtype."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        short = [tokens.map(methodcaller("to", dtype)) for tokens in trial.sequences()]
-        exact = [tokens.map(Tensor.double) for tokens in short]
-        operator = trial.fit(*short)
+        rounded = [tokens.map(methodcaller("to", dtype)) for tokens in trial.sequences()]
+        exact = [tokens.map(Tensor.double) for tokens in rounded]
+        operator = trial.fit(*rounded)
         assert operator.M.dtype == torch.float64, f"M is {operator.M.dtype}"
         _assert_same_repair(operator, trial.fit(*exact), exact)
-        for tokens, same in zip(short, exact, strict=True):
-            y = repaired(operator, tokens)
+        for tokens, same in zip(rounded, exact, strict=True):
+            y, expected = tokens.repaired(operator), same.repaired(operator)
             assert y.dtype == dtype, f"{dtype} became {y.dtype}"
-            expected = repaired(operator, same)
-            rounding = (
-                64 * torch.finfo(dtype).eps * float(same.x.abs().max() + expected.abs().max())
-            )
-            assert float((y.double() - expected).abs().max()) <= rounding, f"not exact in {dtype}"
+            size = float(same.x.abs().max() + expected.abs().max())
+            error = float((y.double() - expected).abs().max())
+            assert error <= 64 * torch.finfo(dtype).eps * size, f"not exact in {dtype}"
 
 
 def moments_kept(trial: Trial) -> None:
-    """Solving leaves the moments as they are, on their device, and is the same every time."""
+    """Solving is deterministic and leaves the moments unchanged, on their device."""
     moments = trial.moments(*trial.sequences())
     before = {name: values.clone() for name, values in moments.tensors().items()}
     first, second = trial.solve(moments), trial.solve(moments)
     for name, values in moments.tensors().items():
         assert torch.equal(values, before[name]), f"{name} was changed"
-    assert torch.equal(first.M, second.M), "solved twice, it differs"
+    assert torch.equal(first.M, second.M), "a second solution differs"
     assert first.M.device == moments.G.device, f"M is on {first.M.device}"
 
 
@@ -387,39 +378,38 @@ def check_family(
 
     Args:
         family: the record, or its name.
-        contains: families whose sets are parts of its own (the identity is in every set of a
-            least-squares family and need not be named); of the same weight of tokens.
-        exempt: rules that it cannot keep, each with the reason. An exemption that is not needed is
-            an error too.
+        contains: families whose sets are subsets of its own, with the same token weight. (Every
+            least-squares family contains the identity, which need not be named.)
+        exempt: rules that it cannot keep, each with the reason.
         seed: of the random streams.
-        device: where they are.
-        options: passed on to the solver.
+        device: of the random streams.
+        options: for the solver.
 
     Raises:
-        AssertionError: a rule is broken; the message names it. Or an exempt one is kept.
-        ValueError: an unknown family or rule, or a device that is not there.
+        AssertionError: a rule is broken (the message names it), or an exempt one is kept.
+        ValueError: an unknown family or rule, or an unavailable device.
 
     >>> check_family("ghost", contains=["scalar", "symmetric", "scaled-orthogonal"])
     >>> check_family("diagonal", exempt={"rotation": "it repairs channel by channel"})
     """
     check_device(device)
-    excused = dict(exempt or {})
-    for name in excused:
-        RULES[name]  # unknown names are refused, with the nearest
+    exempt = exempt or {}
+    for name in exempt:
+        RULES[name]  # unknown names raise, with the nearest name
     inner = tuple(map(Family.of, contains))
     trial = Trial(Family.of(family), options, inner, seed, device)
     for name, rule in RULES.items():
         try:
             rule(trial)
         except Exception as error:
-            if name not in excused:
+            if name not in exempt:
                 meaning = (rule.__doc__ or "").splitlines()[0]
                 raise AssertionError(
                     f"{trial.family} breaks the rule {name!r} ({meaning}) {error}"
                 ) from error
         else:
-            if name in excused:
+            if name in exempt:
                 raise AssertionError(
                     f"{trial.family} keeps the rule {name!r}, from which it is exempt "
-                    f"({excused[name]}): take the exemption away"
+                    f"({exempt[name]}): remove the exemption"
                 )

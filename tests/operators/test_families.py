@@ -215,8 +215,8 @@ def test_a_repair_that_is_coarse_in_float32_is_noticed(monkeypatch: Any) -> None
 def test_the_message_names_family_rule_and_reason() -> None:
     short = replace(FAMILIES["diagonal"], dof=lambda s: 1)
     message = (
-        "diagonal breaks the rule 'freedom' (`dof` is the dimension of its set: the rank of the "
-        "derivative of (M, b) by ``y``.) dof says 1, its solutions have 4 dimensions"
+        "diagonal breaks the rule 'freedom' (`dof` is the dimension of the set: the rank of "
+        "``d(M, b)/dy``.) dof says 1, its solutions have 4 dimensions"
     )
     with pytest.raises(AssertionError, match=re.escape(message)):
         check_family(short, exempt=CHANNELS)
