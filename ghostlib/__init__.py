@@ -2,7 +2,7 @@
 
 Importing this package registers the recovered model classes with transformers, so that
 ``AutoModelForCausalLM.from_pretrained`` reads what ``recovered.save_pretrained`` wrote. Everything
-else is imported when it is first asked for.
+else is imported on first use.
 """
 
 import ast
@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghostlib.surgery.registration import announce
+from ghostlib.surgery.registration import register_lazily
 
 if TYPE_CHECKING:  # each name once; "as" makes it public for type checkers
     from ghostlib.evaluation.abilities import PROBES as PROBES
@@ -84,7 +84,7 @@ if TYPE_CHECKING:  # each name once; "as" makes it public for type checkers
 
 
 def _origins() -> dict[str, str]:
-    """{public name: its module}, as the imports above say to type checkers."""
+    """``{public name: its module}``, from the imports above."""
     source = ast.parse(Path(__file__).read_text(encoding="utf-8"))
     block = next(node for node in source.body if isinstance(node, ast.If))
     imports = [line for line in block.body if isinstance(line, ast.ImportFrom)]
@@ -105,4 +105,4 @@ if not TYPE_CHECKING:
         return __all__
 
 
-announce()
+register_lazily()

@@ -1,7 +1,6 @@
-"""Registration: transformers' Auto classes find recovered models, though nothing is imported yet.
+"""Registration: transformers' Auto classes load recovered models after a bare `import ghostlib`.
 
-`import ghostlib` promises that ``AutoModelForCausalLM.from_pretrained`` reads a recovered model. To
-keep that import cheap, transformers is only told whom to ask: the first question for the type of a
+To keep that import cheap, the classes are registered lazily: the first look-up of the type of a
 recovered model imports `ghostlib.surgery.ghosted`, which makes and registers its class.
 """
 
@@ -20,18 +19,18 @@ _AUTO = "transformers.models.auto.configuration_auto"
 
 
 class _Registered(dict[str, Any]):
-    """Configurations that were registered, by model type."""
+    """Registered configurations by model type; those of recovered models on first look-up."""
 
     def __contains__(self, model_type: object) -> bool:
         name = str(model_type)
         if name.startswith(GHOSTED) and not super().__contains__(name):
-            with suppress(KeyError):  # of a type that transformers does not know
+            with suppress(KeyError):  # a type that transformers does not know
                 import_module("ghostlib.surgery.ghosted").ghosted_class(name.removeprefix(GHOSTED))
         return super().__contains__(name)
 
 
 class _Finder(MetaPathFinder):
-    """Waits for transformers' configurations to be imported."""
+    """Import hook that extends transformers' table of configurations once it is imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != _AUTO:
@@ -54,8 +53,8 @@ def _extend(module: ModuleType) -> None:
     mapping._extra_content = _Registered(mapping._extra_content)
 
 
-def announce() -> None:
-    """Tell transformers of recovered models, at once or as soon as it is imported."""
+def register_lazily() -> None:
+    """Make transformers look up recovered models, now or as soon as it is imported."""
     if _AUTO in sys.modules:
         _extend(sys.modules[_AUTO])
     else:

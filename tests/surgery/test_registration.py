@@ -1,4 +1,4 @@
-"""`import ghostlib` is cheap, and transformers reads a recovered model after it all the same."""
+"""`import ghostlib` is cheap, and transformers can then load recovered models."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout == "set()\n"
 
 
-# Half of what importing transformers takes, and nothing of transformers.
+# Half of the time of importing transformers, and nothing of transformers.
 BEFORE = (
     "import torch.distributed.tensor, torch._dynamo, sys; assert 'transformers' not in sys.modules"
 )
