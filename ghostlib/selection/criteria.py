@@ -1,4 +1,4 @@
-"""Selection: which layers to remove, and the scores that say why."""
+"""Criteria: choose the layers to remove by the lowest score."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -18,13 +18,13 @@ from ghostlib.statistics.calibration import Calibration, calibrate
 
 
 class Selection(tuple[int, ...]):
-    """The layers to remove, in ascending order, with the scores that decided.
+    """The layers to remove, in ascending order, with the scores they were chosen by.
 
     Attributes:
         criterion: name of the criterion.
-        n: how many layers were asked for.
-        scores: ``{layers: score}`` of every candidate, named by the layers it removes: a block, a
-            single layer, or what a greedy search tried at any of its steps. Lowest removed.
+        n: number of layers.
+        scores: ``{layers: score}`` of every candidate, the layers it removes: a block, a single
+            layer, or a set tried at any step of a greedy search. The lowest is removed.
     """
 
     criterion: str
@@ -39,14 +39,14 @@ class Selection(tuple[int, ...]):
         return selection
 
     def __getnewargs__(self) -> tuple[Layers, str, dict[Layers, float]]:
-        return tuple(self), self.criterion, self.scores  # to be copied and pickled
+        return tuple(self), self.criterion, self.scores  # for copy and pickle
 
     @checked
     def first(self, n: int) -> "Selection":
-        """The best set of ``n`` layers that was scored: where a greedy search stood at step ``n``.
+        """The best set of ``n`` layers that was scored: step ``n`` of a greedy search.
 
         Raises:
-            ValueError: none of that size was scored.
+            ValueError: no set of that size was scored.
         """
         scored = [(score, layers) for layers, score in self.scores.items() if len(layers) == n]
         if not scored:
@@ -55,14 +55,13 @@ class Selection(tuple[int, ...]):
 
 
 class Criterion(NamedTuple):
-    """How candidates are searched, what must be known of them, and the score; low is removed first.
+    """A search over candidates and their score; low is removed first.
 
     Attributes:
         search: ``"block"``: the best run of n layers; ``"each"``: the n best single layers;
-            ``"greedy"``: one layer after another, each the best beside those chosen before.
-        needs: what the score is computed from: ``"similarity"``, ``"moments"``, ``"windows"``,
-            ``"probes"``.
-        score: from `Evidence` and the layers a candidate removes to a number.
+            ``"greedy"``: one layer after another, each the best together with those before.
+        needs: inputs of the score: ``"similarity"``, ``"moments"``, ``"windows"``, ``"probes"``.
+        score: function of `Evidence` and the layers that a candidate removes.
     """
 
     search: str
@@ -71,27 +70,23 @@ class Criterion(NamedTuple):
 
 
 CRITERIA: Registry[Criterion] = Registry("criterion")
-# The block whose ends point the same way does least (LLM-Streamline, arXiv 2403.19135).
+# The block whose input and output are most alike in direction (LLM-Streamline, arXiv 2403.19135).
 CRITERIA["cosine"] = Criterion("block", ("similarity",), lambda e, ls: -e.similarity(ls).cosine)
 # The same by mean angle (Gromov et al., arXiv 2403.17887).
 CRITERIA["angular"] = Criterion("block", ("similarity",), lambda e, ls: e.similarity(ls).angular)
-# Single layers anywhere, by how little each turns the stream (ShortGPT, arXiv 2403.03853).
+# The single layers that turn the stream least (ShortGPT, arXiv 2403.03853).
 CRITERIA["block-influence"] = Criterion(
     "each", ("similarity",), lambda e, ls: 1 - e.similarity(ls).cosine
 )
-# Single layers by first-order weight importance (Shortened LLaMA, arXiv 2402.02834).
-CRITERIA["taylor"] = Criterion("each", ("windows",), lambda e, ls: e.importance(ls))
+# The single layers with the least first-order importance (Shortened LLaMA, arXiv 2402.02834).
+CRITERIA["taylor"] = Criterion("each", ("windows",), Evidence.importance)
 # One layer at a time, by the loss of the pruned model (SLEB, arXiv 2402.09025).
-CRITERIA["perplexity"] = Criterion("greedy", ("windows",), lambda e, ls: e.loss(ls))
-# The block whose repair leaves least behind; and one layer at a time, with every repair in place.
-CRITERIA["residual"] = Criterion("block", ("moments",), lambda e, ls: e.residual(ls))
-CRITERIA["greedy-recovered"] = Criterion(
-    "greedy", ("moments", "windows"), lambda e, ls: e.recovered_loss(ls)
-)
-# The same by text and by an ability that text does not show.
-CRITERIA["abilities"] = Criterion(
-    "greedy", ("moments", "windows", "probes"), lambda e, ls: e.balance(ls)
-)
+CRITERIA["perplexity"] = Criterion("greedy", ("windows",), Evidence.loss)
+# The block whose repair leaves the least error; and one layer at a time, with every gap repaired.
+CRITERIA["residual"] = Criterion("block", ("moments",), Evidence.residual)
+CRITERIA["greedy-recovered"] = Criterion("greedy", ("moments", "windows"), Evidence.recovered_loss)
+# The same, by the loss on text and on a probe.
+CRITERIA["abilities"] = Criterion("greedy", ("moments", "windows", "probes"), Evidence.balance)
 
 
 @checked
@@ -114,20 +109,20 @@ def select_layers(
 
     Args:
         model: the dense model.
-        calibration: (windows, length) token ids, for one streaming pass; or a `Calibration` that
-            holds what the criterion needs.
+        calibration: (windows, length) token ids, for one streaming pass; or a `Calibration` with
+            the statistics that the criterion needs.
         n: number of layers to remove.
         criterion: a name from `CRITERIA`. Every candidate is considered, first and last layers
             included; ties go to the lower index.
         windows: (windows, length) ids that ``taylor``, ``perplexity``, ``greedy-recovered`` and
             ``abilities`` score, without padding; the calibration windows by default. Never test
             text.
-        operator: the repair in place while ``residual``, ``greedy-recovered`` and ``abilities``
-            score.
-        tries: layers that a greedy search considers after its first step, those that cost least
-            alone; all of them by default.
-        keep: the probe of random tokens that ``abilities`` asks beside the windows.
-        weight: nats of the windows' loss that one of the probe's is worth.
+        operator: the repair of candidates under ``residual``, ``greedy-recovered`` and
+            ``abilities``.
+        tries: number of layers that a greedy search considers after its first step, those with the
+            lowest scores alone; all of them by default.
+        keep: the probe of random tokens that ``abilities`` scores in addition to the windows.
+        weight: weight of the probe's loss relative to the loss on the windows.
         attention_mask, skip_leading: as in `calibrate`, for a pass over windows.
         batch_size: windows per forward pass; 1 by default.
 
@@ -135,10 +130,9 @@ def select_layers(
         `Selection`: a tuple of layer indices with ``.scores``.
 
     Raises:
-        ValueError: unknown criterion, ``n`` out of range, a calibration without the statistics the
-            criterion needs or of another model, windows that do not fit the model, an argument that
-            would have no effect, a score that is not a number, or no ``n`` layers that this model
-            can do without.
+        ValueError: unknown criterion, ``n`` out of range, a calibration of another model or without
+            the statistics that the criterion needs, windows that do not fit the model, an argument
+            without effect, a score of NaN, or no ``n`` layers that can be removed together.
     """
     rule, total = CRITERIA[criterion], num_layers(model)
     contiguous(n, total)  # checks n
@@ -155,31 +149,30 @@ def select_layers(
         raise ValueError(f"criterion {criterion!r} scores token windows: pass windows=…")
     boundaries = needed(criterion, n, total)
     family = Family.of(operator)
-    passes: dict[str, Any] = {"attention_mask": attention_mask, "skip_leading": skip_leading}
+    options: dict[str, Any] = {"attention_mask": attention_mask, "skip_leading": skip_leading}
     if "windows" not in rule.needs:
-        passes["batch_size"] = batch_size
-    passes = {name: value for name, value in passes.items() if value is not None}
-    if passes and not (boundaries and isinstance(calibration, Tensor)):
-        name, value = next(iter(passes.items()))
+        options["batch_size"] = batch_size
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and not (boundaries and isinstance(calibration, Tensor)):
+        name, value = next(iter(options.items()))
         raise ValueError(
             f"{name} = {told(value)} belongs to a pass that collects statistics, and criterion "
             f"{criterion!r} makes none here: leave it out"
         )
     batch_size = 1 if batch_size is None else batch_size
     if not boundaries:
-        calibration = Calibration("")  # of which nothing is asked
+        calibration = Calibration("")  # unused
     elif isinstance(calibration, Tensor):
         with_moments = "moments" in rule.needs
         regressors = [family.regressor, family.regressor.stream] if with_moments else []
-        passes |= {"batch_size": batch_size, "moments": with_moments, "regressors": regressors}
-        calibration = calibrate(model, calibration, boundaries, **passes)
+        options |= {"batch_size": batch_size, "moments": with_moments, "regressors": regressors}
+        calibration = calibrate(model, calibration, boundaries, **options)
     else:
         check_origin("the calibration was", calibration.model, model)
-    _check(criterion, n, calibration, boundaries)
+    _check_statistics(criterion, n, calibration, boundaries)
     probe = keep if "probes" in rule.needs else None
     evidence = Evidence(model, calibration, windows, family, batch_size, probe, weight)
-    chosen, scores = _search(rule, evidence, n, total, tries, criterion)
-    return Selection(chosen, criterion, scores)
+    return _search(criterion, evidence, n, tries)
 
 
 def select_several(
@@ -189,10 +182,10 @@ def select_several(
     criterion: str = "cosine",
     **options: Any,
 ) -> dict[int, Selection]:
-    """What `select_layers` chooses for each of ``ns``, by the fewest searches.
+    """Selection of `select_layers` for each of ``ns``, by the fewest searches.
 
-    Give a `Calibration` of what is `needed` for all of ``ns``: from windows every search makes a
-    pass of its own. Selections of a greedy criterion have the scores of the one search.
+    Pass a `Calibration` of the boundaries `needed` for all ``ns``: from windows, every search makes
+    its own pass. Selections of a greedy criterion share the scores of one search.
     """
     ns = list(ns)
     searches = {
@@ -203,7 +196,7 @@ def select_several(
 
 
 def searched(criterion: str, ns: Iterable[int]) -> list[int]:
-    """Those of ``ns`` that take a search: a greedy one for the most layers passes by all others.
+    """Sizes among ``ns`` to search for: a greedy search for the largest finds all others.
 
     >>> [searched(c, (3, 5, 7)) for c in ("residual", "greedy-recovered")]
     [[3, 5, 7], [7]]
@@ -213,7 +206,7 @@ def searched(criterion: str, ns: Iterable[int]) -> list[int]:
 
 
 def needed(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary]:
-    """What a calibration must hold for ``criterion`` to choose ``ns`` (one or more) of ``total``.
+    """Boundaries to calibrate for ``criterion`` to choose ``ns`` (one or more) of ``total`` layers.
 
     >>> [len(needed(c, 7, 30)) for c in ("residual", "greedy-recovered", "taylor")]
     [24, 189, 0]
@@ -226,32 +219,27 @@ def needed(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary
     return [boundary for length in lengths for boundary in contiguous(length, total)]
 
 
-def _check(criterion: str, n: int, known: Calibration, boundaries: list[Boundary]) -> None:
-    if missing := [b for b in boundaries if b not in known.similarities]:
+def _check_statistics(
+    criterion: str, n: int, calibration: Calibration, boundaries: list[Boundary]
+) -> None:
+    if missing := [b for b in boundaries if b not in calibration.similarities]:
         raise ValueError(
             f"criterion {criterion!r} with n = {n} needs boundaries the calibration lacks, "
             f"such as {missing[0]}: calibrate with boundaries=… all {len(boundaries)} of them"
         )
-    if "moments" in CRITERIA[criterion].needs and (unsolved := set(boundaries) - set(known)):
+    if "moments" in CRITERIA[criterion].needs and (lacking := set(boundaries) - set(calibration)):
         raise ValueError(
             f"criterion {criterion!r} needs second moments, which this calibration lacks for "
-            f"{min(unsolved)}: calibrate with moments=True"
+            f"{min(lacking)}: calibrate with moments=True"
         )
 
 
-def _search(
-    rule: Criterion,
-    evidence: Evidence,
-    n: int,
-    total: int,
-    tries: int | None,
-    criterion: str,
-) -> tuple[Layers, dict[Layers, float]]:
+def _search(criterion: str, evidence: Evidence, n: int, tries: int | None) -> Selection:
+    rule, total = CRITERIA[criterion], evidence.total
     scores: dict[Layers, float] = {}
 
     def ranked(candidates: list[Layers]) -> list[Layers]:
         for layers in candidates:
-            # What cannot be removed is left out; what it would have scored is not asked.
             refused = refusal(evidence.model, layers)
             scores[layers] = math.inf if refused else rule.score(evidence, layers)
             if math.isnan(scores[layers]):
@@ -259,30 +247,29 @@ def _search(
                     f"criterion {criterion!r} scores NaN without layers {layers}: try a wider "
                     "dtype (bfloat16 or float32), or other windows"
                 )
-        possible = [layers for layers in candidates if scores[layers] < math.inf]
-        if not possible:
+        finite = [layers for layers in candidates if scores[layers] < math.inf]
+        if not finite:
             raise ValueError(
                 f"criterion {criterion!r} finds nothing that can be removed: "
                 f"{refusal(evidence.model, candidates[0]) or 'no candidate has a finite score'}"
             )
-        return sorted(possible, key=lambda layers: (scores[layers], layers))
+        return sorted(finite, key=lambda layers: (scores[layers], layers))
 
-    if rule.search == "block":
-        return ranked([tuple(b.removed) for b in contiguous(n, total)])[0], scores
-    if rule.search == "each":
-        chosen: Layers = ()
-        for (layer,) in ranked([(layer,) for layer in range(total)]):
-            more = tuple(sorted((*chosen, layer)))
-            if len(chosen) < n and not refusal(evidence.model, more):
-                chosen = more
-        if len(chosen) < n:
-            raise ValueError(f"criterion {criterion!r} finds no {n} layers that can go together")
-        return chosen, scores
     removed: Layers = ()
-    for _ in track(range(n), "removing", unit="layer"):
-        evidence.grow_from(removed, repaired="moments" in rule.needs)
-        others = [layer for layer in range(total) if layer not in removed]
-        if removed:
-            others = sorted(others, key=lambda layer: scores[layer,])[:tries]
-        removed = ranked([tuple(sorted((*removed, layer))) for layer in others])[0]
-    return removed, scores
+    if rule.search == "block":
+        removed = ranked([tuple(b.removed) for b in contiguous(n, total)])[0]
+    elif rule.search == "each":
+        for layer in ranked([(layer,) for layer in range(total)]):
+            more = tuple(sorted(removed + layer))
+            if len(removed) < n and not refusal(evidence.model, more):
+                removed = more
+        if len(removed) < n:
+            raise ValueError(f"criterion {criterion!r} finds no {n} layers that can go together")
+    else:
+        for _ in track(range(n), "removing", unit="layer"):
+            evidence.grow_from(removed, repaired="moments" in rule.needs)
+            others = [layer for layer in range(total) if layer not in removed]
+            if removed:
+                others = sorted(others, key=lambda layer: scores[layer,])[:tries]
+            removed = ranked([tuple(sorted((*removed, layer))) for layer in others])[0]
+    return Selection(removed, criterion, scores)

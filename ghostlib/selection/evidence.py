@@ -1,4 +1,4 @@
-"""Evidence: what a criterion may ask about a set of layers, computed when it is first asked."""
+"""Evidence: what criteria compute scores from, on first use."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ghostlib.statistics.calibration import Calibration, Similarity
 
 Layers = tuple[int, ...]
 WEIGHT = 0.1
-"""Nats of running text that a nat of copying is worth where layers are chosen by both."""
+"""Default weight of the probe's loss relative to the loss on text, both in nats."""
 
 
 def check_weight(weight: float) -> None:
@@ -33,16 +33,16 @@ def check_weight(weight: float) -> None:
 
 @dataclass
 class Evidence:
-    """Facts about removing layers of ``model``.
+    """Effects of removing layers of ``model``.
 
     Attributes:
         model: the dense model.
-        calibration: similarities and moments; an empty one where the criterion needs none.
+        calibration: similarities and moments; empty if the criterion needs none.
         windows: (windows, length) token ids to score, or None.
-        family: the repair whose residual and loss are asked for.
+        family: the repair of residuals and losses.
         batch_size: windows per forward pass.
-        keep: a probe of random tokens that is asked beside the windows, or None.
-        weight: of its score, beside the loss on the windows.
+        keep: a probe of random tokens to score in addition to the windows, or None.
+        weight: weight of the probe's loss relative to the loss on the windows.
     """
 
     model: PreTrainedModel
@@ -58,23 +58,22 @@ class Evidence:
         self._operators: dict[Boundary, Operator] = {}
 
     def similarity(self, layers: Layers) -> Similarity:
-        """How alike the stream is before and after the block ``layers``."""
+        """Similarity of the stream before and after the block ``layers``."""
         return self.calibration.similarities[self._block(layers)]
 
     def residual(self, layers: Layers) -> float:
-        """Squared error that the repair of a block leaves, relative to ``||X_post||^2``.
+        """Squared error of a block's repair relative to ``||X_post||^2``, on calibration tokens.
 
-        On the tokens the repair was solved from, with their weights. The unit is what the next
-        layer should have received, so that blocks of any place and length compare.
+        Relative to the input of the next layer, so that blocks of any place and length compare.
         """
         gap = self._block(layers)
         if self.family.regressor.reads_mlp and gap.start == 0:
-            return math.inf  # no layer is left before the gap to repair it in
+            return math.inf  # no layer before the gap to repair
         target = self.calibration.of(self.family.regressor.stream)[gap]
         return self._repair(gap).residual / target.t
 
     def importance(self, layers: Layers) -> float:
-        """Summed first-order importance of the weights of ``layers``."""
+        """First-order importance of ``layers``, summed."""
         return sum(self._importance[layer] for layer in layers)
 
     def loss(self, layers: Layers) -> float:
@@ -82,13 +81,13 @@ class Evidence:
         return self._trials.loss(layers)
 
     def recovered_loss(self, layers: Layers) -> float:
-        """Mean loss on the windows without ``layers`` and with every gap repaired."""
+        """Mean loss on the windows without ``layers``, with every gap repaired."""
         if self.family.regressor.reads_mlp and 0 in layers:
             return math.inf
         return self._trials.loss(layers, self._repairs(layers))
 
     def balance(self, layers: Layers) -> float:
-        """`recovered_loss`, and ``weight`` times the score of the probe, of the same model."""
+        """`recovered_loss` plus ``weight`` times the probe's loss of the same model."""
         loss = self.recovered_loss(layers)
         if math.isinf(loss):
             return loss
@@ -96,8 +95,8 @@ class Evidence:
         return loss + self.weight * float(values.mean())
 
     def grow_from(self, parent: Layers, *, repaired: bool) -> None:
-        """The sets asked for next are ``parent`` and one layer more: keep its streams."""
-        if parent:  # trials begin with the dense model
+        """Prepare for candidates that remove ``parent`` and one more layer: keep its streams."""
+        if parent:  # the first base is the dense model
             self._trials.rebase(parent, self._repairs(parent) if repaired else None)
 
     @cached_property
@@ -120,13 +119,13 @@ class Evidence:
     def _repair(self, gap: Boundary) -> Operator:
         if gap not in self._operators:
             moments = self.calibration.of(self.family.regressor)[gap]
-            # A candidate that is not chosen need not trouble anyone.
+            # Warnings about candidates that are not chosen would only distract.
             self._operators[gap] = solve_quietly(moments, self.family)
         return self._operators[gap]
 
 
 def to_keep(model: PreTrainedModel, name: str) -> ProbeSet:
-    """The probe that layers or repairs are chosen by, on items that `abilities` never asks.
+    """The probe to choose layers or repairs by, on items that `abilities` does not use.
 
     Raises:
         ValueError: an unknown probe, one that needs a tokenizer, or rows longer than the context.
@@ -138,15 +137,15 @@ def taylor_importance(model: PreTrainedModel, windows: Tensor) -> list[float]:
     """``sum |w dL/dw|`` over the weights of each layer (Shortened LLaMA, arXiv 2402.02834).
 
     To first order, setting the weight ``w`` to zero changes the loss ``L`` by ``-w dL/dw``. ``L``
-    is the mean negative log-likelihood over ``windows``, one backward pass each; the gradients of a
-    weight are summed over windows before the absolute value, as the published code does. Neither
-    weights nor their ``.grad`` are touched.
+    is the mean negative log-likelihood over ``windows``, one backward pass each; gradients are
+    summed over windows before the absolute value, as in the published code. Weights and their
+    ``.grad`` do not change.
 
     Returns:
-        One number a layer, in nats.
+        Importance of each layer, in nats.
 
     Raises:
-        ValueError: ``windows`` (windows, length) do not fit the model, or are of one token.
+        ValueError: ``windows`` (windows, length) do not fit the model, or have one token.
     """
     check_scored(model, windows)
     layer_of = {

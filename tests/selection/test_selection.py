@@ -23,22 +23,19 @@ SCATTERED = [name for name in CRITERIA if name not in CONTIGUOUS]
 
 
 def cosine(streams, start, stop):
-    x, y = streams[start].flatten(0, 1), streams[stop].flatten(0, 1)
-    cosines = [
-        float(a @ b / (a.norm() * b.norm())) for a, b in zip(x.double(), y.double(), strict=True)
-    ]
-    return sum(cosines) / len(cosines)
+    x, y = (streams[index].flatten(0, 1).double() for index in (start, stop))
+    return float(torch.nn.functional.cosine_similarity(x, y).mean())
 
 
 def relative_residual(streams, start, stop):
-    """What least squares on stored activations leaves, relative to the target."""
+    """Squared error of least squares on stored activations, relative to the target."""
     x, y = (streams[index].flatten(0, 1).double() for index in (start, stop))
     W = torch.linalg.lstsq(x, y).solution
     return float((x @ W - y).square().sum() / y.square().sum())
 
 
 def by_hand(model, ids, repaired: bool) -> Callable[[tuple[int, ...]], float]:
-    """Mean loss without some layers, by the public functions and the model's own loss."""
+    """Mean loss by removed layers, from public functions and the model's own loss."""
     gaps = [gap for n in range(1, LAYERS) for gap in gl.contiguous(n, LAYERS)]
     stats = gl.calibrate(model, ids, gaps) if repaired else None
 
@@ -77,10 +74,10 @@ def test_cosine_equals_brute_force(any_tiny, n):
 @pytest.mark.thorough
 def test_tries_limit_a_greedy_search_to_what_costs_least_alone():
     model, ids = tiny_model("llama"), tiny_windows(2, 12)
-    whole = gl.select_layers(model, ids, 3, "perplexity")
-    assert gl.select_layers(model, ids, 3, "perplexity", tries=LAYERS).scores == whole.scores
+    full = gl.select_layers(model, ids, 3, "perplexity")
+    assert gl.select_layers(model, ids, 3, "perplexity", tries=LAYERS).scores == full.scores
     few = gl.select_layers(model, ids, 3, "perplexity", tries=2)
-    alone = sorted(range(LAYERS), key=lambda layer: whole.scores[layer,])
+    alone = sorted(range(LAYERS), key=lambda layer: full.scores[layer,])
     (first,) = [layers for layers in few.scores if len(layers) == 1 and layers[0] == alone[0]]
     pairs = [layers for layers in few.scores if len(layers) == 2]
     assert pairs == [tuple(sorted((*first, layer))) for layer in alone[1:3]]
@@ -155,7 +152,7 @@ def test_taylor_is_the_same_in_training_mode_and_without_gradients():
 
 
 def test_taylor_counts_weights_that_no_token_meets_as_nothing():
-    """Such as those of an expert that is never chosen."""
+    """Such as an expert that is never chosen."""
     model, ids = tiny_model("llama"), tiny_windows(2, 12)
     expected = gl.select_layers(model, ids, 2, "taylor").scores
     decoder_layers(model)[2].spare = torch.nn.Linear(3, 3)
@@ -196,33 +193,31 @@ def test_a_smaller_choice_is_the_best_of_its_own_size():
 def test_abilities_weigh_a_probe_beside_the_text():
     model, ids = tiny_model("llama", num_hidden_layers=3), tiny_windows(2, 20)
     stats = gl.calibrate(model, ids, needed("abilities", 1, 3))
-    how = {"windows": ids, "criterion": "abilities"}
     text = gl.select_layers(model, stats, 1, "greedy-recovered", windows=ids).scores
-    heavy = gl.select_layers(model, stats, 1, **how, weight=2.0).scores
-    default = gl.select_layers(model, stats, 1, **how).scores
+    heavy = gl.select_layers(model, stats, 1, "abilities", windows=ids, weight=2.0).scores
+    default = gl.select_layers(model, stats, 1, "abilities", windows=ids).scores
     probe = to_keep(model, "copying")
     for layer in (0, 2):
         variant = gl.recover(model, stats, [layer])
         with torch.no_grad():
             hidden = [final_hidden(variant, rows) for rows in probe.batches]
-        (asked,) = probe.values(variant, hidden).values()
-        copying = float(asked.mean())
+        copying = float(probe.values(variant, hidden)["copying"].mean())
         assert heavy[layer,] == pytest.approx(text[layer,] + 2.0 * copying, rel=1e-4)
         assert default[layer,] == pytest.approx(text[layer,] + 0.1 * copying, rel=1e-4)
 
 
 @pytest.mark.thorough
 def test_a_greedy_search_keeps_the_streams_of_each_step_once(monkeypatch):
-    model, ids, based = tiny_model("llama"), tiny_windows(2, 12), []
+    model, ids, bases = tiny_model("llama"), tiny_windows(2, 12), []
     rebase = Trials.rebase
 
-    def counted(trials, layers, *more):
-        based.append(layers)
-        rebase(trials, layers, *more)
+    def counted(trials, layers, *operators):
+        bases.append(layers)
+        rebase(trials, layers, *operators)
 
     monkeypatch.setattr(Trials, "rebase", counted)
     selection = gl.select_layers(model, ids, 3, "perplexity")
-    assert based == [(), selection.first(1), selection.first(2)]
+    assert bases == [(), selection.first(1), selection.first(2)]
 
 
 @pytest.mark.thorough
@@ -230,10 +225,10 @@ def test_a_greedy_search_keeps_the_streams_of_each_step_once(monkeypatch):
 def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
     model, ids, ns = tiny_model("llama"), tiny_windows(3, 20), (2, 1)
     alone = {n: gl.select_layers(model, ids, n, criterion) for n in ns}
-    wanted = needed(criterion, ns, LAYERS)
-    assert len(set(wanted)) == len(wanted)
-    assert set(wanted) == {b for n in ns for b in needed(criterion, n, LAYERS)}
-    stats = gl.calibrate(model, ids, wanted) if wanted else ids
+    boundaries = needed(criterion, ns, LAYERS)
+    assert len(set(boundaries)) == len(boundaries)
+    assert set(boundaries) == {b for n in ns for b in needed(criterion, n, LAYERS)}
+    stats = gl.calibrate(model, ids, boundaries) if boundaries else ids
     searches, original = [], gl.select_layers
 
     def counted(model, calibration, n, *args, **options):
@@ -241,11 +236,11 @@ def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
         return original(model, calibration, n, *args, **options)
 
     monkeypatch.setattr("ghostlib.selection.criteria.select_layers", counted)
-    found = select_several(model, stats, ns, criterion, windows=ids)
-    assert found == alone and list(found) == list(ns)
+    selections = select_several(model, stats, ns, criterion, windows=ids)
+    assert selections == alone and list(selections) == list(ns)
     expected = [2] if CRITERIA[criterion].search == "greedy" else [1, 2]
     assert searches == searched(criterion, ns) == expected
-    for n, chosen in found.items():
+    for n, chosen in selections.items():
         assert (chosen.criterion, chosen.n) == (criterion, n)
         scores = {layers: chosen.scores[layers] for layers in alone[n].scores}
         assert scores == pytest.approx(alone[n].scores)
@@ -267,10 +262,10 @@ def test_selection_windows_may_differ_from_calibration_windows():
 
 
 def test_ties_go_to_the_lower_index(monkeypatch):
-    for search, expected in (("block", (0, 1)), ("each", (0, 1)), ("greedy", (0, 1))):
+    for search in ("block", "each", "greedy"):
         flat = CRITERIA["cosine"]._replace(search=search, score=lambda e, layers: 0.0)
         monkeypatch.setitem(CRITERIA, "flat", flat)
-        assert gl.select_layers(tiny_model("llama"), tiny_windows(1, 8), 2, "flat") == expected
+        assert gl.select_layers(tiny_model("llama"), tiny_windows(1, 8), 2, "flat") == (0, 1)
 
 
 def test_a_calibration_serves_instead_of_windows():
@@ -288,13 +283,14 @@ def test_statistics_of_another_model_are_refused():
 
 
 def test_a_selection_can_be_copied_and_pickled():
-    whole = Selection((3, 1), "cosine", {(1, 3): 0.5})
-    for same in (copy.copy(whole), copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
-        assert same == whole == (1, 3) and vars(same) == vars(whole)
+    selection = Selection((3, 1), "cosine", {(1, 3): 0.5})
+    pickled = pickle.loads(pickle.dumps(selection))
+    for copied in (copy.copy(selection), copy.deepcopy(selection), pickled):
+        assert copied == selection == (1, 3) and vars(copied) == vars(selection)
 
 
 def test_the_residual_of_a_weighted_repair_has_no_unit():
-    """The final norm alone sees the scale of a stream of layers that read it through norms."""
+    """Only the final norm sees the scale of a stream that layers read through norms."""
     scores = []
     for scale in (1.0, 16.0):
         model = tiny_model("llama")
@@ -328,11 +324,11 @@ def test_one_pass_serves_every_start_and_length():
 
 def test_statistics_that_were_not_collected_are_named():
     model, ids = tiny_model("llama"), tiny_windows()
-    only = gl.calibrate(model, ids, needed("residual", 2, LAYERS), moments=False)
+    stats = gl.calibrate(model, ids, needed("residual", 2, LAYERS), moments=False)
     with pytest.raises(ValueError, match=r"lacks for .0, 2.: calibrate with moments=True"):
-        gl.select_layers(model, only, 2, "residual")
+        gl.select_layers(model, stats, 2, "residual")
     with pytest.raises(ValueError, match="'taylor' scores token windows: pass windows="):
-        gl.select_layers(model, only, 2, "taylor")
+        gl.select_layers(model, stats, 2, "taylor")
 
 
 @pytest.mark.thorough
@@ -364,21 +360,21 @@ def test_a_score_that_is_not_a_number_is_refused(monkeypatch, search):
 
 
 def test_a_score_that_is_infinite_is_never_chosen(monkeypatch):
-    endless = CRITERIA["cosine"]._replace(score=lambda e, layers: float("inf"))
-    monkeypatch.setitem(CRITERIA, "endless", endless)
+    infinite = CRITERIA["cosine"]._replace(score=lambda e, layers: math.inf)
+    monkeypatch.setitem(CRITERIA, "infinite", infinite)
     with pytest.raises(ValueError, match="that can be removed: no candidate has a finite score"):
-        gl.select_layers(tiny_model("llama"), tiny_windows(), 1, "endless")
+        gl.select_layers(tiny_model("llama"), tiny_windows(), 1, "infinite")
 
 
-def by_its_number(**changes):
-    """A model whose attention scales by the number of its layer, so that none can move up."""
-    return tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True, **changes)
+def numbered():
+    """A model whose attention is scaled by the number of the layer, so none can move up."""
+    return tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("criterion", ["perplexity", "greedy-recovered"])
-def test_a_search_passes_by_what_cannot_be_removed(criterion):
-    selection = gl.select_layers(by_its_number(), tiny_windows(), 3, criterion)
+def test_a_search_skips_layers_that_cannot_be_removed(criterion):
+    selection = gl.select_layers(numbered(), tiny_windows(), 3, criterion)
     assert selection == (3, 4, 5)
     assert selection.scores[(0,)] == math.inf > selection.scores[(5,)]
 
@@ -403,10 +399,9 @@ def test_layers_that_cannot_go_are_named(criterion, monkeypatch):
 
 
 def test_layers_that_cannot_go_together_are_named():
-    with pytest.raises(
-        ValueError, match="'block-influence' finds no 5 layers that can go together"
-    ):
-        gl.select_layers(by_its_number(), tiny_windows(), 5, "block-influence")
+    message = "'block-influence' finds no 5 layers that can go together"
+    with pytest.raises(ValueError, match=message):
+        gl.select_layers(numbered(), tiny_windows(), 5, "block-influence")
 
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
