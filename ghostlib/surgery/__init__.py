@@ -1,5 +1,5 @@
-"""Surgery: remove layers, and put operators in modules at the boundary or into existing weights.
+"""Surgery: remove layers, and install operators as modules or in existing weights.
 
-In come the dense model and solved operators; out comes an ordinary `PreTrainedModel` that shares
-the dense model's weights, generates with its cache, and is saved and loaded like any other.
+From the dense model and solved operators to an ordinary `PreTrainedModel` that shares the dense
+model's weights, generates with its cache, and is saved and loaded like any other.
 """

@@ -25,7 +25,7 @@ from ghostlib.operators.solve import Operator
 from ghostlib.statistics.calibration import suited
 from ghostlib.surgery.ghosted import (
     GhostedMixin,
-    become,
+    change_class,
     ghosted_class,
     install_boundaries,
     save_stock,
@@ -35,18 +35,16 @@ from ghostlib.surgery.installers import fold
 
 @checked
 def prune(model: PreTrainedModel, layers: Iterable[int], *, share: bool = True) -> PreTrainedModel:
-    """A copy of ``model`` without ``layers`` and without any repair; see `recover`.
-
-    It is of the model's own class, and leaves ``model`` as it is.
+    """A copy of ``model``, of the same class, without ``layers`` and without a repair.
 
     Args:
-        model: the dense model.
+        model: the dense model; it is not changed.
         layers: decoder layers to remove.
         share: as in `install`.
 
     Raises:
-        ValueError: layers that are no integers, out of range or repeated, none left, or a model
-            that was recovered.
+        ValueError: layers that are not integers, out of range or repeated, no layer left, or a
+            model that was recovered before.
     """
     return install(model, dict.fromkeys(runs(layers, num_layers(model))), share=share)
 
@@ -59,53 +57,53 @@ def install(
     at_gap: bool = False,
     share: bool = True,
 ) -> PreTrainedModel:
-    """A copy of ``model`` without the layers of these boundaries, with operators in their place.
+    """A copy of ``model`` with operators in place of the layers of these boundaries.
 
     Args:
-        model: the dense model. It keeps its layers and logits; the copy shares its weights, so
-            that training the copy changes both: see ``share``.
+        model: the dense model. It is not changed, but the copy shares its weights, so that training
+            the copy changes both: see ``share``.
         operators: solved operators by boundary; None removes the layers without a repair.
-            Boundaries are maximal runs of removed layers, as `runs` gives them.
+            Boundaries are maximal runs of removed layers, as from `runs`.
         at_gap: a module at the boundary also for repairs that could be folded into weights.
-        share: False gives the copy weights of its own, to be trained or changed in place.
+        share: False copies the weights, for a copy that is trained or changed in place.
 
     Returns:
         A model of the same family, in the dtype and on the devices of ``model``, whose
-        ``config.recovery`` says what was removed and installed. Offloaded weights stay offloaded;
-        the operators do not.
+        ``config.recovery`` lists removed layers and repairs. Offloaded weights stay offloaded; the
+        operators do not.
 
     Raises:
         ValueError: boundaries that do not fit the model, overlap, touch or leave no layer; an
             operator of the wrong width, with NaN, for another kind of norm, or too large for the
-            model's dtype; a repair that this architecture has no place for; a gap that nothing
+            model's dtype; a repair that does not fit the architecture; a gap that nothing
             receives; or a model that was recovered before.
     """
     check_dense(model)
     total = num_layers(model)
-    given = {check_boundary(gap): operator for gap, operator in operators.items()}
-    gaps = check_order(sorted(given), total)
+    operators = {check_boundary(gap): operator for gap, operator in operators.items()}
+    gaps = check_order(sorted(operators), total)
     removed = [layer for gap in gaps for layer in gap.removed]
     if removed:
         runs(removed, total)  # refuses to leave no layer
     for gap in gaps:
         receiver(model, gap.stop)  # refuses a gap that nothing receives
-        if (operator := given[gap]) is not None:
+        if (operator := operators[gap]) is not None:
             _check_operator(model, gap, operator)
-    kept = [layer for layer in range(total) if layer not in set(removed)]
+    kept = [layer for layer in range(total) if layer not in removed]
     recovered = streams.share(model, kept)
     check_layers(recovered, model)
 
     places = {sum(layer < gap.stop for layer in kept): gap for gap in gaps}
-    repairs = {place: op for place, gap in places.items() if (op := given[gap]) is not None}
+    repairs = {place: op for place, gap in places.items() if (op := operators[gap]) is not None}
     recovered.config.recovery = {
         "removed": removed,
-        "repairs": [_record(gap, given[gap]) for gap in gaps],
+        "repairs": [_record(gap, operators[gap]) for gap in gaps],
     }
     modules = fold(recovered, repairs, at_gap=at_gap)
     if modules:
         _install_modules(recovered, modules, places)
     _check_new_weights(model, recovered)
-    if not isinstance(recovered, GhostedMixin):  # of which transformers says nothing
+    if not isinstance(recovered, GhostedMixin):
         recovered.save_pretrained = partial(save_stock, recovered)
     return recovered if share else copy.deepcopy(recovered)
 
@@ -114,30 +112,30 @@ def check_dense(model: PreTrainedModel) -> None:
     """Refuse a model that was recovered before.
 
     Raises:
-        ValueError: it has operators, or lost layers, already, or is no causal language model.
+        ValueError: it has operators or lacks layers, or is not a causal language model.
     """
     check_model(model)
-    if model.config.model_type.startswith(GHOSTED) or removed_before(model):
+    if model.config.model_type.startswith(GHOSTED) or removed_layers(model):
         raise ValueError(
             "this model was recovered before: start from the dense model, name all layers"
         )
 
 
-def removed_before(model: PreTrainedModel) -> list[int]:
-    """The layers that the dense model has and ``model`` no longer has."""
+def removed_layers(model: PreTrainedModel) -> list[int]:
+    """Layers of the dense model that ``model`` lacks."""
     removed: list[int] = getattr(model.config, "recovery", {}).get("removed", [])
     return removed
 
 
 def _record(gap: Boundary, operator: Operator | None) -> dict[str, Any]:
-    """What is kept of a repair in the configuration, as JSON."""
+    """Entry of a repair in the configuration, as JSON."""
     if operator is None:
         return {"boundary": list(gap), "operator": "pruned"}
     return {"boundary": list(gap), "operator": operator.name, "reads": str(operator.regressor)}
 
 
 def _check_operator(model: PreTrainedModel, gap: Boundary, operator: Operator) -> None:
-    """Refuse an operator of another width, or one that reads what this model's layers do not."""
+    """Refuse an operator of another width, with NaN, or with features of another kind of norm."""
     width = operator.M.shape[1]
     if width != hidden_size(model):
         raise ValueError(
@@ -148,20 +146,20 @@ def _check_operator(model: PreTrainedModel, gap: Boundary, operator: Operator) -
             raise ValueError(
                 f"operator for boundary {gap} has NaN or infinite entries: solve it again"
             )
-    fitting = suited(model, operator.regressor)
-    if operator.regressor != fitting:
+    regressor = suited(model, operator.regressor)
+    if operator.regressor != regressor:
         raise ValueError(
             f"operator for boundary {gap} reads {operator.regressor}, and the layers of a "
-            f"{model.config.model_type} read {fitting}: solve it from this model"
+            f"{model.config.model_type} read {regressor}: solve it from this model"
         )
 
 
 def _check_new_weights(model: PreTrainedModel, recovered: PreTrainedModel) -> None:
-    """Refuse what became infinite when it was cast to the model's dtype."""
+    """Refuse weights that became infinite when they were cast to the model's dtype."""
     shared = {id(parameter) for parameter in model.parameters()}
     for name, parameter in recovered.named_parameters():
-        known = id(parameter) in shared or parameter.device.type == "meta"
-        if not known and not torch.isfinite(parameter).all():
+        new = id(parameter) not in shared and parameter.device.type != "meta"
+        if new and not torch.isfinite(parameter).all():
             raise ValueError(
                 f"the repair does not fit into {parameter.dtype}: {name} would be infinite; use a "
                 "larger relative_ridge or a model in a wider dtype"
@@ -172,16 +170,16 @@ def _install_modules(
     recovered: PreTrainedModel, modules: Mapping[int, Operator], places: Mapping[int, Boundary]
 ) -> None:
     """Make ``recovered`` a ghosted model, in place, with a module for each operator."""
-    factors = {place: _factors(op.M) for place, op in modules.items() if _is_low_rank(op)}
-    name = recovered.config.model_type
-    if name not in CONFIG_MAPPING:
+    weights = {place: _weights(operator) for place, operator in modules.items()}
+    model_type = recovered.config.model_type
+    if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"a {name} is made by code that transformers does not know, so that a module at the "
-            "gap could not be loaded again: use a repair of the weights, such as refit, or "
+            f"a {model_type} is made by code that transformers does not know, so that a module at "
+            "the gap could not be loaded again: use a repair of the weights, such as refit, or "
             "register its classes with AutoConfig.register and AutoModelForCausalLM.register"
         )
-    cls = ghosted_class(name)
-    become(recovered, cls)
+    cls = ghosted_class(model_type)
+    change_class(recovered, cls)
     recovered.config.__class__ = cls.config_class
     names = {module: name for name, module in recovered.named_modules()}
     recovered.config.ghost = [
@@ -192,36 +190,30 @@ def _install_modules(
             "removed": list(places[place].removed),
             "operator": operator.name,
             "bias": operator.bias is not None,
-            "rank": factors[place][0].shape[1] if place in factors else None,
+            "rank": len(weights[place]["B"]) if "B" in weights[place] else None,
             "features": [feature.name for feature in operator.regressor.features],
             "layout": structure(recovered).layout,
         }
         for place, operator in modules.items()
     ]
     install_boundaries(recovered)
-    for (place, operator), entry in zip(modules.items(), recovered.config.ghost, strict=True):
-        module = recovered.get_submodule(entry["module"])
-        floating = (p.dtype for p in module.parameters() if p.is_floating_point())
-        device, dtype = compute_device(module), next(floating, recovered.dtype)
-        values = {"M": operator.M}
-        if place in factors:
-            values = dict(zip("AB", factors[place], strict=True))
-        if operator.bias is not None:
-            values["b"] = operator.bias
-        for name, value in values.items():
-            # on the CPU first: not every device has float64
-            getattr(module.boundary, name).data = value.cpu().to(dtype).to(device)
+    for place, tensors in weights.items():
+        module = receiver(recovered, place)
+        dtypes = (p.dtype for p in module.parameters() if p.is_floating_point())
+        device, dtype = compute_device(module), next(dtypes, recovered.dtype)
+        for name, tensor in tensors.items():
+            # Cast on the CPU: not every device has float64.
+            getattr(module.boundary, name).data = tensor.cpu().to(dtype).to(device)
 
 
-def _is_low_rank(operator: Operator) -> bool:
-    """Whether least squares bounded the rank of its matrix, so that fewer numbers say it."""
-    bias = 0 if operator.bias is None else len(operator.bias)
-    return "rank" in operator.family.options and operator.dof - bias < operator.M.numel()
-
-
-def _factors(M: Tensor) -> tuple[Tensor, Tensor]:
-    """``M = A B`` with as few columns of ``A`` as the rank of ``M``, and both alike in size."""
-    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+def _weights(operator: Operator) -> dict[str, Tensor]:
+    """``M`` of a module, or ``A`` and ``B`` if it was solved with a lower rank; and ``b``."""
+    bias = {} if operator.bias is None else {"b": operator.bias}
+    dof = operator.dof - sum(map(len, bias.values()))
+    if "rank" not in operator.family.options or dof >= operator.M.numel():
+        return {"M": operator.M} | bias
+    U, s, Vh = torch.linalg.svd(operator.M, full_matrices=False)
     rank = max(int((s > 1e-10 * s[0]).sum()), 1)
     root = s[:rank].sqrt()
-    return (U[:, :rank] * root).contiguous(), (root[:, None] * Vh[:rank]).contiguous()
+    A, B = U[:, :rank] * root, root[:, None] * Vh[:rank]
+    return {"A": A.contiguous(), "B": B.contiguous()} | bias

@@ -4,7 +4,7 @@ A recovered model belongs to a subclass of its model's own class, made here for 
 ``GhostedLlamaForCausalLM`` is a ``LlamaForCausalLM`` whose ``config.ghost`` lists the operators, so
 they are saved, loaded, moved and cast like any other parameter. The class is made, and registered
 with transformers, when a model is recovered or loaded (`ghostlib.surgery.registration`). Without
-this package, loading fails for want of the model type.
+this package, loading fails: the model type is unknown.
 """
 
 import os
@@ -35,26 +35,27 @@ from ghostlib.models.architectures import to_state, to_stream
 from ghostlib.statistics.features import FEATURES
 from ghostlib.surgery.previous import (
     Pass,
+    as_current,
     current_pass,
-    during,
-    handing_on_padding,
-    remembering,
-    token_before,
+    empty_instance,
+    keep_last_tokens,
+    pass_padding,
+    previous_tokens,
 )
 
 
 class BoundaryModule(nn.Module):
     """``x -> x + F M (+ b)``: one matrix product at the boundary (paper, eq. 8, with W = I + M).
 
-    ``F`` are features of ``x``, those of the token before by `ghostlib.surgery.previous`. ``M`` is
-    kept rather than ``W`` because in bfloat16 the rounding of a diagonal near one would be as large
-    as the entries of ``M`` themselves; of rank r as ``A B``, for one feature ``2 C r`` numbers.
+    ``F`` are features of ``x`` and of the previous token (`ghostlib.surgery.previous`). ``M`` is
+    stored, not ``W``, because bfloat16 would round the diagonal of ``W`` by as much as the entries
+    of ``M``. With a rank r it is stored as ``A B``: ``2 C r`` numbers for one feature.
 
     Args:
-        width: of the stream, C.
-        place: index of the layer that receives its output.
+        width: width of the stream, C.
+        place: index of the layer that receives the output.
         bias: whether there is a ``b``.
-        rank: of ``M``; None for a matrix that is kept as it is.
+        rank: rank of ``M``; None to store ``M`` itself.
         features: names from `FEATURES`.
     """
 
@@ -83,8 +84,8 @@ class BoundaryModule(nn.Module):
         """The features of ``x`` (…, width), one token a row."""
         if self.plain:
             return x.reshape(-1, x.shape[-1])
-        before = token_before(self.place, x) if self.looks_back else x
-        parts = [feature.of(before if feature.previous else x) for feature in self.features]
+        earlier = previous_tokens(self.place, x) if self.looks_back else x
+        parts = [feature.of(earlier if feature.previous else x) for feature in self.features]
         return torch.cat(parts, -1).flatten(0, -2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,45 +93,40 @@ class BoundaryModule(nn.Module):
         F, M = self.read(x), self.M if self.rank is None else self.B
         if self.rank is not None:
             F = F @ self.A.to(x.dtype)
-        # Some models (Mamba) keep a stream in float32 beside weights in half precision.
+        # Some models (Mamba) have a stream in float32 and weights in half precision.
         y = torch.addmm(x.reshape(-1, x.shape[-1]), F, M.to(x.dtype)).view(x.shape)
         return y if self.b is None else y + self.b
 
 
 @cache
-def _receiving(cls: Any) -> Any:
+def _receiver_class(cls: Any) -> Any:
     """Subclass of a decoder layer or norm that passes its input through ``self.boundary`` first.
 
     It keeps the name of its parent, by which device placement knows what must not be split.
     """
 
     def forward(
-        self: Any, hidden_states: Tensor, *args: Any, begun: Pass | None = None, **kwargs: Any
+        self: Any, hidden_states: Tensor, *args: Any, state: Pass | None = None, **kwargs: Any
     ) -> Any:
-        with nullcontext() if begun is None else during(begun):
+        with nullcontext() if state is None else as_current(state):
             stream = to_stream(hidden_states, self.layout)
             repaired = to_state(self.boundary(stream), hidden_states, self.layout)
         return cls.forward(self, repaired, *args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Gradient checkpointing runs `forward` again when the pass is long over, so it comes along.
+        # Gradient checkpointing runs `forward` again after the pass has ended.
         if self.boundary.looks_back:
-            kwargs["begun"] = current_pass()
+            kwargs["state"] = current_pass()
         return cls.__call__(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        return _empty_receiver, (cls,), vars(self)  # this class is made, not imported
+        return empty_instance, (_receiver_class, cls), vars(self)
 
     body = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, "__module__": __name__}
     return type(cls.__name__, (cls,), body)
 
 
-def _empty_receiver(cls: type) -> Any:
-    kind = _receiving(cls)
-    return kind.__new__(kind)
-
-
-_ENTRY: dict[str, tuple[type, ...]] = {
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "module": (str,),
     "receiver": (int,),
     "width": (int,),
@@ -142,81 +138,82 @@ _ENTRY: dict[str, tuple[type, ...]] = {
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether it says the place and the shape of an operator."""
+    """Whether ``entry`` has the place and the shape of an operator."""
     if not isinstance(entry, dict):
         return False
-    if not all(key in entry and type(entry[key]) in kinds for key, kinds in _ENTRY.items()):
+    if not all(key in entry and type(entry[key]) in kinds for key, kinds in _ENTRY_TYPES.items()):
         return False
     sizes = [entry["width"], 1 if entry["rank"] is None else entry["rank"], len(entry["features"])]
     return min(sizes) > 0 and all(type(name) is str for name in entry["features"])
 
 
 def install_boundaries(model: PreTrainedModel) -> None:
-    """Give every module named in ``config.ghost`` its (still empty) operator.
+    """Install an operator, still zero, at every module named in ``config.ghost``.
 
     Raises:
-        ValueError: it names no operator, one without its shape, or a module twice or that the model
-            does not have.
+        ValueError: ``config.ghost`` is empty, has an incomplete entry, or names a module twice or
+            one that the model does not have.
     """
     entries = getattr(model.config, "ghost", None)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"a recovered model lists its operators in config.ghost, got {entries!r}")
     for entry in entries:
         if not _is_entry(entry):
-            raise ValueError(f"an entry of config.ghost holds {', '.join(_ENTRY)}, got {entry!r}")
+            keys = ", ".join(_ENTRY_TYPES)
+            raise ValueError(f"an entry of config.ghost holds {keys}, got {entry!r}")
     paths = [entry["module"] for entry in entries]
-    known = dict(model.named_modules())
-    if len(set(paths)) < len(paths) or not set(paths) <= set(known):
+    modules = dict(model.named_modules())
+    if len(set(paths)) < len(paths) or not set(paths) <= set(modules):
         raise ValueError(
             f"config.ghost puts operators before {', '.join(paths)}, each of which must be another "
             "module of the model: was config.json edited by hand?"
         )
     for entry in entries:
-        module: Any = known[entry["module"]]
-        plain: Any = type(module)
-        become(module, _receiving(plain))
+        module: Any = modules[entry["module"]]
+        cls: Any = type(module)
+        change_class(module, _receiver_class(cls))
         shape = {name: entry[name] for name in ("bias", "rank", "features")}
         module.boundary = BoundaryModule(entry["width"], entry["receiver"], **shape)
         module.layout = entry["layout"]
-    # Found once: a forward pass should not search all modules for what is rarely there.
-    boundaries = [known[path].boundary for path in paths]
+    # Collected once, so that no forward pass searches all modules.
+    boundaries = [modules[path].boundary for path in paths]
     model.looking_back = tuple(b.place for b in boundaries if b.looks_back)
 
 
-def become(module: Any, cls: type) -> None:
+def change_class(module: Any, cls: type) -> None:
     """Make ``module``, in place, an instance of ``cls``."""
-    # Where accelerate placed it, the instance carries a forward that is bound to the old class.
-    placement = getattr(module, "_hf_hook", None)
-    if placement is not None:
+    # A hook of accelerate binds the forward of the old class to the instance.
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
         remove_hook_from_module(module)
         vars(module).pop("forward", None)
     module.__class__ = cls
-    if placement is not None:
-        add_hook_to_module(module, placement)
+    if hook is not None:
+        add_hook_to_module(module, hook)
 
 
-_REFUSAL = "import-ghostlib-first.safetensors"
-"""Weights file that ``config.json`` names to everyone but the recovered class, and that does not
-exist: the stock class stops there instead of loading every weight but the operators."""
+_MISSING_WEIGHTS = "import-ghostlib-first.safetensors"
+"""A weights file that does not exist, named in ``config.json`` and ignored by the recovered class:
+the stock class stops there instead of loading every weight but the operators."""
 
 
 class GhostedConfigMixin:
-    """What the configuration of a recovered model adds to its model's own."""
+    """Mixin for the configuration of a recovered model."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`, with the weights' file that only ghostlib ignores."""
+        """As `PreTrainedConfig.to_dict`, with a weights file that does not exist."""
         settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        return settings | {"transformers_weights": _REFUSAL}
+        return settings | {"transformers_weights": _MISSING_WEIGHTS}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`."""
-        known = {k: v for k, v in config_dict.items() if k != "transformers_weights"}
-        return super().from_dict(known, **kwargs)  # type: ignore[misc]
+        """As `PreTrainedConfig.from_dict`, without that file."""
+        settings = {k: v for k, v in config_dict.items() if k != "transformers_weights"}
+        return super().from_dict(settings, **kwargs)  # type: ignore[misc]
 
 
 class GhostedMixin:
-    """What a recovered model adds to its model's own class."""
+    """Mixin for the class of a recovered model."""
 
     looking_back: tuple[int, ...]
 
@@ -225,30 +222,30 @@ class GhostedMixin:
         install_boundaries(self)
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
-        # With a static cache, `generate` compiles into CUDA graphs, which reuse the memory that a
-        # boundary's last token is kept in.
+        # With a static cache, `generate` compiles into CUDA graphs, which reuse the memory of a
+        # boundary's last token.
         if self.looking_back:
             return False
         return super()._valid_auto_compile_criteria(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: all that transformers computes while it loads is computed by the stock class."""
+        """False: transformers loads the model as it loads its stock class."""
         return False
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, into a folder that must be new or empty.
+        """As `PreTrainedModel.save_pretrained`, in one step, into a folder that is new or empty.
 
-        It is written under another name and renamed once it is whole. A training loop, known by
-        ``is_main_process`` or ``state_dict``, may save into a folder that holds its checkpoints.
+        A training loop, recognised by ``is_main_process`` or ``state_dict``, may save into the
+        folder of its checkpoints.
 
         Raises:
-            FileExistsError: there is a file of that name, or a folder that holds something.
-            OSError: it could not be written, and nothing was.
+            FileExistsError: the folder is a file, or is not empty.
+            OSError: the folder cannot be written; nothing was.
         """
         folder = Path(save_directory).absolute()
-        # Weights under their modules' own names: some architectures' files have others (GPT-NeoX),
-        # which transformers translates back for the stock model type alone.
+        # Weights are named as in the modules: the other names that some architectures have in files
+        # (GPT-NeoX) are translated back for the stock model type alone.
         options: dict[str, Any] = {"save_original_format": False} | kwargs
         if not kwargs.get("is_main_process", True):
             super().save_pretrained(folder, **options)  # type: ignore[misc]
@@ -257,30 +254,30 @@ class GhostedMixin:
         check_new(folder, empty=not training)
         if kwargs.get("push_to_hub"):
             options.setdefault("repo_id", folder.name)
-        with whole(folder) as fresh:
-            super().save_pretrained(fresh, **options)  # type: ignore[misc]
+        with atomic_folder(folder) as temporary:
+            super().save_pretrained(temporary, **options)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: the weights and the configuration do not belong together.
+            ValueError: the weights do not match the configuration.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
+        return_info = kwargs.pop("output_loading_info", False)
         options = kwargs | {"output_loading_info": True}
         model, info = super().from_pretrained(*args, **options)  # type: ignore[misc]
-        for kind, complaint in (
+        for kind, mismatch in (
             ("missing_keys", "lacks weights that its config.json calls for"),
             ("unexpected_keys", "has weights that its config.json does not name"),
         ):
-            if lost := sorted(info[kind]):
-                raise ValueError(f"the saved model {complaint}, such as {lost[0]}: save it again")
-        return (model, info) if wants_info else model
+            if names := sorted(info[kind]):
+                raise ValueError(f"the saved model {mismatch}, such as {names[0]}: save it again")
+        return (model, info) if return_info else model
 
 
 def check_new(folder: Path, *, empty: bool = True) -> None:
-    """Refuse, by `FileExistsError`, a folder that is a file, or that holds something already."""
+    """Refuse, by `FileExistsError`, a folder that is a file or, if ``empty``, has files."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output folder {folder} is a file: name a folder")
     if empty and folder.exists() and any(folder.iterdir()):
@@ -290,55 +287,55 @@ def check_new(folder: Path, *, empty: bool = True) -> None:
 def save_stock(
     model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> None:
-    """As `PreTrainedModel.save_pretrained`, which would log a file of that name and save nothing.
+    """As `PreTrainedModel.save_pretrained`, which only logs that the folder is a file.
 
     Raises:
-        FileExistsError: there is a file of that name.
+        FileExistsError: the folder is a file.
     """
     check_new(Path(save_directory), empty=False)
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` once all has been written to it.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files go to ``folder`` when all of them are written.
 
     Raises:
-        OSError: it could not be written; nothing is left of it.
+        OSError: the folder cannot be written; nothing remains of it.
     """
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        known = re.compile(rf"\.+{re.escape(folder.name)}(?:\.\d+\.tmp)*\.(\d+)\.tmp")
-        for left in folder.parent.iterdir() if folder.parent.exists() else ():
-            found = known.fullmatch(left.name)
-            if found and (int(found[1]) == os.getpid() or not psutil.pid_exists(int(found[1]))):
-                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
-        fresh.mkdir(parents=True)
-        yield fresh
+        pattern = re.compile(rf"\.+{re.escape(folder.name)}(?:\.\d+\.tmp)*\.(\d+)\.tmp")
+        for path in folder.parent.iterdir() if folder.parent.exists() else ():
+            match = pattern.fullmatch(path.name)
+            if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+                shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
         if not folder.exists():
-            fresh.rename(folder)
+            temporary.rename(folder)
             return
-        for old in folder.glob("model*.safetensors*"):  # as many shards as last time, or none
-            old.unlink()
-        # without its configuration nobody takes the folder for a model
-        for file in sorted(fresh.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+        for shard in folder.glob("model*.safetensors*"):  # there may be fewer new ones
+            shard.unlink()
+        # The configuration last: without it the folder does not pass for a model.
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG_NAME):
             file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder} could not be written, nothing was saved: {error}") from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-_INSIDE = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
-"""Configurations of a text model whose class transformers lists under the whole one's type."""
+_OUTER_TYPES = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
+"""Types of text models whose class transformers lists under the type of the outer model."""
 
 
 @cache
 def ghosted_class(model_type: str) -> type[PreTrainedModel]:
-    """The recovered class for a model type, registered so that `AutoModelForCausalLM` finds it."""
+    """The recovered class for a model type, made and registered with transformers."""
     config_base: type = CONFIG_MAPPING[model_type]
-    whole: type = CONFIG_MAPPING[_INSIDE.get(model_type, model_type)]
-    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[whole]
+    outer: type = CONFIG_MAPPING[_OUTER_TYPES.get(model_type, model_type)]
+    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[outer]
     config_class = type(
         f"Ghosted{config_base.__name__}",
         (GhostedConfigMixin, config_base),
@@ -349,16 +346,13 @@ def ghosted_class(model_type: str) -> type[PreTrainedModel]:
         (GhostedMixin, model_base),
         {
             "config_class": config_class,
-            "forward": remembering(model_base.forward),
-            "prepare_inputs_for_generation": handing_on_padding(
-                model_base.prepare_inputs_for_generation
-            ),
+            "forward": keep_last_tokens(model_base.forward),
+            "prepare_inputs_for_generation": pass_padding(model_base.prepare_inputs_for_generation),
             "__module__": __name__,
         },
     )
-    globals().update(
-        {c.__name__: c for c in (config_class, model_class)}
-    )  # so that pickle finds them
+    # Pickle looks the classes up here.
+    globals().update({c.__name__: c for c in (config_class, model_class)})
     AutoConfig.register(GHOSTED + model_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return model_class

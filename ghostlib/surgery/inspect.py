@@ -1,4 +1,4 @@
-"""What is found in a model before anything is done to it, from its configuration alone."""
+"""Inspection: a model's layers and the repairs that fit it, from its configuration alone."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,23 +27,23 @@ from ghostlib.models.shapes import held
 from ghostlib.models.streams import refusal
 from ghostlib.models.tiny import tiny_model
 from ghostlib.operators.families import FAMILIES
-from ghostlib.surgery.cut import check_dense, removed_before
+from ghostlib.surgery.cut import check_dense, removed_layers
 from ghostlib.text.assets import embedded_model_dir
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found; printed, it is a short table.
+    """Result of `inspect`; prints as a short table.
 
     Attributes:
-        type: model type of its configuration.
-        width: of the residual stream.
+        type: model type of the configuration.
+        width: width of the residual stream.
         vocabulary: number of token ids.
-        kinds: of every layer, such as ``"full_attention"`` or ``"sliding_attention, MoE"``.
-        parameters: of every layer.
-        cache: numbers that every layer keeps of one token, or None where that is not known.
-        other: parameters outside the layers.
-        removed: layers of the dense model that are gone; then no more of them can be removed.
+        kinds: kind of each layer, such as ``"full_attention"`` or ``"sliding_attention, experts"``.
+        parameters: number of parameters of each layer.
+        cache: cached numbers per token of each layer, or None if unknown.
+        other: number of parameters outside the layers.
+        removed: removed layers of the dense model; if there are any, no more can be removed.
         fixed: ``{layer: why it cannot be removed on its own}``.
         families: ``{family: why it does not fit, or ""}``.
     """
@@ -74,13 +74,13 @@ class Inspection:
             text = text if len(text) <= 24 else f"{text[:16]} … ({rows.count(row)})"
             lines.append(f"{text:<24} {row[0]:<34} {row[1]:>12,} {row[2]:>17}")
         if self.removed:
-            gone = f"layers {spell(self.removed)} of the dense model are removed"
-            return "\n".join([*lines, "", f"{gone}: {self.fixed[0]}"])
+            removed = f"layers {spell(self.removed)} of the dense model are removed"
+            return "\n".join([*lines, "", f"{removed}: {self.fixed[0]}"])
         by_reason: dict[str, list[str]] = {"": []}
-        for name, why in self.families.items():
-            by_reason.setdefault(why, []).append(name)
+        for name, reason in self.families.items():
+            by_reason.setdefault(reason, []).append(name)
         lines += ["", f"repairs that fit: {', '.join(by_reason.pop(''))}"]
-        lines += [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]
+        lines += [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
         if self.fixed:
             lines.append(f"not on their own: layers {spell(self.fixed)}")
             lines.append(next(iter(self.fixed.values())))
@@ -89,23 +89,22 @@ class Inspection:
 
 @checked
 def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: Any) -> Inspection:
-    """What `ghostlib` finds in a model, and what can be done to it, without loading its weights.
+    """Describe the layers of a model and the repairs that fit it, without loading its weights.
 
     Args:
         model: a model, a configuration, a local folder, or an id of the Hugging Face hub;
             ``"smollm2"`` is the embedded model.
-        options: passed on to ``AutoConfig.from_pretrained`` (``revision``, …), by which a folder or
-            an id is read.
+        options: passed to ``AutoConfig.from_pretrained`` (``revision``, …) for a folder or an id.
 
     Raises:
-        ValueError: it is no causal language model, or one whose layers cannot be removed; or an
-            option that has no effect.
-        OSError: nothing was found under that name.
-        ConnectionError: a hub id that is not in the cache, and no hub.
+        ValueError: not a causal language model, one whose layers cannot be removed, or an option
+            without effect.
+        OSError: no model of that name.
+        ConnectionError: a hub id that is not in the cache while the hub cannot be reached.
 
     >>> from transformers import LlamaConfig
-    >>> found = inspect(LlamaConfig(num_hidden_layers=4, hidden_size=64, intermediate_size=96))
-    >>> found.kinds[0], found.parameters[0], found.fixed
+    >>> llama = inspect(LlamaConfig(num_hidden_layers=4, hidden_size=64, intermediate_size=96))
+    >>> llama.kinds[0], llama.parameters[0], llama.fixed
     ('attention', 34944, {})
     """
     unused = options
@@ -116,14 +115,14 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
         settings = options | {"return_unused_kwargs": True}
         model, unused = AutoConfig.from_pretrained(folder, **settings)
     if unused:
-        raise ValueError(f"{', '.join(unused)}: no effect on what is found here, leave it out")
+        raise ValueError(f"{', '.join(unused)}: no effect on an inspection, leave it out")
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model)
     structure(model)
     layers = decoder_layers(model)
     parameters = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    recovered = _why(lambda: check_dense(model))
+    recovered = _reason(lambda: check_dense(model))
     return Inspection(
         type=model_type(model),
         width=hidden_size(model),
@@ -132,7 +131,7 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
         parameters=parameters,
         cache=_cache(model),
         other=sum(p.numel() for p in model.parameters()) - sum(parameters),
-        removed=tuple(removed_before(model)),
+        removed=tuple(removed_layers(model)),
         fixed=dict.fromkeys(range(len(layers)), recovered) if recovered else _fixed(model),
         families=dict.fromkeys(FAMILIES, recovered) if recovered else _families(model),
     )
@@ -141,66 +140,64 @@ def inspect(model: PreTrainedModel | PretrainedConfig | str | Path, **options: A
 def _fixed(model: PreTrainedModel) -> dict[int, str]:
     """Layers that cannot be removed on their own, and why.
 
-    What a layer is can depend on its entries in the configuration, its number and how many layers
-    there are. Without the first one every other has a new number, without the last one all keep
-    theirs: where both can go, and one of each kind, any can.
+    A layer can depend on its entries in the configuration, on its number and on the number of
+    layers. Removing the first layer renumbers all others, removing the last renumbers none: if both
+    can be removed, and one layer of each kind, every layer can.
     """
-    same, last = layer_kinds(model), num_layers(model) - 1
-    found = {index: refusal(model, [index]) for index in {0, last, *same}}
-    if any(found.values()):
-        for index in range(num_layers(model)):
-            if index not in found and same[index] == same[index - 1]:
-                found[index] = found[index - 1]  # one of two alike that follow each other
-            elif index not in found:
-                found[index] = refusal(model, [index])
-    return {index: why for index, why in sorted(found.items()) if why}
+    kinds, total = layer_kinds(model), num_layers(model)
+    reasons = {index: refusal(model, [index]) for index in {0, total - 1, *kinds}}
+    if any(reasons.values()):
+        for index in sorted(set(range(total)) - set(reasons)):
+            # Without either of two equal layers in a row the same model is left.
+            alike = kinds[index] == kinds[index - 1]
+            reasons[index] = reasons[index - 1] if alike else refusal(model, [index])
+    return {index: reason for index, reason in sorted(reasons.items()) if reason}
 
 
 def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
-    """Of each layer, what its configuration calls it, and whether it has experts."""
-    named = getattr(text_config(model), "layer_types", None)
-    found = []
+    """Name of each layer's kind in the configuration, and whether it has experts."""
+    types = getattr(text_config(model), "layer_types", None)
+    kinds = []
     for index, layer in enumerate(decoder_layers(model)):
         experts = any("expert" in path.lower() for path, _ in layer.named_modules())
-        kind = named[index] if named and len(named) == num_layers(model) else "attention"
-        found.append(f"{kind}, experts" if experts else str(kind))
-    return tuple(found)
+        kind = types[index] if types and len(types) == num_layers(model) else "attention"
+        kinds.append(f"{kind}, experts" if experts else str(kind))
+    return tuple(kinds)
 
 
 def _cache(model: PreTrainedModel) -> tuple[int, ...] | None:
-    """Numbers by which each layer's part of the cache grows with a token; states do not grow."""
-    with suppress(Exception):  # some types look at values to go on
+    """Numbers by which the cache of each layer grows per token; 0 for states of fixed size."""
+    with suppress(Exception):  # some types compute on values, which meta tensors do not have
         two, three = (
             [sum(t.numel() for t in part) for part in held(model, tokens)] for tokens in (2, 3)
         )
-        grown = [after - before for before, after in zip(two, three, strict=True)]
-        return tuple(grown[: num_layers(model)])
+        growth = [after - before for before, after in zip(two, three, strict=True)]
+        return tuple(growth[: num_layers(model)])
     return None
 
 
 def _families(model: PreTrainedModel) -> dict[str, str]:
-    """For each family, why it does not fit: tried on a small model of the same kinds."""
+    """Why each family does not fit, or "", as tried on a small model with layers of all kinds."""
     small = tiny_model(model.config)
     layers = range(num_layers(small))
-    reasons = {
-        "norm": _why(lambda: stream_norm(small)),
-        "down-projection": _why(lambda: [down_projection(small, index) for index in layers]),
-        "earlier-writes": _why(lambda: (embeddings(small), *(writers(small, i) for i in layers))),
-    }
-    found = {}
+    norm = _reason(lambda: stream_norm(small))
+    projection = _reason(lambda: [down_projection(small, i) for i in layers])
+    writes = _reason(lambda: [embeddings(small), *(writers(small, i) for i in layers)])
+    families = {}
     for name, family in FAMILIES.items():
-        needs = {
-            "norm": family.regressor.normalised,
-            "down-projection": family.regressor.reads_mlp or "down-projection" in family.install,
-            "earlier-writes": family.install == "earlier-writes",
-        }
-        found[name] = next((reasons[n] for n, needed in needs.items() if needed and reasons[n]), "")
-    return found
+        folds = family.regressor.reads_mlp or "down-projection" in family.install
+        families[name] = (
+            (norm if family.regressor.normalised else "")
+            or (projection if folds else "")
+            or (writes if family.install == "earlier-writes" else "")
+        )
+    return families
 
 
-def _why(needed: Callable[[], Any]) -> str:
+def _reason(attempt: Callable[[], Any]) -> str:
+    """Message of the `ValueError` that ``attempt`` raises, or ""."""
     try:
-        needed()
+        attempt()
     except ValueError as error:
         return str(error)
     return ""

@@ -1,8 +1,7 @@
-"""Installers: where the matrices of a repair go in a pruned model.
+"""Installers: put the matrices of a repair into a pruned model.
 
-A module at the boundary adds parameters and one matrix product; existing weights take what can be
-folded into them, and add nothing. A family names its installer, and nobody else asks
-which family it is.
+A module at the boundary adds parameters and one matrix product; a repair that is folded into
+existing weights adds nothing. Each family names its installer.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,12 +21,11 @@ from ghostlib.operators.families import Family
 from ghostlib.operators.solve import Operator
 from ghostlib.statistics.features import STREAM
 
-# Relative error of a folded projection that is still the repair that was solved for; the rounding
-# of bfloat16 alone is 0.002.
-_INEXACT = 0.05
+# Largest relative error of a folded projection; the rounding of bfloat16 alone is 0.002.
+_MAX_FOLD_ERROR = 0.05
 
-# From a pruned model, changed in place with new parameters beside the old ones, and operators by
-# the index of the layer after each gap; to what is left for a module at the boundary.
+# Replaces parameters of a pruned model in place, as the old ones may be shared, and returns the
+# operators that modules must apply. Operators are keyed by the index of the layer after the gap.
 Installer = Callable[[PreTrainedModel, Mapping[int, Operator]], Mapping[int, Operator]]
 
 
@@ -36,11 +34,11 @@ def down_projection(
 ) -> Mapping[int, Operator]:
     """Fold into the down-projection of the last layer before each gap, ``h -> h D + d``.
 
-    A matrix on what it returns multiplies it: ``D (I + M)``, ``d (I + M)`` (ReplaceMe, arXiv
-    2505.02819); one on what it reads is added: ``D + E``. Computed in float64, cast once.
+    A matrix on its output multiplies it: ``D (I + M)``, ``d (I + M)`` (ReplaceMe, arXiv
+    2505.02819); one on its input is added: ``D + E``. Computed in float64, cast once.
 
     Raises:
-        ValueError: a gap with no layer before it, or an architecture that leaves no room.
+        ValueError: as `projection_before`; or a bias for a projection without one.
     """
     for index, operator in operators.items():
         projection = projection_before(model, index, operator.name)
@@ -58,8 +56,8 @@ def module_and_down_projection(
 ) -> Mapping[int, Operator]:
     """Fold ``E`` of ``X + X M + h E`` into the down-projection, and leave ``M`` to a module.
 
-    The module multiplies by ``I + M`` what the projection writes, so that ``E (I + M)^-1`` is added
-    to the projection and one pass gives the joint optimum.
+    The module multiplies the output of the projection by ``I + M``, so ``E (I + M)^-1`` is added to
+    the projection.
 
     Raises:
         ValueError: as `down_projection`; or ``I + M`` is too close to singular for the fold to be
@@ -79,15 +77,14 @@ def module_and_down_projection(
         dtype = projection.weight.dtype
         write_projection(projection, new, _add_bias(d, bias, operator.name))
         exact = D @ A + E
-        off = torch.linalg.norm((new.to(dtype).double() @ A) - exact) / torch.linalg.norm(exact)
-        if not off <= _INEXACT:
+        error = torch.linalg.norm((new.to(dtype).double() @ A) - exact) / torch.linalg.norm(exact)
+        if not error <= _MAX_FOLD_ERROR:
             raise ValueError(
-                f"{operator.name}: what goes into the down-projection is {float(off):.0%} off in "
-                f"{dtype}, because I + M is close to singular: pass a larger relative_ridge, or "
-                "install in a wider dtype"
+                f"{operator.name}: the new down-projection is {float(error):.0%} off in {dtype}, "
+                "because I + M is close to singular: pass a larger relative_ridge, or install in a "
+                "wider dtype"
             )
-        stream = replace(operator, M=M, regressor=STREAM, bias=None)
-        modules[index] = stream
+        modules[index] = replace(operator, M=M, regressor=STREAM, bias=None)
     return modules
 
 
@@ -100,10 +97,10 @@ def _add_bias(old: Tensor | None, new: Tensor | None, name: str) -> Tensor | Non
 
 
 def projection_before(model: PreTrainedModel, index: int, name: str) -> nn.Module:
-    """The down-projection of the last layer before a gap, whose weights can be changed.
+    """The down-projection of the last layer before a gap, if its weights can be changed.
 
     Raises:
-        ValueError: no layer before the gap, or weights that other modules use as well, or that are
+        ValueError: no layer before the gap, or weights that other modules share, or that are
             offloaded, quantised or adapted.
     """
     if index == 0:
@@ -121,7 +118,7 @@ def projection_before(model: PreTrainedModel, index: int, name: str) -> nn.Modul
 
 
 def check_place(model: PreTrainedModel, gaps: Iterable[Boundary], family: Family) -> None:
-    """Refuse, before any pass, a repair of weights that cannot be changed.
+    """Refuse a repair of weights that cannot be changed, before any pass.
 
     Raises:
         ValueError: as `projection_before`.
@@ -135,14 +132,14 @@ def projection_weights(projection: Any) -> tuple[Tensor, Tensor | None]:
     """``D`` (I, C) and ``d`` (C,) of ``h -> h D + d``, in float64 on the CPU."""
     weight = projection.weight.detach().cpu().double()  # not every device has float64
     bias = None if projection.bias is None else projection.bias.detach().cpu().double()
-    # a Linear keeps D', a Conv1D keeps D
+    # A Linear stores D', a Conv1D stores D.
     return (weight.T if isinstance(projection, nn.Linear) else weight), bias
 
 
 def write_projection(projection: Any, D: Tensor, d: Tensor | None) -> None:
-    """Give ``projection`` new parameters; others may share the old ones, which stay as they are."""
-    stands = D.T if isinstance(projection, nn.Linear) else D
-    projection.weight = nn.Parameter(stands.to(projection.weight).contiguous())
+    """Give ``projection`` new parameters; other modules may share the old ones."""
+    weight = D.T if isinstance(projection, nn.Linear) else D
+    projection.weight = nn.Parameter(weight.to(projection.weight).contiguous())
     if d is not None:
         projection.bias = nn.Parameter(d.to(projection.weight))
 
@@ -150,12 +147,12 @@ def write_projection(projection: Any, D: Tensor, d: Tensor | None) -> None:
 def earlier_writes(
     model: PreTrainedModel, operators: Mapping[int, Operator]
 ) -> Mapping[int, Operator]:
-    """Scale the stream at each gap by scaling all that was written to it before (Prune&Comp).
+    """Scale the stream at each gap by scaling everything written to it before (Prune&Comp).
 
     Pre-norm layers do not see the scale of the stream, so multiplying embeddings and every earlier
     write by ``a`` multiplies the stream at the gap by ``a`` and changes nothing else (arXiv
-    2507.18212). Where the head is tied to the embeddings its logits would grow as well: the final
-    norm is divided by what the embeddings were multiplied by.
+    2507.18212). If the head is tied to the embeddings, its logits would grow as well: the final
+    norm is divided by the factor of the embeddings.
     """
     factor = 1.0
     for index in reversed(range(num_layers(model) + 1)):
@@ -164,12 +161,12 @@ def earlier_writes(
         if factor != 1.0 and index > 0:
             for writer in writers(model, index - 1):
                 scale_output(writer, factor)
-    tied: Any = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     for table in embeddings(model):
-        shared = tied is not None and tied.weight is table.weight
+        tied = head is not None and head.weight is table.weight
         scale_output(table, factor)
-        if shared:
-            tied.weight = table.weight
+        if tied:
+            head.weight = table.weight
             scale_output(receiver(model, num_layers(model)), 1 / factor)
     return {}
 
@@ -186,27 +183,28 @@ INSTALLERS["earlier-writes"] = earlier_writes
 def fold(
     model: PreTrainedModel, operators: Mapping[int, Operator], *, at_gap: bool = False
 ) -> dict[int, Operator]:
-    """Install what goes into existing weights; returns what a module at the boundary must do.
+    """Fold operators into existing weights; returns those that a module must apply.
 
     Args:
         model: pruned model, changed in place.
         operators: by the index, in the pruned model, of the layer after each gap.
-        at_gap: a module instead of folding, for repairs that read nothing but the stream: the same
+        at_gap: a module instead of folding, for repairs that read only the stream: the same
             function, and the layers before the gap stay as they are.
     """
-    left: dict[int, Operator] = {}
+    modules: dict[int, Operator] = {}
     by_installer: dict[str, dict[int, Operator]] = {}
     for index, operator in operators.items():
-        chosen = operator.family.install
-        if at_gap and not operator.regressor.reads_mlp and chosen != "nothing":
-            chosen = "module"
-        by_installer.setdefault(chosen, {})[index] = operator
-    scales = by_installer.pop("earlier-writes", {})  # last, of all that the others write
-    for name, chosen_operators in by_installer.items():
-        left |= INSTALLERS[name](model, chosen_operators)
+        name = operator.family.install
+        if at_gap and not operator.regressor.reads_mlp and name != "nothing":
+            name = "module"
+        by_installer.setdefault(name, {})[index] = operator
+    scales = by_installer.pop("earlier-writes", {})  # last: they scale the other folds as well
+    for name, group in by_installer.items():
+        modules |= INSTALLERS[name](model, group)
     if scales:
-        # What a module adds that is not linear in the stream does not grow with it.
-        others = left.values()
-        linear = all(o.bias is None and o.regressor.features == STREAM.features for o in others)
-        left |= INSTALLERS["earlier-writes" if linear else "module"](model, scales)
-    return left
+        # The output of a module that is not linear in the stream does not scale with it.
+        linear = all(
+            op.bias is None and op.regressor.features == STREAM.features for op in modules.values()
+        )
+        modules |= INSTALLERS["earlier-writes" if linear else "module"](model, scales)
+    return modules

@@ -1,7 +1,7 @@
-"""Portable: one readable file of code beside the weights, put together from the tested code.
+"""Portable: one file of code that loads a recovered model without this package.
 
-A repair with a module at the boundary needs a class that transformers does not have. Its source,
-and that of all it calls, is put together into a file that imports nothing of this package.
+A repair with a module at the boundary needs a class that transformers does not have. The file is
+assembled from the source of that class and of everything it calls.
 """
 
 import ast
@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -19,53 +18,42 @@ from ghostlib.statistics import features
 from ghostlib.surgery import ghosted, previous
 
 FILE = "modeling_ghosted"
-_FEATURES = ("_wide", "_divide", "rms_norm", "standardise", "_same", "Feature")
-_REGISTRATION = ("ghosted_class", "_INSIDE", "save_stock")
+_FEATURES = ("_wide", "_divide", "rms_norm", "standardise", "_same", "Feature", "previous")
+_REGISTRATION = ("ghosted_class", "_OUTER_TYPES", "save_stock")
 
-_HEADER = '''"""A {base} without some decoder layers, repaired at the gap by a linear operator.
+_HEADER = '''"""A {base.__name__} without some decoder layers, with linear operators at the gaps.
 
 Ghosted Layers, arXiv 2605.15491. Written by ghostlib; load it with ``trust_remote_code=True``.
 """
 
-from {config_module} import {config}
-from {model_module} import {base}
+from {config_base.__module__} import {config_base.__name__}
+from {base.__module__} import {base.__name__}
 '''
 
 _FOOTER = """
-class {ghosted_config}(GhostedConfigMixin, {config}):
-    model_type = "{model_type}"
+class {config.__name__}(GhostedConfigMixin, {config_base.__name__}):
+    model_type = "{config.model_type}"
 
 
-class {ghosted}(GhostedMixin, {base}):
-    config_class = {ghosted_config}
-    forward = remembering({base}.forward)
-    prepare_inputs_for_generation = handing_on_padding({base}.prepare_inputs_for_generation)
+class {cls.__name__}(GhostedMixin, {base.__name__}):
+    config_class = {config.__name__}
+    forward = keep_last_tokens({base.__name__}.forward)
+    prepare_inputs_for_generation = pass_padding({base.__name__}.prepare_inputs_for_generation)
 """
 
 
 def write_portable(model: PreTrainedModel, folder: Path) -> None:
-    """Add the code of ``model``'s class to a folder it was saved to, and name it in the config."""
-    cls: Any = type(model)
-    base = next(parent for parent in cls.__mro__ if not parent.__name__.startswith("Ghosted"))
-    config = next(
-        parent for parent in type(model.config).__mro__ if not parent.__name__.startswith("Ghosted")
-    )
-    names = {
-        "base": base.__name__,
-        "model_module": base.__module__,
-        "config": config.__name__,
-        "config_module": config.__module__,
-        "ghosted": cls.__name__,
-        "ghosted_config": type(model.config).__name__,
-        "model_type": model.config.model_type,
-    }
+    """Add the code of ``model``'s class to its saved folder, and its name to the configuration."""
+    cls, config = type(model), type(model.config)
+    _, base = cls.__bases__
+    _, config_base = config.__bases__
+    names = {"cls": cls, "base": base, "config": config, "config_base": config_base}
     parts = [
         *_definitions(features, only=_FEATURES),
-        _table(),
-        *_definitions(features, only=["previous"]),
+        _feature_table(),
         *_definitions(previous),
         *_definitions(architectures, only=["to_stream", "to_state"]),
-        *_definitions(ghosted, leave_out=_REGISTRATION),
+        *_definitions(ghosted, exclude=_REGISTRATION),
     ]
     imports = sorted({line for m in (features, previous, ghosted) for line in _imports(m)})
     parts = [_HEADER.format(**names) + "\n".join(imports), *parts, _FOOTER.format(**names)]
@@ -74,42 +62,39 @@ def write_portable(model: PreTrainedModel, folder: Path) -> None:
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["auto_map"] = {
-        "AutoConfig": f"{FILE}.{names['ghosted_config']}",
-        "AutoModelForCausalLM": f"{FILE}.{names['ghosted']}",
+        "AutoConfig": f"{FILE}.{config.__name__}",
+        "AutoModelForCausalLM": f"{FILE}.{cls.__name__}",
     }
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _definitions(
-    module: ModuleType, *, only: Sequence[str] = (), leave_out: Sequence[str] = ()
+    module: ModuleType, *, only: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The source of a module's top-level definitions, comments and docstring left out."""
+    """Source of the top-level definitions of a module, without its docstring and comments."""
     source = inspect.getsource(module)
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names = [node.name]
-            segment = inspect.getsource(getattr(module, node.name))
+            name = node.name
+            segment = inspect.getsource(getattr(module, name))
         elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
             segment = ast.get_source_segment(source, node) or ""
         else:
             continue
-        if (not only or names[0] in only) and names[0] not in leave_out:
+        if (not only or name in only) and name not in exclude:
             yield segment
 
 
 def _imports(module: ModuleType) -> Iterator[str]:
-    """The imports of a module, this package's own left out."""
+    """Imports of a module, except from this package."""
     for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            line = ast.unparse(node)
-            if "ghostlib" not in line:
-                yield line
+        if isinstance(node, ast.Import | ast.ImportFrom) and "ghostlib" not in ast.unparse(node):
+            yield ast.unparse(node)
 
 
-def _table() -> str:
-    """The table of features of the stream, as code."""
+def _feature_table() -> str:
+    """Table of the features of the stream, as code."""
     lines = [
         f"    {f.name!r}: Feature({f.name!r}, {f.of.__name__}, "
         f"previous={f.previous}, norm={f.norm!r}),"

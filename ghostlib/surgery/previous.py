@@ -1,9 +1,9 @@
-"""The token before: what a boundary that looks back needs, exact with cache, batches and padding.
+"""Previous tokens: the state of a boundary that looks back, exact with cache, batches and padding.
 
-A whole sequence in one pass shows a boundary every token's predecessor. Token by token it does not:
-the last token each boundary has seen is kept with the key-value cache, so it belongs to that
-generation alone and follows the cache wherever it is reordered, repeated or copied. The layers of
-the cache stay as they are, because transformers sizes and skips attention masks by their kinds.
+In one pass over a whole sequence, a boundary sees the predecessor of every token. In decoding it
+does not: the last token of each boundary is kept with the key-value cache, so it belongs to that
+generation alone and follows the cache when it is reordered, repeated or copied. The layers of the
+cache stay as they are, because transformers sizes and skips attention masks by their types.
 """
 
 import inspect
@@ -22,11 +22,11 @@ _PADDING_MASK = "padding_mask"
 
 
 class RememberingCache:
-    """What a cache becomes that keeps the last real token of each boundary.
+    """Mixin for a cache that keeps the last real token of each boundary.
 
     Attributes:
         last_tokens: ``{place: (batch, width)}``, by the index of the layer after the boundary.
-        positions: how many tokens have passed, padding included.
+        positions: number of tokens seen, padding included.
     """
 
     last_tokens: dict[int, Tensor]
@@ -34,12 +34,12 @@ class RememberingCache:
     is_croppable = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
+        """Reorder by beams."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._keep(lambda token: token[beam_idx.to(token.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences of the batch."""
+        """Select sequences of the batch."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         self._keep(lambda token: token[indices.to(token.device)])
 
@@ -49,12 +49,12 @@ class RememberingCache:
         self._keep(lambda token: token.repeat_interleave(repeats, dim=0))
 
     def reset(self) -> None:
-        """Begin again."""
+        """Empty the cache."""
         super().reset()  # type: ignore[misc]
         self.last_tokens, self.positions = {}, 0
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: what came before the last token is not kept.
+        """Refused: tokens before the last one are not kept.
 
         Raises:
             ValueError: always.
@@ -69,32 +69,33 @@ class RememberingCache:
 
 
 @cache
-def _remembering_kind(kind: type) -> Any:
+def _remembering_class(cls: type) -> Any:
     def reduce(self: Any, protocol: Any) -> Any:
-        return _empty_cache, (kind,), vars(self)  # this class is made, not imported
+        return empty_instance, (_remembering_class, cls), vars(self)
 
     body = {"__reduce_ex__": reduce, "__module__": __name__}
-    return type(f"Remembering{kind.__name__}", (RememberingCache, kind), body)
+    return type(f"Remembering{cls.__name__}", (RememberingCache, cls), body)
 
 
-def _empty_cache(kind: type) -> Any:
-    remembering_kind = _remembering_kind(kind)
-    return remembering_kind.__new__(remembering_kind)
+def empty_instance(derive: Callable[[Any], Any], cls: type) -> Any:
+    """Instance of the class that ``derive`` makes of ``cls``, which pickle cannot import."""
+    derived = derive(cls)
+    return derived.__new__(derived)
 
 
 class Pass:
-    """One forward pass: which tokens are real, and what each boundary saw last.
+    """State of one forward pass: the real tokens, and the last one at each boundary.
 
     Attributes:
-        real: (batch, cached and new tokens), false at padding; None where all are real.
-        begin: how many tokens came in earlier passes.
-        before: the last real token of what came earlier, by place.
-        last: the last real token of this pass, by place.
-        tokens: how many came in this pass.
+        real: (batch, cached and new tokens), false at padding; None if all are real.
+        start: number of tokens of earlier passes.
+        before: last real token of earlier passes, by place.
+        last: last real token of this pass, by place.
+        tokens: number of tokens of this pass.
     """
 
-    def __init__(self, real: Tensor | None, begin: int, before: Mapping[int, Tensor]) -> None:
-        self.real, self.begin, self.before = real, begin, before
+    def __init__(self, real: Tensor | None, start: int, before: Mapping[int, Tensor]) -> None:
+        self.real, self.start, self.before = real, start, before
         self.last: dict[int, Tensor] = {}
         self.tokens = 0
 
@@ -103,48 +104,49 @@ _PASS: ContextVar[Pass | None] = ContextVar("_PASS", default=None)
 
 
 def current_pass() -> Pass | None:
-    """The pass of the whole model that is under way, if one is."""
+    """The pass of the whole model that is running, or None."""
     return _PASS.get()
 
 
 @contextmanager
-def during(this: Pass | None) -> Iterator[None]:
-    """Make ``this`` the current pass."""
-    token = _PASS.set(this)
+def as_current(state: Pass) -> Iterator[None]:
+    """Make ``state`` the current pass."""
+    token = _PASS.set(state)
     try:
         yield
     finally:
         _PASS.reset(token)
 
 
-def token_before(place: int, x: Tensor) -> Tensor:
-    """The real token before each of ``x`` (batch, tokens, width), as the current pass knows it.
+def previous_tokens(place: int, x: Tensor) -> Tensor:
+    """The real token before each token of ``x`` (batch, tokens, width) in the current pass.
 
     Raises:
-        RuntimeError: no pass of the whole model is under way.
+        RuntimeError: no pass of the whole model is running.
+        ValueError: the attention mask is too short.
     """
-    now = _PASS.get()
-    if now is None:
+    state = _PASS.get()
+    if state is None:
         raise RuntimeError(
             "a repair with n(prev) must know padding and cache: call the language model itself, "
             "not its inner model or a layer of it"
         )
-    now.tokens = x.shape[1]
+    state.tokens = x.shape[1]
     real = None
-    if now.real is not None:
-        end = now.begin + now.tokens
-        if now.real.shape[1] < end:
+    if state.real is not None:
+        end = state.start + state.tokens
+        if state.real.shape[1] < end:
             raise ValueError(
                 f"attention_mask must cover the {end} tokens of cache and input, "
-                f"got {now.real.shape[1]}"
+                f"got {state.real.shape[1]}"
             )
-        real = now.real[:, now.begin : end].to(x.device)
-    before, now.last[place] = previous(x, real, now.before.get(place))
-    return before
+        real = state.real[:, state.start : end].to(x.device)
+    tokens, state.last[place] = previous(x, real, state.before.get(place))
+    return tokens
 
 
-def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's ``forward`` that keeps the last tokens of its boundaries that look back."""
+def keep_last_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a model's ``forward`` keep the last tokens of the boundaries that look back."""
     names = list(inspect.signature(forward).parameters)[1:]
 
     @wraps(forward)
@@ -152,46 +154,45 @@ def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
         places = self.looking_back
         if not places:
             return forward(self, *args, **kwargs)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        real = kwargs.pop(_PADDING_MASK) if _PADDING_MASK in kwargs else _padding(given)
-        cache = _cache_in(given.values())
-        begin, before = _recall(cache, places)
-        this = Pass(None if real is None else real.bool(), begin, before)
-        with during(this):
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        real = kwargs.pop(_PADDING_MASK) if _PADDING_MASK in kwargs else _padding(arguments)
+        cache = _first_cache(arguments.values())
+        start, before = _recall(cache, places)
+        state = Pass(None if real is None else real.bool(), start, before)
+        with as_current(state):
             out = forward(self, *args, **kwargs)
-        kept = _cache_in(out.values() if isinstance(out, dict) else out)
-        if kept is None:
-            kept = cache
-        if kept is not None:
-            if not isinstance(kept, RememberingCache):
-                plain: Any = type(kept)
-                kept.__class__ = _remembering_kind(plain)
-            kept.last_tokens, kept.positions = this.last, begin + this.tokens
+        outputs = out.values() if isinstance(out, dict) else out
+        cache = _first_cache((*outputs, cache))
+        if cache is not None:
+            if not isinstance(cache, RememberingCache):
+                cls: Any = type(cache)
+                cache.__class__ = _remembering_class(cls)
+            cache.last_tokens, cache.positions = state.last, start + state.tokens
         return out
 
     return remembering_forward
 
 
-def handing_on_padding(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A model's ``prepare_inputs_for_generation`` that hands on which tokens are real.
+def pass_padding(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Make a model's ``prepare_inputs_for_generation`` pass on the mask of real tokens.
 
-    Static caches get a mask of four dimensions there, from which that cannot be told.
+    With a static cache it returns a mask of four dimensions, which does not show them.
     """
 
     @wraps(prepare)
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = prepare(self, *args, **kwargs)
-        given = kwargs.get("attention_mask")
-        if self.looking_back and inputs.get("attention_mask") is not given:
-            inputs[_PADDING_MASK] = given
+        mask = kwargs.get("attention_mask")
+        if self.looking_back and inputs.get("attention_mask") is not mask:
+            inputs[_PADDING_MASK] = mask
         return inputs
 
     return prepare_inputs_for_generation
 
 
-def _padding(given: Mapping[str, Any]) -> Tensor | None:
-    """The (batch, tokens) mask among the arguments of a forward pass, if there is padding."""
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
+def _padding(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The (batch, tokens) mask among the arguments of a forward pass, or None."""
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     if mask is None:
         if positions is not None and (positions.diff(dim=-1) != 1).any():
             raise ValueError(
@@ -208,18 +209,18 @@ def _padding(given: Mapping[str, Any]) -> Tensor | None:
     return mask
 
 
-def _cache_in(values: Any) -> Cache | None:
+def _first_cache(values: Any) -> Cache | None:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def _recall(cache: Cache | None, places: Collection[int]) -> tuple[int, dict[int, Tensor]]:
-    """How many tokens the cache has seen, and the last of them at each boundary."""
+    """Number of tokens the cache has seen, and the last one at each boundary."""
     if cache is None or cache.get_seq_length() == 0:
         return 0, {}
-    known = cache.last_tokens if isinstance(cache, RememberingCache) else {}
-    if set(known) != set(places):
+    last_tokens = cache.last_tokens if isinstance(cache, RememberingCache) else {}
+    if set(last_tokens) != set(places):
         raise ValueError(
-            f"this cache holds the last token of {len(known)} boundaries and the model has "
+            f"this cache holds the last token of {len(last_tokens)} boundaries and the model has "
             f"{len(places)}: it was filled by another model; begin with an empty one"
         )
-    return cache.positions, known
+    return cache.positions, last_tokens

@@ -1,7 +1,7 @@
-"""Checks that a repaired model decodes alike in every way that transformers offers.
+"""Checks that a repaired model gives the same results in every way that transformers decodes.
 
-In the spirit of scikit-learn's estimator checks: whoever adds a repair or an architecture runs them
-on a tiny model, and each way is right, or refused in one clear line.
+They are for new repairs and architectures what scikit-learn's estimator checks are for estimators:
+on a tiny model, every way must be right or be refused in one line.
 """
 
 import copy
@@ -22,10 +22,10 @@ from ghostlib.models.architectures import cached, check_model
 from ghostlib.models.placement import input_device
 from ghostlib.models.streams import evaluating
 
-_TOLERANCE = 1e-3  # of the largest logit, in float32
-_QUANTISED = 0.25  # of their norm; what 8 bits for keys and values cost
-_TOKENS = 12  # continued
-_LENGTHS = (3, 14, 1, 9)  # of prompts
+_TOLERANCE = 1e-3  # relative to the largest logit, in float32
+_QUANTISED_TOLERANCE = 0.25  # relative to the norm of the logits, with keys and values of 8 bits
+_NEW_TOKENS = 12
+_PROMPT_LENGTHS = (3, 14, 1, 9)
 
 
 @dataclass(frozen=True)
@@ -44,73 +44,51 @@ class Subject:
 
     @property
     def ids(self) -> Tensor:
-        """(2, tokens) of one length."""
+        """Token ids (2, tokens) without padding."""
         longest = max(self.prompts, key=len)
         return torch.stack([longest, longest.flip(0)])
 
     @torch.no_grad()
-    def whole(self, ids: Tensor, mask: Tensor | None = None, **inputs: Any) -> Tensor:
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (batch, tokens, vocabulary) of one pass without a cache."""
-        if mask is not None:
-            inputs["attention_mask"] = mask
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-        logits: Tensor = self.model(ids, use_cache=False, **inputs).logits
+        positions = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
+        out = self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        logits: Tensor = out.logits
         return logits
 
     def generate(self, *args: Any, model: PreTrainedModel | None = None, **options: Any) -> Any:
-        """What `generate` gives by greedy search, whatever the text."""
-        fixed = {"max_new_tokens": _TOKENS, "do_sample": False, "eos_token_id": None}
-        shown = {"return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
-        return (model or self.model).generate(*args, **(fixed | shown | options))
+        """Output of `generate` by greedy search, without an end-of-sequence token."""
+        settings = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+        outputs = {"return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+        return (model or self.model).generate(*args, **(settings | outputs | options))
 
-    def follow(self, ids: Tensor, mask: Tensor | None = None, **options: Any) -> None:
-        """Generate, and compare the logits of every step with one pass over what came out."""
-        mask = torch.ones_like(ids) if mask is None else mask  # generate would guess at it
+    def check_generation(self, ids: Tensor, mask: Tensor | None = None, **options: Any) -> None:
+        """Generate, and compare the logits of every step with one pass over the result."""
+        mask = torch.ones_like(ids) if mask is None else mask  # generate would guess it
         out = self.generate(ids, attention_mask=mask, **options)
         longer = torch.nn.functional.pad(mask, (0, len(out.logits)), value=1)
-        expected = self.whole(out.sequences, longer)[:, ids.shape[1] - 1 : -1]
-        _close(torch.stack(out.logits, 1), expected)
+        expected = self.logits(out.sequences, longer)[:, ids.shape[1] - 1 : -1]
+        _assert_close(torch.stack(out.logits, 1), expected)
 
 
-def _close(logits: Tensor, expected: Tensor) -> None:
+def _assert_close(logits: Tensor, expected: Tensor) -> None:
     assert logits.shape == expected.shape, f"{tuple(logits.shape)}, not {tuple(expected.shape)}"
     scale = float(expected.abs().max())
-    off = float((logits.to(expected) - expected).abs().max())
-    assert off <= _TOLERANCE * scale, f"logits are off by {off:.3g}, the largest is {scale:.3g}"
+    error = float((logits.to(expected) - expected).abs().max())
+    assert error <= _TOLERANCE * scale, f"logits are off by {error:.3g}, the largest is {scale:.3g}"
 
 
-CHECKS: Registry[Callable[[Subject], None]] = Registry("check")
-"""What is checked, by name; each raises `AssertionError` where the model is wrong."""
-
-
-def _check(name: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
-    def add(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        CHECKS[name] = function
-        return function
-
-    return add
-
-
-# ---------------------------------------------------------------- caches
-
-
-CHECKS["dynamic cache"] = lambda subject: subject.follow(subject.ids)
-
-
-@_check("static cache")
 def _static(subject: Subject) -> None:
     for _ in range(2):  # the second generation begins with the emptied cache of the first
-        subject.follow(subject.ids, cache_implementation="static")
+        subject.check_generation(subject.ids, cache_implementation="static")
 
 
-@_check("offloaded cache")
 def _offloaded(subject: Subject) -> None:
     if input_device(subject.model).type != "cuda":
         raise NotImplementedError("transformers offloads caches from CUDA alone")
-    subject.follow(subject.ids, cache_implementation="offloaded")
+    subject.check_generation(subject.ids, cache_implementation="offloaded")
 
 
-@_check("quantised cache")
 def _quantised(subject: Subject) -> None:
     try:
         from transformers.cache_utils import QuantizedCache
@@ -122,12 +100,11 @@ def _quantised(subject: Subject) -> None:
     pieces = ids.split([ids.shape[1] - 4, 1, 1, 1, 1], 1)
     with torch.no_grad():
         parts = [subject.model(piece, **cached(subject.model, cache)).logits for piece in pieces]
-    expected = subject.whole(ids)
-    off = float((torch.cat(parts, 1) - expected).norm() / expected.norm())
-    assert off < _QUANTISED, f"logits are {off:.0%} off"
+    expected = subject.logits(ids)
+    distance = float((torch.cat(parts, 1) - expected).norm() / expected.norm())
+    assert distance < _QUANTISED_TOLERANCE, f"logits are {distance:.0%} off"
 
 
-@_check("whatever the pieces")
 @torch.no_grad()
 def _pieces(subject: Subject) -> None:
     ids, model = subject.ids, subject.model
@@ -135,51 +112,37 @@ def _pieces(subject: Subject) -> None:
         cache = DynamicCache(config=model.config)
         pieces = ids.tensor_split(cuts, dim=1)
         parts = [model(piece, **cached(model, cache)).logits for piece in pieces]
-        _close(torch.cat(parts, 1), subject.whole(ids))
+        _assert_close(torch.cat(parts, 1), subject.logits(ids))
 
 
-@_check("a cache taken up again")
-def _again(subject: Subject) -> None:
+def _resumed(subject: Subject) -> None:
     first = subject.generate(subject.ids)
-    held = first["cache"] if "cache" in first else first["past_key_values"]
-    more = torch.cat([first.sequences, subject.ids], 1)
-    subject.follow(more, **cached(subject.model, held))
+    cache = first["cache"] if "cache" in first else first["past_key_values"]
+    longer = torch.cat([first.sequences, subject.ids], 1)
+    subject.check_generation(longer, **cached(subject.model, cache))
 
 
-@_check("sequences in turn")
 @torch.no_grad()
 def _interleaved(subject: Subject) -> None:
-    model, texts = subject.model, [row[None] for row in subject.ids]
-    steps, caches = list(texts), [DynamicCache(config=model.config) for _ in texts]
+    model, sequences = subject.model, [row[None] for row in subject.ids]
+    steps, caches = list(sequences), [DynamicCache(config=model.config) for _ in sequences]
     for _ in range(6):
         for k, cache in enumerate(caches):
             logits = model(steps[k], **cached(model, cache)).logits[:, -1:]
-            _close(logits, subject.whole(texts[k])[:, -1:])
+            _assert_close(logits, subject.logits(sequences[k])[:, -1:])
             steps[k] = logits.argmax(-1)
-            texts[k] = torch.cat([texts[k], steps[k]], 1)
+            sequences[k] = torch.cat([sequences[k], steps[k]], 1)
 
 
-# ---------------------------------------------------------------- ways to decode
-
-CHECKS["assisted by another model"] = lambda subject: subject.follow(
-    subject.ids[:1], assistant_model=subject.partner
-)
-CHECKS["prompt lookup"] = lambda subject: subject.follow(
-    subject.ids[:1].repeat(1, 3), prompt_lookup_num_tokens=2
-)
-
-
-@_check("beams")
 def _beams(subject: Subject) -> None:
     ids, mask = _padded(subject.prompts)
     for options in ({"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}):
         settings = {"attention_mask": mask, "output_logits": False, **options}
-        cached = subject.generate(ids, use_cache=True, **settings).sequences
-        plain = subject.generate(ids, use_cache=False, **settings).sequences
-        assert torch.equal(cached, plain), "other tokens than without cache"
+        with_cache = subject.generate(ids, use_cache=True, **settings).sequences
+        without = subject.generate(ids, use_cache=False, **settings).sequences
+        assert torch.equal(with_cache, without), "other tokens than without cache"
 
 
-@_check("assisting another model")
 def _assisting(subject: Subject) -> None:
     ids, partner = subject.ids[:1], subject.partner
     settings = {"model": partner, "attention_mask": torch.ones_like(ids)}
@@ -188,66 +151,53 @@ def _assisting(subject: Subject) -> None:
     assert torch.equal(assisted, alone), "other tokens than the model alone"
 
 
-@_check("chunked prefill")
 def _chunked(subject: Subject) -> None:
     ids, mask = _padded(subject.prompts)
-    subject.follow(subject.ids, prefill_chunk_size=3)
-    subject.follow(ids, mask, prefill_chunk_size=3)
+    subject.check_generation(subject.ids, prefill_chunk_size=3)
+    subject.check_generation(ids, mask, prefill_chunk_size=3)
 
 
-@_check("left padding")
 def _left_padding(subject: Subject) -> None:
     ids, mask = _padded(subject.prompts)
     for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
         together = subject.generate(ids, attention_mask=mask, **options).sequences
         for row, prompt in zip(together, subject.prompts, strict=True):
-            alone = subject.whole(torch.cat([prompt, row[ids.shape[1] :]])[None])
+            alone = subject.logits(torch.cat([prompt, row[ids.shape[1] :]])[None])
             expected = alone[0, len(prompt) - 1 : -1].argmax(-1)
             assert torch.equal(row[ids.shape[1] :], expected), "other tokens than a row alone"
 
 
-@_check("embeddings for ids")
 def _inputs_embeds(subject: Subject) -> None:
     ids = subject.ids
     embedded = subject.model.get_input_embeddings()(ids)
     out = subject.generate(inputs_embeds=embedded)
-    expected = subject.whole(torch.cat([ids, out.sequences], 1))
-    _close(torch.stack(out.logits, 1), expected[:, ids.shape[1] - 1 : -1])
+    expected = subject.logits(torch.cat([ids, out.sequences], 1))
+    _assert_close(torch.stack(out.logits, 1), expected[:, ids.shape[1] - 1 : -1])
 
 
-@_check("threads")
 def _threads(subject: Subject) -> None:
     prompts = [prompt[None] for prompt in subject.prompts]
     alone = list(map(subject.generate, prompts))
     with ThreadPoolExecutor(len(prompts)) as pool:
         together = list(pool.map(subject.generate, prompts))
     for one, expected in zip(together, alone, strict=True):
-        _close(torch.stack(one.logits, 1), torch.stack(expected.logits, 1))
+        _assert_close(torch.stack(one.logits, 1), torch.stack(expected.logits, 1))
         assert torch.equal(one.sequences, expected.sequences), "other tokens than alone"
 
 
-# ---------------------------------------------------------------- copies
-
-CHECKS["deep copy"] = lambda subject: _same(subject, copy.deepcopy(subject.model))
-CHECKS["pickle"] = lambda subject: _same(subject, pickle.loads(pickle.dumps(subject.model)))
-
-
-@_check("saved and loaded")
 def _saved(subject: Subject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         subject.model.save_pretrained(Path(folder) / "model")
-        _same(subject, AutoModelForCausalLM.from_pretrained(Path(folder) / "model"))
+        _assert_same(subject, AutoModelForCausalLM.from_pretrained(Path(folder) / "model"))
 
 
-@_check("resized embeddings")
 def _resized(subject: Subject) -> None:
     other, words = copy.deepcopy(subject.model), subject.model.config.vocab_size
     other.resize_token_embeddings(words + 8, mean_resizing=False)
     with torch.no_grad():
-        _close(other(subject.ids).logits[..., :words], subject.whole(subject.ids))
+        _assert_close(other(subject.ids).logits[..., :words], subject.logits(subject.ids))
 
 
-@_check("gradient checkpointing")
 def _checkpointed(subject: Subject) -> None:
     ids, gradients = subject.ids, []
     for checkpointing in (False, True):
@@ -265,31 +215,55 @@ def _checkpointed(subject: Subject) -> None:
         assert torch.allclose(checkpointed[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
-@_check("compiled")
 def _compiled(subject: Subject) -> None:
     torch.compiler.reset()
     compiled: Any = torch.compile(subject.model, backend="eager")
     with torch.no_grad():
-        _close(compiled(subject.ids).logits, subject.whole(subject.ids))
+        _assert_close(compiled(subject.ids).logits, subject.logits(subject.ids))
 
 
-def _same(subject: Subject, other: PreTrainedModel) -> None:
-    """Assert that ``other`` decodes as the model does."""
-    again = Subject(other.eval(), subject.partner, subject.prompts)
-    with torch.no_grad():
-        _close(other(subject.ids).logits, subject.whole(subject.ids))
-    again.follow(subject.ids)
+def _assert_same(subject: Subject, other: PreTrainedModel) -> None:
+    """Assert that ``other`` gives the results of the model."""
+    copied = Subject(other.eval(), subject.partner, subject.prompts)
+    _assert_close(copied.logits(subject.ids), subject.logits(subject.ids))
+    copied.check_generation(subject.ids)
 
 
-def _padded(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def _padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Ids and attention mask of prompts of different lengths, padded on the left."""
-    rows = list(rows)
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long, device=rows[0].device)
-    mask = torch.zeros_like(ids)
-    for k, row in enumerate(rows):
-        ids[k, length - len(row) :], mask[k, length - len(row) :] = row, 1
-    return ids, mask
+    length = max(map(len, prompts))
+    padded = [torch.nn.functional.pad(ids, (length - len(ids), 0)) for ids in prompts]
+    masks = [torch.arange(length, device=ids.device) >= length - len(ids) for ids in prompts]
+    return torch.stack(padded), torch.stack(masks).long()
+
+
+CHECKS: Registry[Callable[[Subject], None]] = Registry("check")
+"""Checks by name; each raises `AssertionError` if the model is wrong."""
+CHECKS["dynamic cache"] = lambda subject: subject.check_generation(subject.ids)
+CHECKS["static cache"] = _static
+CHECKS["offloaded cache"] = _offloaded
+CHECKS["quantised cache"] = _quantised
+CHECKS["whatever the pieces"] = _pieces
+CHECKS["a cache taken up again"] = _resumed
+CHECKS["sequences in turn"] = _interleaved
+CHECKS["assisted by another model"] = lambda subject: subject.check_generation(
+    subject.ids[:1], assistant_model=subject.partner
+)
+CHECKS["prompt lookup"] = lambda subject: subject.check_generation(
+    subject.ids[:1].repeat(1, 3), prompt_lookup_num_tokens=2
+)
+CHECKS["beams"] = _beams
+CHECKS["assisting another model"] = _assisting
+CHECKS["chunked prefill"] = _chunked
+CHECKS["left padding"] = _left_padding
+CHECKS["embeddings for ids"] = _inputs_embeds
+CHECKS["threads"] = _threads
+CHECKS["deep copy"] = lambda subject: _assert_same(subject, copy.deepcopy(subject.model))
+CHECKS["pickle"] = lambda subject: _assert_same(subject, pickle.loads(pickle.dumps(subject.model)))
+CHECKS["saved and loaded"] = _saved
+CHECKS["resized embeddings"] = _resized
+CHECKS["gradient checkpointing"] = _checkpointed
+CHECKS["compiled"] = _compiled
 
 
 @checked
@@ -299,43 +273,44 @@ def check_repaired_model(
     *,
     checks: Iterable[str] | None = None,
 ) -> dict[str, str]:
-    """Assert that a repaired model decodes alike however it is decoded, copied and stored.
+    """Assert that a repaired model gives the same results however it decodes, is copied or saved.
 
-    The reference is always one forward pass over whole sequences without a cache.
+    The reference is one forward pass over whole sequences without a cache.
 
     Args:
-        model: a repaired model in float32, best a tiny one; it is not changed.
+        model: a repaired model in float32, preferably tiny; it is not changed.
         partner: a model of the same vocabulary, to assist and be assisted; the model itself by
             default.
         checks: names from `CHECKS`; all by default.
 
     Returns:
-        ``{check: "right"}``, or the one line by which it was refused.
+        ``{check: "right"}``, or ``"refused: "`` with the message.
 
     Raises:
-        AssertionError: it gives something else; the message names the check.
-        ValueError: an unknown check, or no model.
+        AssertionError: a check fails; the message names it.
+        ValueError: an unknown check, or not a causal language model.
 
     >>> from ghostlib.surgery.testing import CHECKS
     >>> list(CHECKS)[:3]
     ['dynamic cache', 'static cache', 'offloaded cache']
     """
-    for each in (model, partner or model):
+    partner = partner or model
+    for each in (model, partner):
         check_model(each)
     chosen = {name: CHECKS[name] for name in (CHECKS if checks is None else checks)}
     generator = torch.Generator().manual_seed(0)
-    place, words = input_device(model), model.config.vocab_size
-    prompts = [torch.randint(1, words, (n,), generator=generator).to(place) for n in _LENGTHS]
-    subject = Subject(model, partner or model, prompts)
-    answers: dict[str, str] = {}
-    with evaluating(model), evaluating(subject.partner):
+    device, V = input_device(model), model.config.vocab_size
+    prompts = [torch.randint(1, V, (n,), generator=generator).to(device) for n in _PROMPT_LENGTHS]
+    subject = Subject(model, partner, prompts)
+    results: dict[str, str] = {}
+    with evaluating(model), evaluating(partner):
         for name, check in chosen.items():
             try:
                 check(subject)
-                answers[name] = "right"
+                results[name] = "right"
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
             except (ValueError, NotImplementedError) as error:
                 assert "\n" not in str(error), f"{name}: refused in several lines: {error}"
-                answers[name] = f"refused: {error}"
-    return answers
+                results[name] = f"refused: {error}"
+    return results

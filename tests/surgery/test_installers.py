@@ -12,7 +12,7 @@ import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers
 from ghostlib.models.layers import down_projection
-from ghostlib.models.streams import tap
+from ghostlib.models.streams import record
 from ghostlib.operators.families import Family
 from ghostlib.recovery.recipe import Recipe
 from ghostlib.statistics.features import Regressor
@@ -47,7 +47,7 @@ def test_a_folded_scale_is_a_scale_at_the_gap(any_tiny, tied):
         with pytest.raises(ValueError, match="of this olmo2 reads its stream without a norm"):
             gl.install(model, operators)
         return
-    # The epsilon of a norm is the one thing a scale does not pass by.
+    # Only the epsilon of a norm depends on the scale of the stream.
     for module in model.modules():
         for name in {"variance_epsilon", "eps"} & set(vars(module)):
             setattr(module, name, 1e-30)
@@ -58,11 +58,8 @@ def test_a_folded_scale_is_a_scale_at_the_gap(any_tiny, tied):
     }
     expected = logits(gl.install(model, as_module), ids)
     torch.testing.assert_close(logits(folded, ids), expected, rtol=1e-4, atol=1e-4)
-    assert type(folded) is type(model), "nothing is added: the model's own class serves"
-    pruned = gl.prune(model, REMOVED)
-    assert sum(p.numel() for p in folded.parameters()) == sum(
-        p.numel() for p in pruned.parameters()
-    )
+    assert type(folded) is type(model)
+    assert gl.count_parameters(folded) == gl.count_parameters(gl.prune(model, REMOVED))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -100,15 +97,15 @@ def test_folded_models_survive_saving(tied, tmp_path):
     for name in ("magnitude", "replaceme"):
         recovered = gl.recover(model, ids, REMOVED, name)
         recovered.save_pretrained(tmp_path / name)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        torch.testing.assert_close(logits(again, ids), logits(recovered, ids))
-        head, table = again.get_output_embeddings(), again.get_input_embeddings()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(logits(loaded, ids), logits(recovered, ids))
+        head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
         assert (head.weight is table.weight) == tied
 
 
 @pytest.mark.thorough
 def test_replaceme_is_least_squares_on_the_last_mlp(any_tiny):
-    """The repaired stream behind the gap is R + F T, with T from lstsq on stored activations."""
+    """The repaired stream after the gap is R + F T, with T from lstsq on stored activations."""
     ids, gap = tiny_windows(4, 24), Boundary(2, 4)
     if any_tiny.config.model_type in NORM_AFTER:
         with pytest.raises(ValueError, match="normalises, scales or routes what its MLP returns"):
@@ -118,20 +115,15 @@ def test_replaceme_is_least_squares_on_the_last_mlp(any_tiny):
     hook = down_projection(any_tiny, gap.start - 1).register_forward_hook(
         lambda module, args, output: F.append(output.detach().reshape(-1, WIDTH).double())
     )
-    dense: dict[int, torch.Tensor] = {}
-    with tap(any_tiny, gap, dense.__setitem__) as run:
-        run(input_ids=ids)
+    dense = record(any_tiny, ids, gap)
     hook.remove()
     (f,) = F
     x, y = (dense[index].flatten(0, 1).double() for index in gap)
     T = torch.linalg.lstsq(f, y - (x - f)).solution
     recovered = gl.recover(any_tiny, ids, gap.removed, "replaceme")
     assert type(recovered) is type(any_tiny)
-    seen: dict[int, torch.Tensor] = {}
-    with tap(recovered, [gap.start], seen.__setitem__) as run:
-        run(input_ids=ids)
-    got = seen[gap.start].flatten(0, 1).double()
-    torch.testing.assert_close(got, x - f + f @ T, rtol=1e-3, atol=1e-3)
+    repaired = record(recovered, ids, [gap.start])[gap.start].flatten(0, 1).double()
+    torch.testing.assert_close(repaired, x - f + f @ T, rtol=1e-3, atol=1e-3)
 
 
 def test_mlp_moments_come_from_the_same_pass():
@@ -165,8 +157,8 @@ def test_moments_of_the_wrong_regressor_are_refused(tmp_path):
     with pytest.raises(ValueError, match="different regressor cannot be added"):
         _ = stats[gap] + of_mlp
     of_mlp.save(tmp_path / "mlp.safetensors")
-    again = gl.Moments.load(tmp_path / "mlp.safetensors")
-    assert again.regressor == MLP_OUTPUT and (again + of_mlp).regressor == MLP_OUTPUT
+    loaded = gl.Moments.load(tmp_path / "mlp.safetensors")
+    assert loaded.regressor == MLP_OUTPUT and (loaded + of_mlp).regressor == MLP_OUTPUT
     from_stats = gl.recover(model, stats, gap.removed, "replaceme")
     from_windows = gl.recover(model, ids, gap.removed, "replaceme")
     assert torch.equal(logits(from_stats, ids), logits(from_windows, ids))
@@ -185,10 +177,8 @@ def test_a_gap_at_the_first_layer_has_no_mlp_before_it():
 def test_magnitude_is_the_mean_of_linearpatch():
     model, ids, gap = tiny_model("llama"), tiny_windows(), Boundary(2, 4)
     moments = gl.calibrate(model, ids, [gap])[gap]
-    patch = gl.solve(moments, "linearpatch-d")
-    assert float(gl.solve(moments, "magnitude").W[0, 0]) == pytest.approx(
-        float(patch.W.diagonal().mean())
-    )
+    scale, patch = (gl.solve(moments, name).W.diagonal() for name in ("magnitude", "linearpatch-d"))
+    assert float(scale[0]) == pytest.approx(float(patch.mean()))
 
 
 def test_a_low_rank_repair_is_stored_as_two_factors(tmp_path):
@@ -202,12 +192,11 @@ def test_a_low_rank_repair_is_stored_as_two_factors(tmp_path):
     x = torch.randn(2, 5, WIDTH)
     torch.testing.assert_close(boundary(x), op.apply(x), rtol=1e-4, atol=1e-5)
     recovered.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(again, ids), logits(recovered, ids))
-    assert again.config.ghost[0]["rank"] == 3
-    extra = sum(p.numel() for p in recovered.parameters()) - sum(
-        p.numel() for p in gl.prune(model, gap.removed).parameters()
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(recovered, ids))
+    assert loaded.config.ghost[0]["rank"] == 3
+    pruned = gl.prune(model, gap.removed)
+    extra = gl.count_parameters(recovered) - gl.count_parameters(pruned)
     assert extra == 2 * 3 * WIDTH < WIDTH * WIDTH
     assert len(decoder_layers(recovered)) == LAYERS - 2
 
@@ -222,7 +211,7 @@ def quantised(model: PreTrainedModel) -> str:
 
 
 class Adapted(nn.Module):
-    """A projection with a matrix beside it, kept as PEFT keeps it (tests/interop has the real)."""
+    """A projection with an adapter stored as in PEFT, which tests/interop uses itself."""
 
     def __init__(self, projection: nn.Linear) -> None:
         super().__init__()
@@ -259,10 +248,10 @@ def test_a_projection_that_cannot_be_changed_is_refused_before_the_pass(
         gl.recover(model, ids, [2, 3], name)
     assert "such as ghost" in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.undo()
-    recovered = gl.recover(model, ids, [2, 3], "ghost", relative_ridge=1e-3)  # what it advises
+    recovered = gl.recover(model, ids, [2, 3], "ghost", relative_ridge=1e-3)  # as advised
     assert torch.isfinite(logits(recovered, ids)).all()
-    left = state(model)
-    assert all(torch.equal(left[name], p) for name, p in before.items() if name in left)
+    after = state(model)
+    assert all(torch.equal(after[name], p) for name, p in before.items() if name in after)
 
 
 def test_the_recipe_leaves_out_what_it_cannot_install() -> None:

@@ -22,7 +22,7 @@ from ghostlib.surgery.saving import check_output, save
 
 GAP = gl.Boundary(2, 4)
 
-# Loads folders where ghostlib cannot be imported; prints the class and some logits of each.
+# Loads folders without ghostlib; prints the class and some logits of each.
 SCRIPT = """
 import json, sys
 sys.modules["ghostlib"] = None
@@ -47,8 +47,8 @@ def load_elsewhere(*folders: Path, **options: Any) -> list[tuple[str, torch.Tens
     """Class name and last logits of each folder's model, from one process without ghostlib."""
     done = run_elsewhere(*folders, **options)
     assert done.returncode == 0, done.stderr
-    loaded = [json.loads(line) for line in done.stdout.splitlines()]
-    return [(kind, torch.tensor(logits)) for kind, logits in loaded]
+    lines = map(json.loads, done.stdout.splitlines())
+    return [(kind, torch.tensor(logits)) for kind, logits in lines]
 
 
 def last_logits(model: Any) -> torch.Tensor:
@@ -84,20 +84,20 @@ def test_portable_folders_load_with_their_own_code(tmp_path: Path) -> None:
     }
     models["half"] = repaired("two-branch", relative_ridge=1e-3).bfloat16()
     folders = [save(m, tmp_path / name, portable=True) for name, m in models.items()]
-    loaded = load_elsewhere(*folders, trust_remote_code=True, dtype="auto")
-    for folder, (kind, logits) in zip(folders, loaded, strict=True):
+    outcomes = load_elsewhere(*folders, trust_remote_code=True, dtype="auto")
+    for folder, (kind, logits) in zip(folders, outcomes, strict=True):
         model = models[folder.name]
         assert kind == type(model).__name__
-        # that another process rounds alike depends on where memory lies; the weights are the same
+        # Processes may round differently, by the alignment of memory; the weights are the same.
         torch.testing.assert_close(logits, last_logits(model).float(), rtol=1e-5, atol=1e-5)
         text = (folder / "modeling_ghosted.py").read_text()
         nodes = ast.walk(ast.parse(text))
         imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
         assert imports and not any("ghostlib" in ast.unparse(node) for node in imports)
-        again = AutoModelForCausalLM.from_pretrained(folder)  # with ghostlib
-        assert type(again) is type(model)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)  # with ghostlib
+        assert type(loaded) is type(model)
         for key, value in model.state_dict().items():
-            assert torch.equal(again.state_dict()[key], value), f"{folder.name}: {key}"
+            assert torch.equal(loaded.state_dict()[key], value), f"{folder.name}: {key}"
 
 
 @pytest.mark.thorough
@@ -146,22 +146,20 @@ def test_a_model_with_nothing_removed_is_saved_and_its_card_says_so(tmp_path: Pa
     for name, each in {"dense": model, "copy": gl.install(model, {})}.items():
         card = (save(each, tmp_path / name) / "README.md").read_text()
         assert "No decoder layer of the dense model is removed." in card
-        assert torch.equal(
-            last_logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), last_logits(model)
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(last_logits(loaded), last_logits(model))
 
 
 def test_output_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     recovered = repaired("refit")
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("keep me")
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "full" / "notes.txt").write_text("keep me")
     for path, match in (("file", "is a file"), ("full", "not empty"), ("file/below", "is a file")):
         with pytest.raises(OSError, match=match):
             save(recovered, tmp_path / path)
-    assert (
-        (tmp_path / "file").read_text() == (tmp_path / "full" / "notes.txt").read_text() == "mine"
-    )
+    assert (tmp_path / "file").read_text() == "keep me"
+    assert (tmp_path / "full" / "notes.txt").read_text() == "keep me"
     with pytest.raises(OSError, match="GB are free"):
         check_output(tmp_path / "new", bytes_needed=10**18)
     (tmp_path / "empty").mkdir()
@@ -175,7 +173,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def broken(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", broken)  # the card comes last
+    monkeypatch.setattr(Path, "write_text", broken)  # the card is written last
     with pytest.raises(OSError, match="No space left"):
         save(recovered, tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -184,7 +182,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 # --- save_pretrained itself -------------------------------------------------------------------
 
 
-def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
     recovered = repaired("ghost")
     (tmp_path / "file").write_text("keep me")
     (tmp_path / "full").mkdir()
@@ -193,12 +191,12 @@ def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
         recovered.save_pretrained(tmp_path / "file")
     with pytest.raises(FileExistsError, match="exists and is not empty: name a new one"):
         recovered.save_pretrained(tmp_path / "full")
-    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")}
-    assert found == {"file", "full", "full/precious.txt"}
+    paths = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")}
+    assert paths == {"file", "full", "full/precious.txt"}
     assert (tmp_path / "file").read_text() == "keep me"
 
 
-# A file-size limit stands for a full disk; one byte more than the configuration still fits.
+# A limit on file sizes acts as a full disk; the configuration fits.
 FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, sys.argv[2])
@@ -227,7 +225,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
         assert "too large" in line.lower()
     assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
     for folder in folders:
-        repaired("ghost").save_pretrained(folder)  # the next try is not refused
+        repaired("ghost").save_pretrained(folder)  # a second attempt is not refused
         assert {p.name for p in folder.iterdir()} >= {"config.json", "model.safetensors"}
     assert {p.name for p in tmp_path.iterdir()} == {"new", "empty"}
 
@@ -265,7 +263,7 @@ def test_a_folder_is_named_as_people_name_it(
         AutoModelForCausalLM.from_pretrained(tmp_path / folder)
 
 
-# --- files and configuration, held against each other -----------------------------------------
+# --- files that do not match the configuration ------------------------------------------------
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -277,10 +275,7 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "empty list": (lambda c: c.update(ghost=[]), r"lists its operators in config.ghost, got \[\]"),
-    "empty object": (
-        lambda c: c.update(ghost={}),
-        r"lists its operators in config.ghost, got \{\}",
-    ),
+    "empty dict": (lambda c: c.update(ghost={}), r"lists its operators in config.ghost, got \{\}"),
     "no list": (lambda c: c.pop("ghost"), "lists its operators in config.ghost, got None"),
     "one twice": (lambda c: c["ghost"].append(c["ghost"][0]), "each of which must be another"),
     "unknown module": (
@@ -326,10 +321,10 @@ def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
     gl.recover(tiny_model("llama"), tiny_windows(), [2, 3, 5]).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    for lost in ("model.norm.boundary.M", "model.layers.0.mlp.down_proj.weight"):
-        left = {name: tensor for name, tensor in tensors.items() if name != lost}
-        save_file(left, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=f"lacks weights .*, such as {lost}"):
+    for missing in ("model.norm.boundary.M", "model.layers.0.mlp.down_proj.weight"):
+        others = {name: tensor for name, tensor in tensors.items() if name != missing}
+        save_file(others, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"lacks weights .*, such as {missing}"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
     save_file(tensors, file, metadata={"format": "pt"})
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -343,13 +338,12 @@ def test_a_stock_class_never_drops_the_operators(loader: str, tmp_path: Path) ->
         getattr(transformers, loader).from_pretrained(tmp_path)
 
 
-def test_shards_are_read_back(tmp_path: Path) -> None:
+def test_shards_are_loaded(tmp_path: Path) -> None:
     recovered, ids = repaired("three-branch", relative_ridge=1e-3), tiny_windows()
     recovered.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, recovered(ids).logits)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, recovered(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["refit", "pruned"])
@@ -364,7 +358,7 @@ def test_a_stock_class_is_not_saved_onto_a_file(name: str, tmp_path: Path) -> No
             each.save_pretrained(tmp_path / "file")
         each.config.recovery["note"] = "its own"
         each.save_pretrained(tmp_path / "folder", max_shard_size="10KB")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
-        assert again.config.recovery == each.config.recovery
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+        assert loaded.config.recovery == each.config.recovery
         each.config.recovery["note"] = "another's"
     assert (tmp_path / "file").read_text() == "keep me"

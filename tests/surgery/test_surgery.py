@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers, num_layers, receiver
-from ghostlib.models.streams import share, tap
+from ghostlib.models.streams import record, share
 from ghostlib.surgery.testing import check_repaired_model
 
 pytestmark = pytest.mark.thorough
@@ -37,10 +37,13 @@ def greedy(model, ids, new: int, use_cache: bool) -> torch.Tensor:
     )
 
 
+@torch.no_grad()
+def logits(model, ids, **inputs) -> torch.Tensor:
+    return model(ids, **inputs).logits
+
+
 def check_recovered(dense, recovered, ids, folder) -> None:
     """Everything that must hold for a recovered model, tiny or embedded."""
-    with torch.no_grad():
-        logits = recovered(ids).logits
     assert torch.equal(
         greedy(recovered, ids[:1, :8], 40, True), greedy(recovered, ids[:1, :8], 40, False)
     )
@@ -49,26 +52,22 @@ def check_recovered(dense, recovered, ids, folder) -> None:
     for position, layer in enumerate(decoder_layers(recovered)):
         assert {m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} <= {position}
     # All parameters but the operators are the dense model's own tensors.
-    mine = {name: p for name, p in recovered.named_parameters() if ".boundary." not in name}
-    theirs = {id(p) for p in dense.parameters()}
-    assert all(id(p) in theirs for p in mine.values())
+    shared = {id(p) for p in dense.parameters()}
+    assert all(id(p) in shared or ".boundary." in name for name, p in recovered.named_parameters())
     recovered.save_pretrained(folder)
-    again = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(again) is type(recovered) and again.dtype == recovered.dtype
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, logits)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is type(recovered) and loaded.dtype == recovered.dtype
+    assert torch.equal(logits(loaded, ids), logits(recovered, ids))
 
 
 @pytest.mark.parametrize("layers", LAYERS_TO_REMOVE.values(), ids=LAYERS_TO_REMOVE)
 def test_recovered_tiny_models_of_every_architecture(any_tiny, layers, tmp_path):
     ids = tiny_windows(4, 40)
-    with torch.no_grad():
-        before = any_tiny(ids).logits
+    before = logits(any_tiny, ids)
     config = any_tiny.config.to_dict()
     recovered = gl.recover(any_tiny, ids, layers, relative_ridge=1e-3)
     check_recovered(any_tiny, recovered, ids, tmp_path / "model")
-    with torch.no_grad():
-        assert torch.equal(any_tiny(ids).logits, before)
+    assert torch.equal(logits(any_tiny, ids), before)
     assert any_tiny.config.to_dict() == config
     assert len(decoder_layers(any_tiny)) == LAYERS
     assert [e["removed"] for e in recovered.config.ghost] == [
@@ -80,17 +79,14 @@ def test_recovered_tiny_models_of_every_architecture(any_tiny, layers, tmp_path)
 def test_recovered_embedded_model(embedded, wiki, layers, tmp_path):
     model, _ = embedded
     ids = wiki[:1, :128]
-    with torch.no_grad():
-        before = model(ids).logits
+    before = logits(model, ids)
     recovered = gl.recover(model, wiki, layers)
     check_recovered(model, recovered, ids, tmp_path / "model")
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, before)
-    parameters = sum(p.numel() for p in recovered.parameters())
-    gaps = gl.runs(layers, 30)
+    assert torch.equal(logits(model, ids), before)
     layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
-    dense = sum(p.numel() for p in model.parameters())
-    assert parameters == dense - len(list(layers)) * layer + len(gaps) * 576**2
+    operators = len(gl.runs(layers, 30)) * 576**2
+    removed = len(list(layers)) * layer
+    assert gl.count_parameters(recovered) == gl.count_parameters(model) - removed + operators
 
 
 def test_the_operator_is_applied_where_the_dense_model_has_x_post(any_tiny):
@@ -102,16 +98,13 @@ def test_the_operator_is_applied_where_the_dense_model_has_x_post(any_tiny):
             gl.calibrate(any_tiny, ids, [boundary])[boundary], "ghost", relative_ridge=1e-3
         )
         recovered = gl.install(any_tiny, {boundary: op})
-        dense_streams: dict[int, torch.Tensor] = {}
-        with tap(any_tiny, [start], dense_streams.__setitem__) as run:
-            run(input_ids=ids)
-        module = receiver(recovered, start)
-        seen: list[torch.Tensor] = []
-        module.boundary.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
-        with torch.no_grad():
-            recovered(ids)
-        expected = dense_streams[start].double() @ op.W
-        torch.testing.assert_close(seen[0].double(), expected, rtol=1e-4, atol=1e-4)
+        dense_stream = record(any_tiny, ids, [start])[start]
+        outputs: list[torch.Tensor] = []
+        boundary = receiver(recovered, start).boundary
+        boundary.register_forward_hook(lambda m, a, out, outputs=outputs: outputs.append(out))
+        logits(recovered, ids)
+        expected = dense_stream.double() @ op.W
+        torch.testing.assert_close(outputs[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_process_gives_the_same_logits(tmp_path, embedded, wiki):
@@ -119,8 +112,7 @@ def test_a_new_process_gives_the_same_logits(tmp_path, embedded, wiki):
     recovered = gl.recover(model, wiki, range(12, 19))
     folder = tmp_path / "model"
     recovered.save_pretrained(folder)
-    with torch.no_grad():
-        save_file({"ids": wiki[:1], "logits": recovered(wiki[:1]).logits}, tmp_path / "expected")
+    save_file({"ids": wiki[:1], "logits": logits(recovered, wiki[:1])}, tmp_path / "expected")
     script = (
         "import sys, torch, ghostlib; from safetensors.torch import load_file;"
         "from transformers import AutoModelForCausalLM;"
@@ -131,24 +123,22 @@ def test_a_new_process_gives_the_same_logits(tmp_path, embedded, wiki):
         "assert torch.equal(model(expected['ids']).logits, expected['logits'])"
     )
     arguments = [str(folder), str(tmp_path / "expected"), str(torch.get_num_threads())]
-    outcome = fresh.run(script, *arguments)
-    assert outcome.returncode == 0, outcome.stderr
+    done = fresh.run(script, *arguments)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pruning_gives_the_stock_class_and_the_dense_layers(any_tiny, tmp_path):
     ids = tiny_windows()
     pruned = gl.prune(any_tiny, [1, 2])
     assert type(pruned) is type(any_tiny)
-    same = gl.recover(any_tiny, ids, [1, 2], "identity")
-    assert type(same) is type(any_tiny)
-    with torch.no_grad():
-        assert torch.equal(pruned(ids).logits, same(ids).logits)
+    identity = gl.recover(any_tiny, ids, [1, 2], "identity")
+    assert type(identity) is type(any_tiny)
+    assert torch.equal(logits(pruned, ids), logits(identity, ids))
     # By hand: the same model with two layers made transparent.
     by_hand = copy.deepcopy(any_tiny)
     for layer in decoder_layers(by_hand)[1:3]:
         layer.forward = lambda hidden, *args, **kwargs: hidden
-    with torch.no_grad():
-        torch.testing.assert_close(pruned(ids).logits, by_hand(ids, use_cache=False).logits)
+    torch.testing.assert_close(logits(pruned, ids), logits(by_hand, ids, use_cache=False))
     pruned.save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(any_tiny)
 
@@ -160,10 +150,9 @@ def test_half_precision_stays_half_precision(dtype, tmp_path):
     recovered = gl.recover(model, tiny_windows(), [2, 3], relative_ridge=1e-3)
     assert {p.dtype for p in recovered.parameters()} == {dtype}
     recovered.save_pretrained(tmp_path / "recovered")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
-    assert {p.dtype for p in again.parameters()} == {dtype}
-    with torch.no_grad():
-        assert torch.equal(again(tiny_windows()).logits, recovered(tiny_windows()).logits)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert torch.equal(logits(loaded, tiny_windows()), logits(recovered, tiny_windows()))
 
 
 def test_affine_operators_keep_their_bias(tmp_path):
@@ -177,12 +166,10 @@ def test_affine_operators_keep_their_bias(tmp_path):
 def test_recovered_models_can_be_moved_cast_copied_and_pickled():
     recovered = gl.recover(tiny_model("llama"), tiny_windows(), [2, 3])
     ids = tiny_windows(1, 8)
-    with torch.no_grad():
-        expected = recovered(ids).logits
-        assert torch.equal(copy.deepcopy(recovered)(ids).logits, expected)
-        state = pickle.loads(pickle.dumps(recovered.state_dict()))
-        assert torch.equal(state["model.layers.2.boundary.M"], receiver(recovered, 2).boundary.M)
-        assert recovered.double()(ids).logits.dtype == torch.float64
+    assert torch.equal(logits(copy.deepcopy(recovered), ids), logits(recovered, ids))
+    state = pickle.loads(pickle.dumps(recovered.state_dict()))
+    assert torch.equal(state["model.layers.2.boundary.M"], receiver(recovered, 2).boundary.M)
+    assert logits(recovered.double(), ids).dtype == torch.float64
 
 
 def test_hidden_states_and_batches_with_padding():
@@ -192,24 +179,19 @@ def test_hidden_states_and_batches_with_padding():
     assert len(out.hidden_states) == LAYERS - 2 + 1
     padded, mask = ids.clone(), torch.ones_like(ids)
     padded[1, :4], mask[1, :4] = 0, 0
-    with torch.no_grad():
-        alone = recovered(ids[1:, 4:]).logits
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        together = recovered(padded, attention_mask=mask, position_ids=positions).logits
+    alone = logits(recovered, ids[1:, 4:])
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    together = logits(recovered, padded, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(together[1:, 4:], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_every_weight_of_a_model_read_from_a_folder_comes_back(any_tiny, tmp_path):
-    """Files of some architectures name weights otherwise than their modules do."""
+    """Files of some architectures have other names of weights than their modules."""
     any_tiny.save_pretrained(tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     recovered = gl.recover(dense, tiny_windows(), [2, 3])
-    recovered.save_pretrained(tmp_path / "recovered")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
-    again.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    with torch.no_grad():
-        assert torch.equal(again(tiny_windows()).logits, recovered(tiny_windows()).logits)
+    twice = loaded(loaded(recovered, tmp_path), tmp_path / "twice")
+    assert torch.equal(logits(twice, tiny_windows()), logits(recovered, tiny_windows()))
 
 
 def test_a_text_generation_pipeline_takes_a_recovered_model(embedded, wiki):
@@ -220,17 +202,19 @@ def test_a_text_generation_pipeline_takes_a_recovered_model(embedded, wiki):
     assert out.startswith("The river") and len(out) > len("The river")
 
 
-def test_models_placed_by_accelerate_hooks_are_repaired_too():
-    model, ids = tiny_model("llama"), tiny_windows()
-    expected = gl.recover(model, ids, [2, 3, LAYERS - 1])
-    with torch.no_grad():
-        logits = expected(ids).logits
-    placed = tiny_model("llama")
-    for module in (*decoder_layers(placed), receiver(placed, LAYERS)):
+def placed() -> PreTrainedModel:
+    """A model with hooks of accelerate."""
+    model = tiny_model("llama")
+    for module in (*decoder_layers(model), receiver(model, LAYERS)):
         add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
-    recovered = gl.recover(placed, ids, [2, 3, LAYERS - 1])
-    with torch.no_grad():
-        assert torch.equal(recovered(ids).logits, logits)
+    return model
+
+
+def test_models_placed_by_accelerate_hooks_are_repaired_too():
+    ids, layers = tiny_windows(), [2, 3, LAYERS - 1]
+    expected = gl.recover(tiny_model("llama"), ids, layers)
+    recovered = gl.recover(placed(), ids, layers)
+    assert torch.equal(logits(recovered, ids), logits(expected, ids))
     assert all(hasattr(layer, "_hf_hook") for layer in decoder_layers(recovered))
 
 
@@ -259,7 +243,7 @@ def test_operators_of_the_wrong_shape_or_name_are_refused():
         gl.recover(model, ids, gap.removed, "gost")
 
 
-def repair(model, name: str = "ghost") -> gl.Operator:
+def solved(model, name: str = "ghost") -> gl.Operator:
     gap = Boundary(2, 4)
     return gl.solve(gl.calibrate(model, tiny_windows(), [gap])[gap], name, relative_ridge=1e-3)
 
@@ -279,7 +263,7 @@ def repair(model, name: str = "ghost") -> gl.Operator:
 )
 def test_boundaries_that_no_model_is_left_of_are_refused(gaps, message):
     model = tiny_model("llama")
-    for op in (None, repair(model)):
+    for op in (None, solved(model)):
         with pytest.raises(ValueError, match=message):
             gl.install(model, dict.fromkeys(gaps, op))
 
@@ -288,7 +272,7 @@ def test_boundaries_that_no_model_is_left_of_are_refused(gaps, message):
 @pytest.mark.parametrize("part", ["M", "bias"])
 def test_operators_that_are_no_numbers_are_refused(part, value):
     model, gap = tiny_model("llama"), Boundary(2, 4)
-    op = repair(model, "affine")
+    op = solved(model, "affine")
     bad = getattr(op, part).clone()
     bad[3] = value
     with pytest.raises(ValueError, match=r"boundary \(2, 4\) has NaN or infinite entries: solve"):
@@ -311,24 +295,20 @@ def test_operators_too_large_for_the_dtype_are_refused(name):
 
 def test_nothing_removed_is_the_dense_model():
     model, ids = tiny_model("llama"), tiny_windows()
-    same = gl.install(model, {})
-    assert type(same) is type(model) and same is not model
-    with torch.no_grad():
-        assert torch.equal(same(ids).logits, model(ids).logits)
+    copied = gl.install(model, {})
+    assert type(copied) is type(model) and copied is not model
+    assert torch.equal(logits(copied, ids), logits(model, ids))
 
 
 # --- the boundaries that look back ------------------------------------------------------------
 
-LOOKING_BACK = (0, 1, 2)  # before both of the layers left, and before the norm
+LOOKING_BACK = (0, 1, 2)  # before both remaining layers, and before the norm
 
 
-def looking_back(placed: bool = False) -> PreTrainedModel:
-    dense, ids = tiny_model("llama"), tiny_windows(6, 40)
-    if placed:
-        for module in (*decoder_layers(dense), receiver(dense, LAYERS)):
-            add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+def looking_back(dense: PreTrainedModel | None = None) -> PreTrainedModel:
     layers = LAYERS_TO_REMOVE["several"]
-    return gl.recover(dense, ids, layers, "three-branch-relative", relative_ridge=1e-3)
+    options = {"operator": "three-branch-relative", "relative_ridge": 1e-3}
+    return gl.recover(dense or tiny_model("llama"), tiny_windows(6, 40), layers, **options)
 
 
 def loaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -344,8 +324,8 @@ COPIES: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {
     "loaded": loaded,
     "loaded twice": lambda model, folder: loaded(loaded(model, folder), folder / "again"),
     "moved": lambda model, folder: copy.deepcopy(model).double().float().to("cpu"),
-    "placed": lambda model, folder: looking_back(placed=True),
-    "placed, and copied": lambda model, folder: copy.deepcopy(looking_back(placed=True)),
+    "placed": lambda model, folder: looking_back(placed()),
+    "placed, and copied": lambda model, folder: copy.deepcopy(looking_back(placed())),
 }
 
 
@@ -354,8 +334,7 @@ def test_every_copy_knows_which_boundaries_look_back(make, tmp_path):
     model, ids = looking_back(), tiny_windows()
     other = make(model, tmp_path)
     assert other.looking_back == model.looking_back == LOOKING_BACK
-    with torch.no_grad():
-        assert torch.equal(other(ids).logits, model(ids).logits)
+    assert torch.equal(logits(other, ids), logits(model, ids))
     assert set(check_repaired_model(other, checks=["dynamic cache", "beams"]).values()) == {"right"}
 
 
@@ -369,7 +348,7 @@ def test_no_pass_searches_the_modules(monkeypatch):
 
 
 def test_a_gap_that_nothing_receives_is_refused():
-    """Its one norm stands before the first layer as well as behind the last."""
+    """Its only norm runs before the first layer and after the last."""
     model, gap = tiny_model("nanochat"), Boundary(4, LAYERS)
     with pytest.raises(
         ValueError, match=r"receives the stream after its last layer .* keep layer 5"

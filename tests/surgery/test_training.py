@@ -1,4 +1,4 @@
-"""Recovered models are trained: by transformers' own Trainer, and beside the dense model."""
+"""Recovered models are trained: by transformers' own Trainer, and with shared or own weights."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def repaired(name: str) -> PreTrainedModel:
 def trained(
     folder: Path, name: str, steps: int, resume: bool = False, **options: Any
 ) -> tuple[PreTrainedModel, Trainer]:
-    """A repaired model after so many steps of two windows, a checkpoint every second step."""
+    """A repaired model trained with two windows a step and a checkpoint every second step."""
     model = repaired(name)
     data = [{"input_ids": row, "labels": row} for row in tiny_windows(8, 16)]
     settings = {
@@ -51,27 +51,24 @@ def test_training_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
     before = repaired(name).state_dict()
     first, _ = trained(tmp_path / "run", name, 2)
     resumed, trainer = trained(tmp_path / "run", name, 4, resume=True)
-    whole, _ = trained(tmp_path / "whole", name, 4)
-    states = [model.state_dict() for model in (resumed, whole, first)]
+    uninterrupted, _ = trained(tmp_path / "uninterrupted", name, 4)
+    first, last, expected = (model.state_dict() for model in (first, resumed, uninterrupted))
     for key, value in before.items():
-        torch.testing.assert_close(states[0][key], states[1][key], msg=key)
-        assert not torch.equal(states[0][key], states[2][key]), f"{key}: nothing after resumption"
-        assert not torch.equal(states[2][key], value), f"{key} was not trained"
-    # and what is saved, beside the checkpoints and over itself, is read back
+        torch.testing.assert_close(last[key], expected[key], msg=key)
+        assert not torch.equal(last[key], first[key]), f"{key}: not trained after resumption"
+        assert not torch.equal(first[key], value), f"{key} was not trained"
+    # The model is saved next to the checkpoints, over an earlier one, and loaded.
     for _ in range(2):
         trainer.save_model()
-    again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "run"), tiny_windows()
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, resumed(ids).logits)
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "run"), tiny_windows()
+    assert torch.equal(loaded(ids).logits, resumed(ids).logits)
 
 
 def test_the_best_checkpoint_is_loaded_in_the_end(tmp_path: Path) -> None:
-    how = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    how |= {
-        "metric_for_best_model": "loss",
-        "greater_is_better": True,
-    }  # so that it is not the last
-    model, trainer = trained(tmp_path, "three-branch", 4, **how)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    # The highest loss, so that the best checkpoint is not the last.
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    model, trainer = trained(tmp_path, "three-branch", 4, **options)
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     for key, value in best.state_dict().items():
@@ -85,31 +82,29 @@ def test_shards_of_an_earlier_checkpoint_do_not_stay(tmp_path: Path) -> None:
         sizes = {} if options else {"max_shard_size": "10KB"}
         new.save_pretrained(tmp_path, is_main_process=True, **sizes)
         again = AutoModelForCausalLM.from_pretrained(tmp_path)
-        with torch.no_grad():
-            assert torch.equal(again(ids).logits, new(ids).logits)
+        assert torch.equal(again(ids).logits, new(ids).logits)
 
 
 def step(model: PreTrainedModel) -> None:
     """One step of gradient descent, in place."""
     ids = tiny_windows()
     model(ids, labels=ids).loss.backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter -= 0.1 * (0 if parameter.grad is None else parameter.grad)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
-def copies(model: PreTrainedModel, **how: Any) -> dict[str, PreTrainedModel]:
-    """A copy of every way to make one."""
+def copies(model: PreTrainedModel, share: bool = True) -> dict[str, PreTrainedModel]:
+    """Copies of ``model`` by every function that makes one."""
     ids, gap = tiny_windows(4, 40), gl.Boundary(2, 4)
     op = gl.solve(gl.calibrate(model, ids, [gap])[gap], relative_ridge=1e-3)
+    options = {"relative_ridge": 1e-3, "share": share}
     return {
-        "prune": gl.prune(model, [2, 3], **how),
-        "install": gl.install(model, {gap: op}, **how),
-        "recover": gl.recover(model, ids, [2, 3], "affine", relative_ridge=1e-3, **how),
-        "folded": gl.recover(model, ids, [2, 3], "replaceme", **how),
-        "sequential": gl.recover(model, ids, [1, 3], fit="sequential", relative_ridge=1e-3, **how),
-        "auto": gl.recover(model, ids, [2, 3], "auto", verbose=False, **how),
-        "recipe": Recipe(model, ids).choose([2, 3]).apply(model, **how),
+        "prune": gl.prune(model, [2, 3], share=share),
+        "install": gl.install(model, {gap: op}, share=share),
+        "recover": gl.recover(model, ids, [2, 3], "affine", **options),
+        "folded": gl.recover(model, ids, [2, 3], "replaceme", share=share),
+        "sequential": gl.recover(model, ids, [1, 3], fit="sequential", **options),
+        "auto": gl.recover(model, ids, [2, 3], "auto", verbose=False, share=share),
+        "recipe": Recipe(model, ids).choose([2, 3]).apply(model, share=share),
     }
 
 
@@ -119,10 +114,9 @@ def test_training_a_copy_of_its_own_leaves_the_dense_model(tied: bool) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     shared = copies(model)
     for name, copied in copies(model, share=False).items():
-        with torch.no_grad():
-            assert torch.equal(copied(ids).logits, shared[name](ids).logits), name
-        theirs = {p.data_ptr() for p in (*model.parameters(), *model.buffers())}
-        assert not theirs & {p.data_ptr() for p in copied.parameters()}, name
+        assert torch.equal(copied(ids).logits, shared[name](ids).logits), name
+        dense = {p.data_ptr() for p in (*model.parameters(), *model.buffers())}
+        assert not dense & {p.data_ptr() for p in copied.parameters()}, name
         head, table = copied.get_output_embeddings(), copied.get_input_embeddings()
         assert (head.weight is table.weight) == tied, name
         step(copied)
@@ -134,10 +128,8 @@ def test_training_a_copy_of_its_own_leaves_the_dense_model(tied: bool) -> None:
 def test_training_a_copy_that_shares_changes_both() -> None:
     """As the docstrings of recover, install and prune say."""
     model, ids = tiny_model("llama"), tiny_windows()
-    with torch.no_grad():
-        before = model(ids).logits
-        step_of = torch.enable_grad()(step)
-        step_of(gl.prune(model, [2, 3]))
-        assert not torch.allclose(model(ids).logits, before, rtol=1e-2)
+    before = model(ids).logits
+    step(gl.prune(model, [2, 3]))
+    assert not torch.allclose(model(ids).logits, before, rtol=1e-2)
     for function in (gl.recover, gl.install, gl.prune):
         assert "share: False" in str(function.__doc__) or "share: as in" in str(function.__doc__)
