@@ -1,5 +1,5 @@
-"""Tutorial: what only the notebooks need.
+"""Tutorial: helpers for the notebooks.
 
-In come the numbers a notebook measures, the paper's table and stored results; out come claims with
-their verdicts, and data frames.
+From the numbers a notebook measures, the paper's tables and stored results to claims with their
+verdicts, and data frames.
 """

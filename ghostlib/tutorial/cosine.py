@@ -27,11 +27,11 @@ REPLACEME_COSINE = replace(
 
 
 class MlpActivations(NamedTuple):
-    """The tokens around a gap, each (tokens, hidden) in float32 on the CPU.
+    """Activations around a gap, each (tokens, hidden) in float32 on the CPU.
 
     Attributes:
         F: output of the last MLP before the gap.
-        R: the rest of the stream there, ``X_pre - F``.
+        R: rest of the stream there, ``X_pre - F``.
         Y: ``X_post``.
     """
 
@@ -43,7 +43,7 @@ class MlpActivations(NamedTuple):
 def mlp_activations(
     model: PreTrainedModel, windows: Tensor, boundary: Boundary | tuple[int, int]
 ) -> MlpActivations:
-    """Every token's `MlpActivations`: 3 x tokens x hidden x 4 bytes.
+    """`MlpActivations` of every token: 3 x tokens x hidden x 4 bytes.
 
     Raises:
         ValueError: a boundary at layer 0, or windows that do not fit the model.
@@ -53,17 +53,17 @@ def mlp_activations(
     if gap.start == 0:
         raise ValueError("boundary starts at layer 0: no MLP is before it")
     outputs: list[Tensor] = []
-    seen: dict[int, Tensor] = {}
+    streams: dict[int, Tensor] = {}
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with (
         listen(model, [gap.start], lambda start, read, output: outputs.append(output)),
-        tap(model, gap, seen.__setitem__) as run,
+        tap(model, gap, streams.__setitem__) as run,
     ):
         for ids in track(torch.split(windows, 1), "collecting"):
             run(input_ids=ids.to(input_device(model)))
             F, x, y = (
                 t.float().cpu().flatten(0, -2)
-                for t in (outputs.pop(), seen[gap.start], seen[gap.stop])
+                for t in (outputs.pop(), streams[gap.start], streams[gap.stop])
             )
             parts.append((F, x - F, y))
     return MlpActivations(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -81,23 +81,23 @@ def fit_cosine(
 ) -> Operator:
     """``T`` that minimises the mean of ``1 - cos(R + F T, Y)`` over tokens (arXiv 2505.02819).
 
-    By Adam on random batches, with a learning rate that falls to zero along a cosine. All tokens
-    weigh the same whatever their norm, unlike in least squares.
+    Adam on random batches, with cosine decay of the learning rate to zero. Unlike in least squares,
+    all tokens have the same weight, independent of their norm.
 
     Args:
         activations: from `mlp_activations`.
         steps: of the optimiser.
-        batch: tokens in a step, drawn with replacement.
+        batch: tokens per step, drawn with replacement.
         learning_rate: at the first step.
         seed: of the batches.
-        start: initial ``T`` (hidden, hidden), such as that of `replaceme`; the identity by
-            default, from which it needs many more steps.
+        start: initial ``T`` (hidden, hidden), such as the solution of `replaceme`; the identity by
+            default, which needs many more steps.
 
     Returns:
         `Operator` of the family `REPLACEME_COSINE`, for `install`.
 
     Raises:
-        ValueError: options out of range, or an objective that became NaN.
+        ValueError: an option out of range, or an objective that became NaN.
     """
     for name, value in (("steps", steps), ("batch", batch), ("learning_rate", learning_rate)):
         if not value > 0:
@@ -116,7 +116,6 @@ def fit_cosine(
         loss.backward()
         optimiser.step()
         schedule.step()
-    W = T.detach().double()
-    with torch.no_grad():
-        residual = float((R + F @ T - Y).double().square().sum())
-    return Operator.of(W, REPLACEME_COSINE, residual=residual)
+    W = T.detach()
+    residual = float((R + F @ W - Y).double().square().sum())
+    return Operator.of(W.double(), REPLACEME_COSINE, residual=residual)

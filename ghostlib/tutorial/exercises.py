@@ -1,10 +1,10 @@
-"""What the check cell of an exercise asks first."""
+"""Guard for the check cell of an exercise."""
 
 from typing import Any
 
 
 def answered(**answers: Any) -> bool:
-    """Whether every answer is there; prints which are still missing (None or ...).
+    """Whether all answers are given; prints those still missing (None or ...).
 
     >>> answered(share=None, layers=(3, 4))
     Still missing: share

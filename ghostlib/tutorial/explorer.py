@@ -1,4 +1,4 @@
-"""What the explorer shows: any block of layers, any family, from streams recorded once."""
+"""The explorer: any block of layers, any family, from streams recorded once."""
 
 import base64
 import io
@@ -31,8 +31,8 @@ class Explorer:
     Args:
         model: the dense model.
         tokenizer: its tokenizer.
-        calibration: (windows, length) token ids, from which repairs are solved.
-        held_out: (windows, length) token ids, on which they are measured.
+        calibration: (windows, length) token ids to fit repairs on.
+        held_out: (windows, length) token ids to measure them on.
 
     The streams of all layers are kept, in float32: (layers + 1) x tokens x width numbers.
     """
@@ -51,24 +51,24 @@ class Explorer:
         self.moments = lru_cache(maxsize=32)(self._moments)
 
     def _record(self, windows: Tensor) -> dict[int, Tensor]:
-        """{layer: (tokens, width)}: what enters every layer, and what leaves the last."""
+        """{layer: (tokens, width)}: inputs of all layers, and the output of the last."""
         streams = record(self.model, windows, range(self.layers + 1))
         return {index: stream.flatten(0, 1).float().cpu() for index, stream in streams.items()}
 
     def _moments(self, boundary: Boundary, tokens: int) -> Moments:
-        """Of the first ``tokens`` calibration tokens."""
+        """Moments of the first ``tokens`` calibration tokens."""
         X_pre, X_post = (self._fit[index][:tokens] for index in boundary)
         return Moments(hidden_size(self.model)).update(X_pre, X_post)
 
     def solve(
         self, start: int, n: int, family: str, tokens: int, ridge: float
     ) -> tuple[Operator | None, str]:
-        """The repair of layers ``start … start + n - 1``, and what the solver warns of.
+        """Repair of layers ``start … start + n - 1``, and the solver's warnings.
 
         Args:
             family: a name; ``"pruned"`` for no repair.
-            tokens: of calibration.
-            ridge: relative, for families that take one; 0 for none.
+            tokens: number of calibration tokens.
+            ridge: relative, for families that take one; 0 for no ridge.
 
         Raises:
             ValueError: the block does not lie within the model; an unknown family.
@@ -87,7 +87,7 @@ class Explorer:
 
     def figure(self, start: int, n: int, family: str, tokens: int, ridge: float) -> Figure:
         """Error without and with the repair, spectrum of the repair, and error of every token."""
-        op, warned = self.solve(start, n, family, tokens, ridge)
+        op, warning = self.solve(start, n, family, tokens, ridge)
         X, Y = self._test[start], self._test[start + n]
         before = (X - Y).norm(dim=1)
         repaired = X if op is None else op.apply(X.double()).float()
@@ -113,14 +113,13 @@ class Explorer:
         right.set_ylabel(f"its length with {family}\n(lower is better)")
         better = float((after < before).double().mean())
         describe(right, f"{better:.0%} of {len(after):,} tokens have a smaller error.")
-        steps = (1, 2, 3, 5, 7) if ends[1] < 10 * ends[0] else (1, 3)  # ticks of a decade
+        ticks = (1, 2, 3, 5, 7) if ends[1] < 10 * ends[0] else (1, 3)  # in a decade
         for axis in (right.xaxis, right.yaxis):
-            axis.set_major_locator(LogLocator(base=10, subs=steps))
+            axis.set_major_locator(LogLocator(base=10, subs=ticks))
             plain_numbers(axis)
-        priced = f"ridge {ridge:g}" if ridge > 0 else "no ridge"
-        repair = f"{family}, {priced}" if _takes_ridge(family) else family
-        told = f"Layers {spell(range(start, start + n))} removed, {repair}, {tokens:,} tokens"
-        figure.suptitle(f"{told} {warned}", x=0.01, ha="left")
+        options = (f", ridge {ridge:g}" if ridge > 0 else ", no ridge") * _takes_ridge(family)
+        title = f"Layers {spell(range(start, start + n))} removed, {family}{options}"
+        figure.suptitle(f"{title}, {tokens:,} tokens {warning}", x=0.01, ha="left")
         return figure
 
     def html(self, start: int, n: int, family: str, tokens: int, ridge: float) -> str:
@@ -129,14 +128,13 @@ class Explorer:
         png = io.BytesIO()
         figure.savefig(png, format="png")
         plt.close(figure)
-        source = base64.b64encode(png.getvalue()).decode()
-        alt, narrow = escape(alt_text(figure)), "max-width: 100%"
-        return f'<img alt="{alt}" style="{narrow}" src="data:image/png;base64,{source}">'
+        source, alt = base64.b64encode(png.getvalue()).decode(), escape(alt_text(figure))
+        return f'<img alt="{alt}" style="max-width: 100%" src="data:image/png;base64,{source}">'
 
     def sentence(
         self, start: int, n: int, family: str, tokens: int, ridge: float, prompt: str
     ) -> str:
-        """How the model so repaired continues ``prompt``."""
+        """Continuation of ``prompt`` by the repaired model."""
         op, _ = self.solve(start, n, family, tokens, ridge)
         repaired = install(self.model, {Boundary(start, start + n): op})
         return generate(repaired, self.tokenizer, prompt, max_new_tokens=24)[0]

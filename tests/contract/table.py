@@ -882,7 +882,7 @@ ROWS = [
         gl.published,
         model=bad("nothing published", "gpt", "", None, 3),
         colour=bad("no column", "blue"),
-        free="wanted",
+        free="filters",
     ),
     # experiments
     row(

@@ -1,4 +1,4 @@
-"""The angle objective: activations as stored by hand, and a fit that beats least squares."""
+"""The angle objective: activations against stored streams, a fit that beats least squares."""
 
 import pytest
 import torch
@@ -21,20 +21,22 @@ def angle(T, activations) -> float:
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "gpt_neox"])
 def test_activations_are_those_of_the_streams(model_type):
     model, ids = tiny_model(model_type), tiny_windows(3, 20)
-    found = mlp_activations(model, ids, GAP)
+    activations = mlp_activations(model, ids, GAP)
     streams: dict[int, torch.Tensor] = {}
     with tap(model, GAP, streams.__setitem__) as run:
         run(input_ids=ids)
-    torch.testing.assert_close(found.F + found.R, streams[2].flatten(0, 1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.Y, streams[4].flatten(0, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        activations.F + activations.R, streams[2].flatten(0, 1), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(activations.Y, streams[4].flatten(0, 1), rtol=1e-4, atol=1e-4)
     regressor = gl.OPERATORS["replaceme"].regressor  # the output of the last MLP
     moments = gl.calibrate(model, ids, [GAP], regressors=[regressor]).of(regressor)[GAP]
-    F = found.F.double()
+    F = activations.F.double()
     torch.testing.assert_close(F.T @ F, moments.G, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.thorough
-def test_the_fit_turns_the_stream_further_than_least_squares():
+def test_the_fit_has_a_smaller_angle_than_least_squares():
     activations = mlp_activations(tiny_model("llama"), tiny_windows(8, 24), GAP)
     op = fit_cosine(activations, steps=400, learning_rate=1e-2)
     F, R, Y = activations
@@ -52,13 +54,13 @@ def test_the_fit_turns_the_stream_further_than_least_squares():
 
 
 @pytest.mark.thorough
-def test_a_turn_that_exists_is_found():
+def test_a_known_transform_is_recovered():
     generator = torch.Generator().manual_seed(0)
     F, R = torch.randn(2, 400, 6, generator=generator)
     T = torch.eye(6) + 0.3 * torch.randn(6, 6, generator=generator)
     scale = 1 + torch.rand(400, 1, generator=generator)  # a scale per token does not disturb
-    found = fit_cosine(MlpActivations(F, R, scale * (R + F @ T)), steps=800, learning_rate=2e-2)
-    torch.testing.assert_close(found.W.float(), T, rtol=0, atol=2e-2)
+    op = fit_cosine(MlpActivations(F, R, scale * (R + F @ T)), steps=800, learning_rate=2e-2)
+    torch.testing.assert_close(op.W.float(), T, rtol=0, atol=2e-2)
 
 
 def test_it_folds_like_replaceme():
@@ -67,11 +69,11 @@ def test_it_folds_like_replaceme():
     recovered = gl.install(model, {GAP: op})
     assert type(recovered) is type(model)
     F, R, _ = mlp_activations(model, ids, GAP)
-    seen: dict[int, torch.Tensor] = {}
-    with tap(recovered, [2], seen.__setitem__) as run:
+    streams: dict[int, torch.Tensor] = {}
+    with tap(recovered, [2], streams.__setitem__) as run:
         run(input_ids=ids)
     expected = R + F @ op.W.float()
-    torch.testing.assert_close(seen[2].flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(streams[2].flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bad_input_is_named():

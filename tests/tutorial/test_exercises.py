@@ -1,16 +1,16 @@
-"""What the check cells of exercises ask first."""
+"""The guard of the check cells of exercises."""
 
 import pytest
 
 from ghostlib.tutorial.exercises import answered
 
 
-def test_all_there(capsys):
+def test_all_answers_given(capsys):
     assert answered(share=0.0, layers=(), name="")
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("nothing", [None, ...])
-def test_what_is_missing_is_named(nothing, capsys):
-    assert not answered(share=nothing, layers=(3, 4), name=nothing)
+@pytest.mark.parametrize("missing", [None, ...])
+def test_missing_answers_are_named(missing, capsys):
+    assert not answered(share=missing, layers=(3, 4), name=missing)
     assert capsys.readouterr().out == "Still missing: share, name\n"

@@ -25,8 +25,8 @@ def test_repairs_are_those_of_the_package(model, explorer, family):
     moments = gl.calibrate(model, tiny_windows(4), [(2, 4)])[gl.Boundary(2, 4)]
     options = {} if family == "diagonal" else {"relative_ridge": 1e-2}
     expected = gl.solve(moments, family, **options)
-    found, _ = explorer.solve(2, 2, family, explorer.tokens, 1e-2)
-    assert moments.error(found) == pytest.approx(moments.error(expected), rel=1e-5)
+    op, _ = explorer.solve(2, 2, family, explorer.tokens, 1e-2)
+    assert moments.error(op) == pytest.approx(moments.error(expected), rel=1e-5)
 
 
 def test_the_figure_shows_the_held_out_error(model, explorer):
@@ -47,16 +47,16 @@ def test_the_figure_shows_the_held_out_error(model, explorer):
 
 
 @pytest.mark.parametrize(
-    ("family", "ridge", "told"),
+    ("family", "ridge", "title"),
     [
         ("ghost", 0.0, "ghost, no ridge, 8"),
         ("diagonal", 0.1, "diagonal, 8"),
         ("pruned", 0.1, "pruned, 8"),
     ],
 )
-def test_the_title_names_a_ridge_where_the_family_takes_one(explorer, family, ridge, told):
+def test_the_title_names_a_ridge_where_the_family_takes_one(explorer, family, ridge, title):
     figure = explorer.figure(2, 2, family, 8, ridge)
-    assert f"removed, {told} tokens" in figure.get_suptitle()
+    assert f"removed, {title} tokens" in figure.get_suptitle()
     plt.close(figure)
 
 
@@ -68,7 +68,7 @@ def test_the_sentence_is_that_of_the_repaired_model(model, explorer):
 
 
 def test_a_warning_is_shown_and_a_block_outside_refused(explorer):
-    _, warned = explorer.solve(2, 2, "ghost", 4, 0.0)
-    assert warned
+    _, warning = explorer.solve(2, 2, "ghost", 4, 0.0)
+    assert warning
     with pytest.raises(ValueError, match="are not within 0 … 5"):
         explorer.solve(LAYERS - 1, 2, "ghost", 4, 0.0)

@@ -1,4 +1,4 @@
-"""The paper's numbers: complete, sourced, and refused by name where there is none."""
+"""The paper's numbers: complete, with sources, and unknown names are refused."""
 
 import pytest
 
@@ -25,14 +25,14 @@ def test_rows_are_filtered() -> None:
     assert published(operator="pruned", section="Table 3")["value"].tolist() == [2398.41]
 
 
-def test_what_is_not_there_is_named() -> None:
+def test_unknown_columns_and_values_are_named() -> None:
     with pytest.raises(ValueError, match="no column 'layers': use one of source, section, model"):
         published(layers=7)
     with pytest.raises(ValueError, match=r"model = 'SmolLM2' here: there is LLaMA-3-8B, Llama-3"):
         published(model="SmolLM2")
 
 
-def test_a_column_of_the_main_tables_is_of_the_model_or_says_of_which_other() -> None:
+def test_a_column_of_the_main_tables_names_its_model() -> None:
     accuracy, perplexity = "accuracy mean of 9 tasks %", "perplexity mean of WikiText-2 PTB C4"
     values, label = main_table(perplexity, model="smollm2", criterion="residual", removed=3)
     assert label == "Llama-3.1-8B, 7 of 32, cosine"
@@ -41,6 +41,6 @@ def test_a_column_of_the_main_tables_is_of_the_model_or_says_of_which_other() ->
     assert (label, len(values)) == ("LLaMA-3-8B, 11 of 32, cosine", 4)
     values, label = main_table(perplexity, criterion="block-influence")
     assert label == "Llama-3.1-8B, 7 of 32, block-influence" and "dense" in values
-    # There are depths that have numbers of the other criterion alone.
+    # some depths have numbers of the other criterion only
     assert main_table(perplexity, criterion="block-influence", removed=11) == (values, label)
     assert main_table(perplexity, model="DeepSeek-R1-Distill-Llama-8B")[0] == {}

@@ -1,4 +1,4 @@
-"""The stored results are whole, of what they say, and still the numbers that were computed."""
+"""The stored results are complete, as labelled, and still the numbers that were computed."""
 
 import math
 
@@ -48,17 +48,17 @@ def test_zero_shot_items_are_all_there(task, items):
     assert set(rows["size"]) == {items} and rows["evidence"].map(lambda s: s.items).nunique() == 1
 
 
-def test_the_grid_is_whole():
-    """Every criterion, depth and operator but the recipe and the choice by abilities."""
+def test_the_grid_is_complete():
+    """Every criterion, depth and operator except the recipe and the choice by abilities."""
     rows = selections(stored("grid")).merge(scores(stored("grid")))
-    whole = rows.set_index(["criterion", "n", "operator", "dataset"]).value
+    values = rows.set_index(["criterion", "n", "operator", "dataset"]).value
     criteria = [name for name in gl.CRITERIA if name != "abilities"]
     for criterion in criteria:
         for n in (3, 5, 7, 9, 11):
             for operator in (*OPERATORS, "ghost sequential", *REFITS):
                 for corpus in ("wiki", "pydoc"):
-                    assert math.isfinite(whole[criterion, n, operator, corpus])
-    assert len(whole) == len(criteria) * 5 * 10 * 2
+                    assert math.isfinite(values[criterion, n, operator, corpus])
+    assert len(values) == len(criteria) * 5 * 10 * 2
     assert rows.groupby("dataset").dense.nunique().tolist() == [1, 1]
 
 
@@ -82,11 +82,11 @@ def test_copying_is_stored_for_every_block():
 def test_every_probe_is_stored_for_every_block_and_every_repair(n):
     blocks = {spell(range(start, start + n)) for start in range(31 - n)}
     rows = scores(stored("abilities")).query("measure == 'ability' and layers in @blocks")
-    asked = rows.groupby(["dataset", "operator"])["layers"].agg(set)
-    assert len(asked) == 11 * 8
+    layers = rows.groupby(["dataset", "operator"])["layers"].agg(set)
+    assert len(layers) == 11 * 8
     first = {spell(range(n))}  # before layer 0 there is no projection to write to
-    for (_, repair), found in asked.items():
-        assert found == (blocks - first if repair in ("replaceme", *REFITS) else blocks)
+    for (_, repair), removed in layers.items():
+        assert removed == (blocks - first if repair in ("replaceme", *REFITS) else blocks)
 
 
 def test_what_claims_rest_on_is_there_for_three_draws():
@@ -117,8 +117,8 @@ def test_claims_of_the_recipe_rest_on_three_draws_and_sixteen_windows():
     assert len(rows) == 3 * 2 * 3 * 4
     ablation = scores(stored("ablation")).query("layers != ''")
     assert set(ablation["layers"]) == {"12–18", "9–15"} and len(ablation) == 3 * 2 * 12 * 4
-    for found in (rows, ablation):
-        assert set(found["evidence"].map(len)) == {16}
+    for table in (rows, ablation):
+        assert set(table["evidence"].map(len)) == {16}
 
 
 def test_every_block_and_the_recipe():
@@ -129,10 +129,10 @@ def test_every_block_and_the_recipe():
         for operator in REFITS:
             assert set(rows[rows.operator == operator].layers) >= BLOCKS - {"0–6"}
     assert set(choices(stored("beyond")).layers) >= BLOCKS
-    found = selections(stored("beyond")).merge(beyond).set_index(["criterion", "n", "operator"])
+    rows = selections(stored("beyond")).merge(beyond).set_index(["criterion", "n", "operator"])
     for criterion in SHORTLIST:
         for n in (3, 5, 7, 9, 11):
-            assert set(found.loc[(criterion, n, "auto")].dataset) >= {"wiki", "pydoc"}
+            assert set(rows.loc[(criterion, n, "auto")].dataset) >= {"wiki", "pydoc"}
 
 
 @pytest.mark.embedded
@@ -147,23 +147,21 @@ def test_they_are_of_a_specification_that_can_be_run(embedded):
     assert {record["seed"] for record in stored("ablation").of("specification")} == {0, 1, 2}
 
 
-def test_further_draws_stand_beside_the_first_and_are_computed_again_when_asked(
-    tmp_path, monkeypatch
-):
+def test_further_draws_are_stored_and_recomputed_on_request(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_DATA", tmp_path)
     monkeypatch.setenv("GHOSTLIB_RECOMPUTE", "1")
-    asked = []
+    seeds = []
 
     def compute(seed):
-        asked.append(seed)
+        seeds.append(seed)
         return {"loss": np.arange(3.0) + seed, "error": 10.0 + seed}
 
     draws = over_seeds("toy", compute, {"loss": [0, 1, 2], "error": 10})
-    assert asked == [1, 2] and [d["error"] for d in draws] == [10, 11, 12]
+    assert seeds == [1, 2] and [d["error"] for d in draws] == [10, 11, 12]
     assert list(tmp_path.iterdir()) == [tmp_path / "toy-draws.json"]
     monkeypatch.delenv("GHOSTLIB_RECOMPUTE")
     again = over_seeds("toy", compute, {"loss": [0, 1.001, 2], "error": 10})
-    assert asked == [1, 2], "nothing is computed"
+    assert seeds == [1, 2], "nothing is computed"
     for one, other in zip(draws, again, strict=True):
         np.testing.assert_array_equal(one["loss"], other["loss"])
     for first in ({"loss": [0, 1.1, 2], "error": 10}, {"error": 10}):
@@ -175,8 +173,8 @@ def test_further_draws_stand_beside_the_first_and_are_computed_again_when_asked(
     ("name", "count"),
     [("constrained", 3), ("few-tokens", 2), ("sequences", 3), ("sources", 3), ("tuning", 3)],
 )
-def test_further_draws_are_others(name, count):
-    """So many draws of the same numbers, all finite, no two alike."""
+def test_further_draws_differ(name, count):
+    """``count`` draws of the same numbers, all finite, no two equal."""
     draws = [*module.json.loads((module._DATA / f"{name}-draws.json").read_text()).values()]
     flat = [np.concatenate([np.ravel(v) for v in draw.values()]) for draw in draws]
     assert len(flat) == count and len({tuple(draw) for draw in draws}) == 1
