@@ -1,9 +1,9 @@
-"""Where a causal language model keeps its parts, found by structure; no model is known by its name.
+"""The parts of a causal language model, located by structure rather than by the type of model.
 
-Published models agree on far more than their names: one list of decoder layers, a norm behind it,
-embeddings before it. Those are found in the tree of modules, by the conventions of transformers
-(`get_decoder`, `get_input_embeddings`, `get_output_embeddings`). `EXCEPTIONS` lists the types for
-which that is not enough, and `REFUSED` those whose layers do not pass on one stream.
+Most types share a structure: embeddings, one list of decoder layers, a final norm. These are
+located in the tree of modules by the conventions of transformers (`get_decoder`,
+`get_input_embeddings`, `get_output_embeddings`). `EXCEPTIONS` lists the types for which that is
+not enough, and `REFUSED` those whose layers do not pass on a single stream.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from ghostlib.models.placement import loaded_parameters
 
 
 class Structure(NamedTuple):
-    """Where a model keeps what this package touches, as paths of modules.
+    """Paths of the modules of a model that this package uses.
 
     Attributes:
         layers: the list of decoder layers.
-        receiver: what receives the stream after the last of them: the final norm, or the head where
-            there is none.
-        layout: the axes of what passes from layer to layer, one letter each: batch, tokens,
-            streams side by side (n), channels.
-        streams: the setting that says how many streams there are, or "" for one.
+        receiver: the module that receives the stream after the last layer: the final norm, or the
+            head of a model without one; "" if there is no such module.
+        layout: the axes of the state passed from layer to layer, one letter each: batch, tokens,
+            parallel streams (n), channels.
+        streams: the setting with the number of parallel streams, or "" for one stream.
     """
 
     layers: str
@@ -40,19 +40,19 @@ class Structure(NamedTuple):
 
 
 EXCEPTIONS: dict[str, Structure] = {
-    # Its one norm stands before the first layer as well as behind the last.
+    # Its one norm is applied before the first layer as well as after the last.
     "nanochat": Structure("model.layers", ""),
-    # Hyper-connections: the streams of a token are the stream, as wide as all of them.
+    # Hyper-connections: the parallel streams of a token, concatenated, are the stream.
     "deepseek_v4": Structure("model.layers", "model.hc_head", "btnc", "hc_mult"),
     "hy_v4": Structure("model.layers", "model.hc_head", "btnc", "hc_mult"),
-    # Its last module takes what blocks of layers have returned first, and the stream beside it.
+    # The first argument of its last module is the outputs of blocks of layers, not the stream.
     "inkling2_text": Structure("model.layers", ""),
     "qwen4_exp_text": Structure("model.layers", "model.hyper_connection_mixer", "btc", "hc_count"),
-    # What follows its last layer is spelt out in the pass of its model.
+    # The computation after its last layer is inlined in the forward pass of the model.
     "gemma3n": Structure("model.language_model.layers", "", "nbtc", "altup_num_inputs"),
     "gemma3n_text": Structure("model.layers", "", "nbtc", "altup_num_inputs"),
 }
-"""Types whose parts are not where the conventions put them; one line each."""
+"""Types that depart from the conventions."""
 
 _LOOPS = "passes its stream through the same layers several times"
 REFUSED: dict[str, str] = {
@@ -69,7 +69,7 @@ REFUSED: dict[str, str] = {
     "xlnet": "carries its stream by tokens first, and a second one for what it predicts",
     "zaya": "carries a second stream, of its routers, from layer to layer",
 }
-"""Types that cannot be pruned layer by layer, and why."""
+"""Types whose layers cannot be removed one by one, and the reasons."""
 
 _STRUCTURES: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
 
@@ -80,28 +80,23 @@ def model_type(model: PreTrainedModel) -> str:
 
 
 def structure(model: PreTrainedModel) -> Structure:
-    """Where ``model`` keeps its parts, found once.
+    """The `Structure` of ``model``, located once.
 
     Raises:
-        ValueError: something else than a causal language model of transformers, or one whose
-            layers do not pass on one stream; the message says what it is.
+        ValueError: as `check_model`.
     """
-    try:
-        known = _STRUCTURES.get(model)
-    except TypeError:  # no module, and not even something weakly referenced
-        known = None
-    if known is None:
+    if not isinstance(model, nn.Module) or model not in _STRUCTURES:
         check_model(model)
-        known = EXCEPTIONS.get(model_type(model)) or _find(model)
-        _STRUCTURES[model] = known
-    return known
+        _STRUCTURES[model] = EXCEPTIONS.get(model_type(model)) or _find(model)
+    return _STRUCTURES[model]
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no causal language model of transformers, and say what to pass instead.
+    """Raise unless ``model`` is a causal language model of transformers with a single stream.
 
     Raises:
-        ValueError: it is none, or wrapped in something else.
+        ValueError: it is another object, wrapped, or of a type in `REFUSED`; the message says what
+            to pass instead.
     """
     kind = type(model).__name__
     if kind == "OptimizedModule":
@@ -120,7 +115,7 @@ def check_model(model: Any) -> None:
         )
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise ValueError(
-            f"the model is a {kind} of PEFT, whose adapters are no part of its layers: pass "
+            f"the model is a {kind} of PEFT, whose adapters are not part of its layers: pass "
             "model.merge_and_unload()"
         )
     if not isinstance(model, PreTrainedModel):
@@ -159,16 +154,15 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
 def _find(model: PreTrainedModel) -> Structure:
     decoder = model.get_decoder()
     if not isinstance(decoder, nn.Module) or not _layer_lists(decoder):
-        decoder = model  # transformers does not know
-    prefix = _path(model, decoder)
+        decoder = model  # not known to transformers
     lists = _layer_lists(decoder)
     if not lists:
         raise ValueError(
             f"no list of decoder layers was found in {type(model).__name__}: a causal language "
             "model of transformers is needed"
         )
-    # Towers for images or sound are further down.
-    layers = max(lists, key=lambda p: (-p.count("."), _weight(decoder.get_submodule(p))))
+    # Towers for images or sound are deeper in the tree.
+    layers = max(lists, key=lambda p: (-p.count("."), _size(decoder.get_submodule(p))))
     parts = decoder.get_submodule(layers).modules()
     if any(vars(part).get("is_decoder") is False for part in parts):
         raise ValueError(
@@ -176,20 +170,21 @@ def _find(model: PreTrainedModel) -> Structure:
             "language model is needed (for a decoder of this type, set is_decoder=True in its "
             "configuration)"
         )
-    return Structure(_join(prefix, layers), _behind(model, _join(prefix, layers)))
+    path = _join(_path(model, decoder), layers)
+    return Structure(path, _find_receiver(model, path))
 
 
 def _layer_lists(module: nn.Module) -> list[str]:
-    """Paths of the outermost lists of modules that hold parameters."""
-    found: list[str] = []
+    """Paths of the outermost lists of modules with parameters."""
+    paths: list[str] = []
     for path, part in module.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(part, nn.ModuleList) and len(part) and _weight(part) and not inside:
-            found.append(path)
-    return found
+        inside = any(path.startswith(f"{outer}.") for outer in paths)
+        if isinstance(part, nn.ModuleList) and _size(part) and not inside:
+            paths.append(path)
+    return paths
 
 
-def _weight(module: nn.Module) -> int:
+def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -199,23 +194,23 @@ def _path(model: nn.Module, module: nn.Module) -> str:
 
 
 def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
+    return ".".join(filter(None, parts))
 
 
 _FINAL_NORM = re.compile(r"(final_)?(layer_?)?norm|ln_f|norm_f")
 _EMBEDDING_NORM = re.compile(r".*embeddings?(_layer_?norm)?$|layer_?norm_emb.*")
 
 
-def _behind(model: PreTrainedModel, layers: str) -> str:
-    """What receives the stream after the last layer.
+def _find_receiver(model: PreTrainedModel, layers: str) -> str:
+    """Path of the module that receives the stream after the last layer.
 
-    A norm beside the list of layers or in what holds it, unless it belongs to the embeddings; else
-    the head, which is the part of the model that the output embeddings are in.
+    A norm next to the list of layers or to one of its parents, unless it belongs to the embeddings;
+    otherwise the head, the child of the model that contains the output embeddings.
     """
     parent = layers
     while parent:
         parent = parent.rpartition(".")[0]
-        if parent == "" and "." in layers:  # the model holds its decoder, and its head beside it
+        if parent == "" and "." in layers:  # the top level holds the decoder and the head
             break
         norms = [
             name
@@ -225,13 +220,12 @@ def _behind(model: PreTrainedModel, layers: str) -> str:
         if norms:
             final = [name for name in norms if _FINAL_NORM.fullmatch(name)]
             return _join(parent, (final or norms)[-1])
-    head = _path(model, model.get_output_embeddings())
-    return head.split(".")[0]
+    return _path(model, model.get_output_embeddings()).split(".")[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, in the order the residual stream passes them."""
-    path = structure(model).layers
+    path = structure(model).layers  # raises for other objects
     layers: nn.ModuleList = model.get_submodule(path)
     return layers
 
@@ -242,9 +236,9 @@ def num_layers(model: PreTrainedModel) -> int:
 
 
 def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the residual stream; of all together where there are several side by side."""
+    """Width of the residual stream; the total width of parallel streams."""
     config, streams = text_config(model), structure(model).streams
-    # Remote code may call it otherwise.
+    # Remote code may have another name for it.
     width = getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1]
     return int(width * (getattr(config, streams) if streams else 1))
 
@@ -256,9 +250,9 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def looks_back(model: PreTrainedModel) -> bool:
-    """Whether layers read more of those before them than the stream, so that none runs alone.
+    """Whether layers read more than the stream, so that a layer cannot run alone.
 
-    Keys and values, indices of tokens to attend to, or what blocks of layers have returned.
+    Keys and values of earlier layers, indices of tokens to attend to, or outputs of earlier blocks.
     """
     config = text_config(model)
     shared = getattr(config, "num_kv_shared_layers", 0) or "shared" in (
@@ -268,24 +262,24 @@ def looks_back(model: PreTrainedModel) -> bool:
 
 
 def to_stream(state: Tensor, layout: str) -> Tensor:
-    """What passes from layer to layer, in the order ``layout``, as (batch, tokens, width)."""
+    """The state that layers pass on, with axes ``layout``, as (batch, tokens, width)."""
     if layout == "btc":
         return state
     return state.movedim((layout.index("b"), layout.index("t")), (0, 1)).flatten(2)
 
 
 def to_state(stream: Tensor, like: Tensor, layout: str) -> Tensor:
-    """The reverse of `to_stream`, in the shape of ``like`` but for the batch and the tokens."""
+    """The inverse of `to_stream`, in the shape of ``like`` except for batch and tokens."""
     if layout == "btc":
         return stream
     axes = layout.index("b"), layout.index("t")
     rest = like.movedim(axes, (0, 1)).shape[2:]
-    unfolded: Tensor = stream.unflatten(2, rest)
-    return unfolded.movedim((0, 1), axes)
+    unflattened: Tensor = stream.unflatten(2, rest)
+    return unflattened.movedim((0, 1), axes)
 
 
 def check_index(model: PreTrainedModel, index: int) -> None:
-    """Refuse, by `ValueError`, an index that is neither of a layer nor of what comes behind."""
+    """Raise `ValueError` unless ``index`` lies between 0 and the number of layers."""
     last = num_layers(model)
     if not 0 <= index <= last:
         raise ValueError(f"index must lie between 0 and the number of layers {last}, got {index}")
@@ -299,8 +293,8 @@ def receiver(model: PreTrainedModel, index: int) -> nn.Module:
     the final norm, or the head of a model without one.
 
     Raises:
-        ValueError: an index that is none, or nothing receives the stream after the last layer and
-            nothing else.
+        ValueError: as `check_index`, or no module receives the stream after the last layer as its
+            only input.
     """
     check_index(model, index)
     layers = decoder_layers(model)
@@ -317,58 +311,56 @@ def receiver(model: PreTrainedModel, index: int) -> nn.Module:
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int], original: PreTrainedModel) -> None:
-    """Reduce ``model``, a copy of ``original``, to the layers ``kept`` and make everything agree.
+    """Reduce ``model``, a copy of ``original``, to the layers ``kept``, see `follow`.
 
-    The configuration and every module's number of its layer (its place in the key-value cache)
-    follow, see `ghostlib.models.configuration`. Whether a model made from that configuration would
-    be the same one is for `check_layers` to find out.
+    `check_layers` checks that the updated configuration describes the reduced model.
     """
     _STRUCTURES[model] = structure(original)
     follow(model, structure(original).layers, kept)
 
 
 def check_layers(model: PreTrainedModel, original: PreTrainedModel) -> None:
-    """Refuse ``original`` after `keep_layers` where no configuration can say what its layers are.
+    """Raise unless the configuration of ``model`` describes it, after `keep_layers`.
 
     Raises:
-        ValueError: a model made from the configuration would differ; the message shows where.
+        ValueError: as `check_agreement`.
     """
     depth, passed = num_layers(model), _PASSED.setdefault(original, set())
     if depth not in passed:
         check_agreement(model, structure(model).layers, original)
-        if same_layers(original):  # then it does not matter which of them are gone
+        if same_layers(original):  # then it does not matter which of them are removed
             passed.add(depth)
 
 
 def same_layers(model: PreTrainedModel) -> bool:
-    """Whether the layers differ in nothing but their weights, so that any of them can go."""
+    """Whether the layers differ in their numbers and weights alone, so that any can be removed."""
     return not any(layer_kinds(model))
 
 
 def layer_kinds(model: PreTrainedModel) -> list[int]:
-    """Of each layer, the first that differs from it in nothing but its number and weights."""
+    """For each layer, the index of the first that equals it in all but its number and weights."""
     if model not in _KINDS:
         _KINDS[model] = kinds(model, structure(model).layers)
     return _KINDS[model]
 
 
 _KINDS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-# Numbers of layers left of a model whose layers are the same that have been found to agree.
+# Depths for which `check_layers` has passed, of models whose layers are all of one kind.
 _PASSED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
 def uncached(model: PreTrainedModel) -> dict[str, bool]:
-    """What to pass to ``model`` so that it makes no cache; some have no such option."""
-    known = inspect.signature(model.forward).parameters
-    free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-    return {"use_cache": False} if "use_cache" in known or free else {}
+    """Keyword arguments with which ``model`` makes no cache; none if it has no such option."""
+    parameters = inspect.signature(model.forward).parameters
+    keywords = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return {"use_cache": False} if "use_cache" in parameters or keywords else {}
 
 
 def cached(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
-    """What to pass to ``model`` so that it extends ``cache``."""
-    # The cache has got another name in the course of transformers 5.
-    known = inspect.signature(model.forward).parameters
-    return {"cache" if "cache" in known else "past_key_values": cache}
+    """Keyword arguments with which ``model`` extends ``cache``."""
+    # The argument has two names among the releases of transformers 5.
+    parameters = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache}
 
 
 @checked
@@ -376,17 +368,17 @@ def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the parameters, each in its own dtype; a tied weight counts once.
 
     Raises:
-        ValueError: it is no model.
+        ValueError: as `check_model`.
     """
     check_model(model)
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A short name that tells one model's activations from another's.
+    """A short identifier of a model and its weights.
 
-    Made of the model type, its size, and a hash of the first bytes of every layer's parameters in
-    float32, so that a copy of the model in another place, offloaded or not, has the same one.
+    It consists of the model type, its size, and a hash of the first values of every layer's
+    parameters in float32, so that a copy on another device, offloaded or not, has the same one.
     """
     digest = hashlib.sha256()
     for layer in decoder_layers(model):
@@ -396,7 +388,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     return f"{kind}-{num_layers(model)}x{hidden_size(model)}-{digest.hexdigest()[:12]}"
 
 
-def check_origin(what: str, known: str | None, model: PreTrainedModel) -> None:
+def check_origin(what: str, origin: str | None, model: PreTrainedModel) -> None:
     """Refuse, by `ValueError`, statistics of a model with another fingerprint."""
-    if known != (own := fingerprint(model)):
-        raise ValueError(f"{what} collected on model {known}, not on {own}: calibrate again")
+    if origin != (own := fingerprint(model)):
+        raise ValueError(f"{what} collected on model {origin}, not on {own}: calibrate again")

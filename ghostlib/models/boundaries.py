@@ -1,4 +1,4 @@
-"""Boundaries: where the stream is cut when decoder layers are removed."""
+"""Boundaries: the places where the stream is cut when decoder layers are removed."""
 
 import operator
 from collections.abc import Collection, Iterable
@@ -12,8 +12,8 @@ class Boundary(NamedTuple):
     """Removed layers ``start … stop - 1``: the stream must jump from ``X_pre`` to ``X_post``.
 
     ``start`` is the index of the first removed layer, whose input is ``X_pre``; ``stop`` is the
-    index of the next surviving layer, whose input the dense model calls ``X_post``. With ``L``
-    layers, ``stop == L`` means that the final norm is what receives the stream.
+    index of the next kept layer, whose input in the dense model is ``X_post``. With ``L`` layers,
+    ``stop == L`` means that the final norm receives the stream.
     """
 
     start: int
@@ -29,7 +29,7 @@ class Boundary(NamedTuple):
 
 
 def check_boundary(boundary: Boundary | tuple[int, int], num_layers: int | None = None) -> Boundary:
-    """Return ``boundary`` as a `Boundary`; `ValueError` if it is none, or of no such layers."""
+    """Return ``boundary`` as a `Boundary`; `ValueError` if invalid or outside the model."""
     if not fits(boundary, tuple[int, int]):
         raise ValueError(
             f"boundary must be a pair of whole numbers (start, stop), got {told(boundary)}"
@@ -48,7 +48,7 @@ def check_boundary(boundary: Boundary | tuple[int, int], num_layers: int | None 
 def check_order(
     boundaries: Iterable[Boundary | tuple[int, int]], num_layers: int
 ) -> list[Boundary]:
-    """Boundaries with a kept layer between any two, in ascending order; `ValueError` otherwise."""
+    """Return boundaries in ascending order with kept layers in between; `ValueError` otherwise."""
     gaps = [check_boundary(boundary, num_layers) for boundary in boundaries]
     for before, after in pairwise(gaps):
         if after.start <= before.stop:
@@ -60,7 +60,6 @@ def check_order(
 
 
 def _index(layer: Any) -> int:
-    """``layer`` if it is a whole number, of Python or of a tensor library, and no truth value."""
     if not whole(layer):
         raise ValueError(f"layers must be integers, such as 12, got {layer!r}")
     return operator.index(layer)
@@ -78,8 +77,7 @@ def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
         num_layers: number of decoder layers of the dense model.
 
     Raises:
-        ValueError: no layer, one that is no integer, is repeated or out of range, or nothing left
-            of the model.
+        ValueError: no layers, all of them, or one that is not an integer, repeated or out of range.
 
     >>> runs([25, 12, 13, 14], num_layers=30)
     [Boundary(start=12, stop=15), Boundary(start=25, stop=26)]
@@ -100,17 +98,13 @@ def runs(layers: Iterable[int], num_layers: int) -> list[Boundary]:
             f"removing {len(ordered)} of {num_layers} layers leaves no layer: "
             f"remove at most {num_layers - 1}"
         )
-    found = [Boundary(ordered[0], ordered[0] + 1)]
-    for layer in ordered[1:]:
-        if layer == found[-1].stop:
-            found[-1] = Boundary(found[-1].start, layer + 1)
-        else:
-            found.append(Boundary(layer, layer + 1))
-    return found
+    starts = [layer for layer in ordered if layer - 1 not in ordered]
+    stops = [layer + 1 for layer in ordered if layer + 1 not in ordered]
+    return list(map(Boundary, starts, stops))
 
 
 def gaps_without(layers: Collection[int], num_layers: int) -> list[Boundary]:
-    """As `runs`, for choices that may be empty: without a removed layer there is no gap.
+    """As `runs`, but ``layers`` may be empty.
 
     >>> gaps_without((), num_layers=30)
     []
@@ -136,28 +130,28 @@ def contiguous(n: int, num_layers: int) -> list[Boundary]:
 
 @checked
 def spell(layers: Iterable[int]) -> str:
-    """Layers in short: runs as ``first–last``.
+    """Layers as text, with runs as ``first–last``.
 
     >>> spell([12, 13, 14, 17, 25, 26])
     '12–14, 17, 25–26'
     >>> spell([])
     ''
     """
-    listed = list(layers)
+    layers = list(layers)
     return ", ".join(
         f"{gap.start}–{gap.stop - 1}" if len(gap.removed) > 1 else f"{gap.start}"
-        for gap in gaps_without(listed, max(listed, default=0) + 2)
+        for gap in gaps_without(layers, max(layers, default=0) + 2)
     )
 
 
 def read_layers(text: str) -> tuple[int, ...]:
-    """What `spell` wrote, also with a plain hyphen, in ascending order.
+    """Layers in ascending order from the text of `spell`, also with plain hyphens.
 
     >>> read_layers("12-14,17")
     (12, 13, 14, 17)
 
     Raises:
-        ValueError: anything else.
+        ValueError: another format.
     """
     layers: list[int] = []
     for part in text.replace("–", "-").split(","):

@@ -1,10 +1,9 @@
-"""A configuration that agrees with its model after layers have gone.
+"""A configuration that agrees with its model after layers have been removed.
 
-What a configuration says of the layers one by one follows the layers that are kept: lists with an
-entry for each, lists of their indices, settings by index, patterns that repeat, and how many of the
-first or the last are of a kind. Other rules that compute what a layer is from its index cannot be
-followed. Whether all agree is therefore never assumed: `check_agreement` builds the model that the
-new configuration describes, without memory for its weights, and compares.
+Settings of individual layers follow the kept layers: lists with an entry per layer, lists of layer
+indices, settings by index, repeated patterns, and counts of first or last layers of a kind. Other
+rules that compute the kind of a layer from its index cannot be followed. So `check_agreement`
+builds the model that the new configuration describes, without memory for its weights, and compares.
 """
 
 import itertools
@@ -19,23 +18,23 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 _COUNT = re.compile(r"(num_|n_)?(hidden_|decoder_|text_)?(layers?|blocks)$|depth$")
-# How many of the first layers, or of the last, are of one kind.
+# Counts of the first layers, or of the last, that are of one kind.
 _FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
 _LAST = ("num_kv_shared_layers",)
 _REPEATED = ("attention_types", "block_types")
-# What is divided by the square root of the number of layers.
+# Divided by the square root of the number of layers.
 _BY_ROOT = ("scale_depth",)
 _INDICES = re.compile(r".*(layers|layer_ids|layer_indices|indices|idxs?|layer_idx|block_map)$")
 _BY_INDEX = ("layer_dic",)
-# Tables whose columns, or rows, are as many blocks side by side as there are layers.
+# Tables with a block of columns (axis 1) or rows (axis 0) per layer.
 _TABLES = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
 _NUMBER = re.compile(r"_?(layer_?(idx|id|index|number|num)|idx|index|block_idx)$")
 
 
 def follow(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
-    """Keep, of the decoder layers at ``path``, those with the ascending indices ``kept``, in place.
+    """Reduce the decoder layers at ``path`` to the ascending indices ``kept``, in place.
 
-    All that counts the layers follows; weights stay as they are.
+    The configurations, layer numbers (places in the key-value cache) and tables per layer follow.
     """
     layers: Any = model.get_submodule(path)
     total = len(layers)
@@ -47,19 +46,19 @@ def follow(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
         if index in kept:
             setattr(module, name, step * kept.index(index) + offset)
     for config in configs:
-        single = _per_layer(config)
-        if single:
+        overrides = _per_layer(config)
+        if overrides:
             config.per_layer_config = None
         _follow_settings(config, total, kept)
-        if single:
-            config.per_layer_config = {kept.index(i): s for i, s in single.items() if i in kept}
+        if overrides:
+            config.per_layer_config = {kept.index(i): s for i, s in overrides.items() if i in kept}
     for owner in owners:
         _follow_settings(owner, total, kept)
-    # Layers may share modules, which follow once.
+    # A set, since layers may share modules.
     for module in {module for index in kept for module in layers[index].modules()}:
         _follow_settings(module, total, kept)
     if not hasattr(layers[kept[0]], "pre_ln") and hasattr(layers[0], "pre_ln"):
-        layers[kept[0]].pre_ln = nn.Identity()  # which the first RWKV layer calls; checked below
+        layers[kept[0]].pre_ln = nn.Identity()  # called in the first RWKV layer; checked below
     for owner in owners[1:]:
         _follow_tables(owner, total, kept)
     for owner in owners:
@@ -68,11 +67,11 @@ def follow(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
 
 
 def _follow_paths(tied: dict[str, str] | None, name: str, kept: Sequence[int]) -> None:
-    """Number the layers anew in a table of weights that are tied, by their paths (Zamba 2)."""
+    """Renumber the layers in the paths of tied weights (Zamba 2)."""
     number = re.compile(rf"(?<=\b{name}\.)\d+")
 
     def renumbered(path: str) -> str:
-        return number.sub(lambda found: str(kept.index(int(found[0]))), path)
+        return number.sub(lambda match: str(kept.index(int(match[0]))), path)
 
     if tied:
         pairs = list(tied.items())
@@ -83,14 +82,14 @@ def _follow_paths(tied: dict[str, str] | None, name: str, kept: Sequence[int]) -
 
 
 def _per_layer(config: PretrainedConfig) -> dict[int, Any]:
-    """Settings that single layers have of their own."""
+    """Settings of single layers, by index."""
     if not getattr(config, "is_heterogeneous", False):
         return {}
     return {int(index): s for index, s in config.to_dict()["per_layer_config"].items()}
 
 
 def _owners(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules that hold the one at ``path``, from the model down."""
+    """The ancestors of the module at ``path``, from the model down."""
     yield model
     for name in path.split(".")[:-1]:
         model = getattr(model, name)
@@ -99,26 +98,26 @@ def _owners(model: nn.Module, path: str) -> Iterator[nn.Module]:
 
 def _configs(owners: Sequence[nn.Module], layers: nn.Module, total: int) -> list[PretrainedConfig]:
     """The configurations that describe the layers, each once."""
-    found: dict[int, PretrainedConfig] = {}
+    configs: dict[int, PretrainedConfig] = {}
     for module in (*owners, *layers.modules()):
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
             counts = [value for name, value in vars(config).items() if _COUNT.fullmatch(name)]
             if total in (getattr(config, "num_hidden_layers", None), *counts):
-                found[id(config)] = config
-    return list(found.values())
+                configs[id(config)] = config
+    return list(configs.values())
 
 
 def _follow_settings(owner: Any, total: int, kept: Sequence[int]) -> None:
     for name, value in list(vars(owner).items()):
-        known = not name.startswith("_") and _plain(value)
-        new = _followed(name, value, total, kept) if known else None
-        if new is not None:
-            setattr(owner, name, new)
+        if not name.startswith("_") and _plain(value):
+            new = _followed(name, value, total, kept)
+            if new is not None:
+                setattr(owner, name, new)
 
 
 def _follow_tables(owner: Any, total: int, kept: Sequence[int]) -> None:
-    """Give each layer that is kept its own part of the tables that all are fed from (Gemma 3n).
+    """Keep the blocks of the kept layers in tables with a block per layer (Gemma 3n).
 
     Raises:
         ValueError: a table is offloaded.
@@ -133,15 +132,15 @@ def _follow_tables(owner: Any, total: int, kept: Sequence[int]) -> None:
                 "without offloading it"
             )
         blocks = table.weight.detach().unflatten(axis, (total, -1))
-        places = torch.tensor(kept, device=blocks.device)
-        weight = blocks.index_select(axis, places).flatten(axis, axis + 1)
+        indices = torch.tensor(kept, device=blocks.device)
+        weight = blocks.index_select(axis, indices).flatten(axis, axis + 1)
         table.weight = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
         size = "embedding_dim" if isinstance(table, nn.Embedding) else "out_features"
         setattr(table, size, weight.shape[axis])
 
 
 def _followed(name: str, value: Any, total: int, kept: Sequence[int]) -> Any:
-    """The setting for the layers ``kept``, or None where it does not depend on them."""
+    """The setting for the layers ``kept``, or None if it does not depend on them."""
     if type(value) is int:
         if name in _FIRST:
             return sum(index < value for index in kept)
@@ -164,7 +163,7 @@ def _followed(name: str, value: Any, total: int, kept: Sequence[int]) -> Any:
 
 
 def _pattern(name: str, value: Sequence[Any], total: int, kept: Sequence[int]) -> Any:
-    """A pattern of kinds that is repeated over the layers, written out for those that are kept."""
+    """A pattern of kinds that is repeated over the layers, written out for the kept layers."""
     if name == "attention_types":  # [[kinds, times], …]
         kinds = [kind for part, times in value for kind in list(part) * times]
         return [[[kinds[index] for index in kept], 1]]
@@ -173,108 +172,105 @@ def _pattern(name: str, value: Sequence[Any], total: int, kept: Sequence[int]) -
 
 
 def _are_indices(value: Sequence[Any], total: int) -> bool:
-    ascending = all(type(index) is int and 0 <= index < total for index in value)
-    return ascending and sorted(set(value)) == list(value)
+    in_range = all(type(index) is int and 0 <= index < total for index in value)
+    return in_range and sorted(set(value)) == list(value)
 
 
 def _numbers(layers: nn.ModuleList) -> list[tuple[int, nn.Module, str, int, int]]:
-    """Every attribute that holds the number of its layer, as ``step * index + offset``.
+    """Every attribute with the number of its layer, as ``step * index + offset``.
 
-    A layer with two attentions has two places in the cache, so the step need not be one.
+    The step is two where a layer has two attentions, each with its place in the cache.
 
     Returns:
         ``(index of the layer, module, name of the attribute, step, offset)``.
     """
-    places: dict[tuple[str, str], list[tuple[int, nn.Module, int]]] = {}
+    attributes: dict[tuple[str, str], list[tuple[int, nn.Module, int]]] = {}
     for index, layer in enumerate(layers):
         for path, module in layer.named_modules():
             for name, value in vars(module).items():
                 if type(value) is int and _NUMBER.fullmatch(name):
-                    places.setdefault((path, name), []).append((index, module, value))
-    found = []
-    for (_, name), seen in places.items():
-        (first, _, low), (last, _, high) = seen[0], seen[-1]
+                    attributes.setdefault((path, name), []).append((index, module, value))
+    numbers = []
+    for (_, name), places in attributes.items():
+        (first, _, low), (last, _, high) = places[0], places[-1]
         step = (high - low) // (last - first) if last > first else 1
         offset = low - step * first
-        if all(value == step * index + offset for index, _, value in seen):
-            found += [(index, module, name, step, offset) for index, module, _ in seen]
-    return found
+        if all(value == step * index + offset for index, _, value in places):
+            numbers += [(index, module, name, step, offset) for index, module, _ in places]
+    return numbers
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that the configuration of ``model``, once saved, describes; without weights."""
+    """The model that the configuration of ``model`` describes once saved, without weights."""
     config: Any = model.config
+    config = type(config).from_dict(config.to_diff_dict())
     with torch.device("meta"):
-        made = type(model)._from_config(
-            type(config).from_dict(config.to_diff_dict()), dtype=model.dtype
-        )
-    found: PreTrainedModel = made
-    return found
+        made: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype)
+    return made
 
 
-# Settings of a few twins, by all that makes them: removing one layer or its like is the same.
-_DESCRIBED: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+# By all that determines a twin: removing one of several equal layers gives the same.
+_TWIN_PARTS: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
 
 
-def _described(model: PreTrainedModel, path: str) -> dict[str, dict[str, Any]]:
-    """As `_parts`, of the twin."""
+def _twin_parts(model: PreTrainedModel, path: str) -> dict[str, dict[str, Any]]:
     key = (type(model), model.config.to_json_string(), model.dtype, path)
-    if key not in _DESCRIBED:
-        if len(_DESCRIBED) > 7:
-            _DESCRIBED.clear()
-        _DESCRIBED[key] = _parts(twin(model), path)
-    return _DESCRIBED[key]
+    if key not in _TWIN_PARTS:
+        if len(_TWIN_PARTS) > 7:
+            _TWIN_PARTS.clear()
+        _TWIN_PARTS[key] = _parts(twin(model), path)
+    return _TWIN_PARTS[key]
 
 
 def _parts(model: PreTrainedModel, path: str) -> dict[str, dict[str, Any]]:
-    """Settings of every module, by name, from what holds the layers at ``path`` down."""
-    holder = model.get_submodule(path.rpartition(".")[0])
-    # What sets values that no file holds: the innermost model, where one is in another.
-    inner = holder if isinstance(holder, PreTrainedModel) else model
-    return {name: _settings(module, inner) for name, module in holder.named_modules()}
+    """Settings of every module from the parent of ``path`` down, by name."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    # The innermost model initialises buffers that are not saved.
+    inner = parent if isinstance(parent, PreTrainedModel) else model
+    return {name: _settings(module, inner) for name, module in parent.named_modules()}
 
 
 def differences(model: PreTrainedModel, path: str) -> list[str]:
-    """Where ``model`` is not its `twin`.
+    """Differences between ``model`` and its `twin`.
 
-    Compared by name, from what holds the layers at ``path`` down: classes of modules, shapes and
+    Compared by name, from the parent of the layers at ``path`` down: classes of modules, shapes and
     dtypes of parameters and buffers, every plain setting of a module, and the values of buffers
-    that no file holds.
+    that are not saved.
 
     Returns:
-        One line a difference, such as ``layers.3.self_attn.sliding_window: 8, not None``: what the
-        model has, and what one made from its configuration has.
+        One line a difference, such as ``layers.3.self_attn.sliding_window: 8, not None``: the
+        value in the model, and that in one made from its configuration.
     """
-    ours, theirs = _parts(model, path), _described(model, path)
-    found = []
+    ours, theirs = _parts(model, path), _twin_parts(model, path)
+    lines = []
     for name in ours.keys() | theirs.keys():
         if name not in ours or name not in theirs:
-            where = "there, not there" if name in ours else "not there, there"
-            found.append(f"{name}: {where} in the twin")
+            presence = "there, not there" if name in ours else "not there, there"
+            lines.append(f"{name}: {presence} in the twin")
             continue
-        have, wanted = ours[name], theirs[name]
-        for key, value in wanted.items():
-            if key in have and not _agree(have[key], value, wanted["class"]):
-                found.append(f"{name}.{key}: {have[key]}, not {value}".lstrip("."))
-    return sorted(found)
+        own = ours[name]
+        for key, value in theirs[name].items():
+            if key in own and not _agree(own[key], value, theirs[name]["class"]):
+                lines.append(f"{name}.{key}: {own[key]}, not {value}".lstrip("."))
+    return sorted(lines)
 
 
 def kinds(model: PreTrainedModel, path: str) -> list[int]:
-    """Of each layer at ``path``, the first that differs from it in its number and weights alone."""
-    found: list[dict[str, dict[str, Any]]] = []
+    """For each layer at ``path``, the first that equals it in all but its number and weights."""
+    layers: list[dict[str, dict[str, Any]]] = []
     for index in range(len(model.get_submodule(path))):
         parts = _parts(model, f"{path}.{index}.")
-        found.append(
+        layers.append(
             {
                 name: {k: v for k, v in settings.items() if not _NUMBER.fullmatch(k)}
                 for name, settings in parts.items()
             }
         )
-    return [found.index(kind) for kind in found]
+    return [layers.index(layer) for layer in layers]
 
 
 def _agree(ours: Any, theirs: Any, kind: str) -> bool:
-    """Equal, up to rounding; rotary embeddings may know kinds of layers that are gone."""
+    """Equal, up to rounding; rotary embeddings may have kinds of layers that are removed."""
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
     if "Rotary" in kind:
@@ -285,28 +281,26 @@ def _agree(ours: Any, theirs: Any, kind: str) -> bool:
     return bool(ours == theirs)
 
 
-# Set while a model runs or is trained, by device placement, or different in every object; and which
-# masks are made, of which the layers take theirs.
-_PASSING = re.compile(
+# Attributes set by a run, by training or by device placement, or different in every object; and
+# which masks are made, of which each layer takes its own.
+_TRANSIENT = re.compile(
     r"_.*|training|gradient_checkpointing|max_seq_len_cached|all_tied_weights_keys|has_sliding_layers|hf_device_map|name_or_path|warnings_issued|vocab_size"
 )
 
 
 def _settings(module: nn.Module, model: PreTrainedModel) -> dict[str, Any]:
-    """What makes ``module`` what it is, but for the values of its weights."""
-    found: dict[str, Any] = {"class": type(module).__name__}
+    """All that defines ``module``, except for the values of its weights."""
+    settings: dict[str, Any] = {"class": type(module).__name__}
     for name, value in vars(module).items():
-        if not _PASSING.fullmatch(name) and _plain(value):
-            found[name] = value
-    for name, tensor in (
-        *module.named_parameters(recurse=False),
-        *module.named_buffers(recurse=False),
-    ):
-        found[f"{name}, shape"] = tuple(tensor.shape)
-        found[f"{name}, dtype"] = tensor.dtype
+        if not _TRANSIENT.fullmatch(name) and _plain(value):
+            settings[name] = value
+    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    for name, tensor in own.items():
+        settings[f"{name}, shape"] = tuple(tensor.shape)
+        settings[f"{name}, dtype"] = tensor.dtype
     for name, values in _computed(module, model):
-        found[f"{name}, values"] = values
-    return found
+        settings[f"{name}, values"] = values
+    return settings
 
 
 def _plain(value: Any) -> bool:
@@ -318,13 +312,12 @@ def _plain(value: Any) -> bool:
 
 
 def _computed(module: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, list[float]]]:
-    """The buffers that are computed from the configuration and saved in no file."""
-    held = dict(module.named_buffers(recurse=False))
-    names = [name for name in module._non_persistent_buffers_set if name in held]
-    empty = [name for name in names if module.get_buffer(name).device.type == "meta"]
+    """The buffers that are computed from the configuration and not saved."""
+    buffers = dict(module.named_buffers(recurse=False))
+    names = [name for name in module._non_persistent_buffers_set if name in buffers]
+    empty = [name for name in names if buffers[name].device.type == "meta"]
     for name in empty:
-        unknown = torch.full_like(module.get_buffer(name), -1, device="cpu")
-        setattr(module, name, unknown)
+        setattr(module, name, torch.full_like(buffers[name], -1, device="cpu"))
     if empty:
         model._init_weights(module)
     for name in names:
@@ -333,34 +326,34 @@ def _computed(module: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, 
             yield name, values.double().flatten().tolist()
 
 
-# In what models differ from their own configuration before any layer is removed.
+# Differences between models and their own configuration before any layer is removed.
 _BEFORE: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 _NUMBERS = re.compile(r"\.\d+\.")
 
 
 def check_agreement(model: PreTrainedModel, path: str, original: PreTrainedModel) -> None:
-    """Refuse a model that would not come back from a file: its configuration describes another.
+    """Raise unless the configuration of ``model`` describes it, so that it can be saved.
 
-    In what ``original``, the model before layers were removed, differs from its own configuration
-    already, ``model`` may differ too. ``path`` is that of the decoder layers.
+    Differences that ``original``, the model before layers were removed, has from its own
+    configuration are allowed. ``path`` is that of the decoder layers.
 
     Raises:
         ValueError: it shows up to three `differences`.
     """
     try:
-        found = differences(model, path)
+        lines = differences(model, path)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        found = [f"{type(error).__name__}: {error}".splitlines()[0]]
-    if found:
+        lines = [f"{type(error).__name__}: {error}".splitlines()[0]]
+    if lines:
         if original not in _BEFORE:
             _BEFORE[original] = {_NUMBERS.sub("", line) for line in differences(original, path)}
         before = _BEFORE[original]
-        found = [line for line in found if _NUMBERS.sub("", line) not in before]
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        lines = [line for line in lines if _NUMBERS.sub("", line) not in before]
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ValueError(
             f"these layers cannot be removed from a {model.config.model_type}: a model made from "
-            f"its new configuration would differ in {'; '.join(found[:3])}{more}. This type "
+            f"its new configuration would differ in {'; '.join(lines[:3])}{more}. This type "
             "computes what a layer is from its number: remove layers that leave the pattern as it "
             "is, such as whole periods of it"
         )
