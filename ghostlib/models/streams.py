@@ -1,9 +1,9 @@
-"""Streams: the residual stream of a pass, watched, recorded, or put in.
+"""Streams: the residual stream of a pass, observed, recorded, or replaced.
 
-Hooks see the passes of the thread that set them, and no other's; a model that is being trained is
-passed in evaluation mode, and given back as it was. What removing a layer does not change need not
-be computed again: an excerpt of the layers behind it is fed the stream that enters them. It shares
-every weight with the model it is taken from.
+Hooks see only the passes of the thread that set them. Passes are made in evaluation mode; the
+training mode is restored afterwards. Layers before a removed one need not be computed again: an
+excerpt of the later layers, which shares the weights of its model, is fed the stream that enters
+them.
 """
 
 import copy
@@ -11,11 +11,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ghostlib.common import checked, told, whole
@@ -39,17 +41,17 @@ from ghostlib.models.placement import input_device, offload_stores, release_move
 
 
 class EndOfPass(Exception):
-    """Raised in a hook to end a forward pass once all that is wanted of it has been seen."""
+    """Raised in a hook to end a forward pass early."""
 
 
-# How many passes of a model are under way, and which of its modules were in training mode.
+# Number of passes of a model under way, and its modules that were in training mode.
 _EVALUATING: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while it lasts: no dropout. The last one to leave restores every module."""
+    """Evaluation mode (no dropout) inside the context; the last to exit restores the modes."""
     with _LOCK:
         count, training = _EVALUATING.get(model, (0, []))
         if count == 0:
@@ -69,46 +71,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = True
 
 
-@contextmanager
-def _hooked(
-    module: nn.Module,
-    hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any],
-    *,
-    first: bool = False,
-) -> Iterator[None]:
-    """Call ``hook`` before each pass of ``module`` that this thread makes."""
+_PreHook = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _entering(module: nn.Module, hook: _PreHook, *, first: bool = False) -> RemovableHandle:
+    """Call ``hook(args, kwargs)`` before each pass of ``module`` that this thread makes."""
     owner = threading.get_ident()
 
     def own(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        # Between the two steps in which PyTorch registers a hook, another thread may call it
-        # without keywords.
-        if threading.get_ident() != owner or kwargs is None:
-            return None
-        return hook(module, args, kwargs)
+        # While PyTorch registers a hook in two steps, another thread may call it without kwargs.
+        if threading.get_ident() == owner and kwargs is not None:
+            return hook(args, kwargs)
 
-    handle = module.register_forward_pre_hook(own, with_kwargs=True, prepend=first)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_pre_hook(own, with_kwargs=True, prepend=first)
 
 
-@contextmanager
-def leaving(module: nn.Module, hook: Callable[[tuple[Any, ...], Any], Any]) -> Iterator[None]:
-    """Call ``hook(arguments, output)`` after each pass of ``module`` that this thread makes.
+def leaving(module: nn.Module, hook: Callable[[tuple[Any, ...], Any], Any]) -> RemovableHandle:
+    """Call ``hook(args, output)`` after each pass of ``module`` that this thread makes.
 
-    What it returns, unless that is None, takes the place of the output.
+    Its result, unless None, replaces the output. The handle is a context manager.
     """
     owner = threading.get_ident()
 
     def own(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return hook(args, output) if threading.get_ident() == owner else None
 
-    handle = module.register_forward_hook(own)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(own)
 
 
 def forward_once(model: PreTrainedModel, **inputs: Tensor) -> None:
@@ -118,15 +106,15 @@ def forward_once(model: PreTrainedModel, **inputs: Tensor) -> None:
 
 
 def final_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor:
-    """What the language-model head would receive, (windows, length, hidden), without running it."""
+    """The input of the language-model head, (windows, length, hidden), without running it."""
     caught: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append(args[0])
         raise EndOfPass
 
-    structure(model)  # refuses what has no head
-    with _hooked(model.get_output_embeddings(), hook):
+    structure(model)  # raises for a model without a head
+    with _entering(model.get_output_embeddings(), hook):
         forward_once(model, input_ids=windows.to(input_device(model)))
     if not caught:
         raise RuntimeError(f"{type(model).__name__} never called its output embeddings")
@@ -137,16 +125,16 @@ _PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (…, vocabulary) of final hidden states (…, hidden), as the model itself makes them.
+    """Logits (…, vocabulary) of final hidden states (…, hidden), as the model computes them.
 
-    What it does to them after the output embeddings (scale, soft cap, padding of the vocabulary) is
-    done by its own code: one token is passed through the model, and ``hidden`` takes its place
-    before the output embeddings. Where that turns out to be nothing, they alone are called.
+    A model may scale, cap or pad the logits after the output embeddings. So one token is passed
+    through the model, and ``hidden`` replaces its final hidden state. If the first two states show
+    no difference, only the output embeddings are called from then on.
     """
     if model not in _PLAIN_HEADS:
-        few = hidden.flatten(0, -2)[:2]
-        alone, whole = model.get_output_embeddings()(few), _through(model, few)
-        _PLAIN_HEADS[model] = alone.shape == whole.shape and torch.equal(alone, whole)
+        states = hidden.flatten(0, -2)[:2]
+        plain, full = model.get_output_embeddings()(states), _through(model, states)
+        _PLAIN_HEADS[model] = plain.shape == full.shape and torch.equal(plain, full)
     logits: Tensor
     if _PLAIN_HEADS[model]:
         logits = model.get_output_embeddings()(hidden)
@@ -156,31 +144,28 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _through(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (tokens, vocabulary) of ``hidden`` (tokens, width), in a pass of the whole model."""
-
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (hidden[None], *args[1:]), kwargs
-
-    with _hooked(model.get_output_embeddings(), hook):
-        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    """Logits (tokens, vocabulary) of ``hidden`` (tokens, width), in a pass of the model."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    with _entering(
+        model.get_output_embeddings(),
+        lambda args, kwargs: ((hidden[None], *args[1:]), kwargs),
+    ):
         logits: Tensor = model(input_ids=token, **uncached(model)).logits[0]
-        return logits
+    return logits
 
 
 def share(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A copy of ``model``, reduced to the layers ``kept``, around the very same weights."""
-    # Copying the modules but not what is in the memo shares every weight with the model.
+    """A copy of ``model``, reduced to the layers ``kept``, with the same weights in memory."""
+    # Objects in the memo are not copied, so the copy shares the weights.
     memo: dict[int, Any] = {id(store): store for store in offload_stores(model)}
     for module in model.modules():
         # Some keep a tensor of their last pass, which may have a graph and cannot be copied.
-        own = (module._parameters, module._buffers, vars(module))
-        memo |= {id(v): v for held in own for v in held.values() if isinstance(v, Tensor)}
-        # A dozen empty dictionaries of hooks a module: an empty one is made sooner than copied.
+        attributes = (module._parameters, module._buffers, vars(module))
+        memo |= {id(v): v for names in attributes for v in names.values() if isinstance(v, Tensor)}
+        # A module has a dozen empty dictionaries of hooks, which are faster to make than to copy.
         empty = (v for v in vars(module).values() if type(v) in (dict, OrderedDict) and not v)
         memo |= {id(v): type(v)() for v in empty}
-    # Copying modules is what takes time. How layers are numbered shows in the first and the last.
+    # Modules are slow to copy. The numbering of layers can be read off the first and the last.
     layers = decoder_layers(model)
     for index in set(range(1, len(layers) - 1)).difference(kept):
         memo[id(layers[index])] = nn.Identity()
@@ -196,7 +181,7 @@ def excerpt(model: PreTrainedModel, start: int, stop: int | None = None) -> PreT
 
 
 def refusal(model: PreTrainedModel, layers: Iterable[int]) -> str:
-    """Why ``layers`` cannot be removed from ``model`` together; empty if they can."""
+    """The reason why ``layers`` cannot be removed from ``model`` together; empty if they can."""
     removed, total = set(layers), num_layers(model)
     try:
         if total - 1 in removed:
@@ -211,21 +196,17 @@ def refusal(model: PreTrainedModel, layers: Iterable[int]) -> str:
 
 @contextmanager
 def feed(model: PreTrainedModel, stream: Tensor) -> Iterator[None]:
-    """Let ``stream`` (windows, length, hidden) enter the first layer in place of the embeddings.
+    """Feed ``stream`` (windows, length, hidden) to the first layer in place of the embeddings.
 
-    So an `excerpt` goes on from where another pass has been before.
+    An `excerpt` thus continues a recorded pass.
     """
 
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = args[0] if args else kwargs["hidden_states"]
-        entering = to_state(stream.to(state), state, structure(model).layout)
-        if args:
-            return (entering, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": entering}
+        state = to_state(stream.to(state), state, structure(model).layout)
+        return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
 
-    with _hooked(receiver(model, 0), hook, first=True):
+    with _entering(receiver(model, 0), hook, first=True):
         yield
 
 
@@ -236,8 +217,8 @@ def record(
     """The streams that enter layers ``indices`` in one pass over a batch of windows.
 
     Returns:
-        ``{index: (windows, length, hidden)}`` in the model's dtype; the layer count stands for the
-        final norm.
+        ``{index: (windows, length, hidden)}`` in the model's dtype; the number of layers stands for
+        the final norm.
     """
     check_windows(model, windows)
     streams: dict[int, Tensor] = {}
@@ -251,63 +232,58 @@ def record(
 def tap(
     model: PreTrainedModel, indices: Iterable[int], on_stream: Callable[[int, Tensor], None]
 ) -> Iterator[Callable[..., None]]:
-    """Watch the residual stream where it enters layers ``indices`` (the layer count: final norm).
+    """Observe the residual stream where it enters layers ``indices``.
 
-    Inside the context, calling the yielded function runs the model as far as the last index and no
-    further; ``on_stream(index, hidden)`` receives each stream (batch, tokens, hidden) on the way.
-    Forward pre-hooks are used because ``output_hidden_states`` gives its last entry after the final
-    norm. The hooks are removed whatever happens.
+    Inside the context, calling the yielded function runs the model up to the last index;
+    ``on_stream(index, hidden)`` receives each stream (batch, tokens, hidden) on the way. The number
+    of layers stands for the final norm. Forward pre-hooks are used because the last entry of
+    ``output_hidden_states`` is taken after the final norm.
 
     Raises:
-        ValueError: what passes from layer to layer is no stream (batch, tokens, hidden), or an
-            index that is none.
+        ValueError: as `check_index`, or the layers do not pass on a stream (batch, tokens, hidden).
     """
-    wanted = sorted(set(indices))
-    for index in wanted:
+    indices = sorted(set(indices))
+    for index in indices:
         check_index(model, index)
-    waiting: list[int] = []
+    pending: list[int] = []
     layout = structure(model).layout
 
-    def hook_for(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if not isinstance(hidden, Tensor) or hidden.ndim != len(layout):
-                got = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-                raise ValueError(
-                    f"layer {index} of a {model_type(model)} receives {got}, no stream "
-                    "(batch, tokens, hidden): it cannot be pruned layer by layer"
-                )
-            hidden = to_stream(hidden, layout)
-            # A layer that this pass skips, as text does those for images, leaves the stream as it
-            # is: what enters it is what enters the next one.
-            while waiting and waiting[0] <= index:
-                on_stream(waiting.pop(0), hidden)
-            if not waiting:
-                raise EndOfPass
-
-        return hook
+    def hook(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = args[0] if args else kwargs["hidden_states"]
+        if not isinstance(state, Tensor) or state.ndim != len(layout):
+            got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(
+                f"layer {index} of a {model_type(model)} receives {got}, no stream "
+                "(batch, tokens, hidden): it cannot be pruned layer by layer"
+            )
+        # A layer skipped in this pass, as one for images in a pass over text, has the same input
+        # as the next layer.
+        while pending and pending[0] <= index:
+            on_stream(pending.pop(0), to_stream(state, layout))
+        if not pending:
+            raise EndOfPass
 
     def run(**inputs: Tensor) -> None:
-        waiting[:] = wanted
+        pending[:] = indices
         forward_once(model, **inputs)
 
-    def left(args: tuple[Any, ...], output: Any) -> None:
-        hook_for(last)(model, output if isinstance(output, tuple) else (output,), {})
+    def after_last(args: tuple[Any, ...], output: Any) -> None:
+        hook(last, output if isinstance(output, tuple) else (output,), {})
 
     last = num_layers(model)
     with ExitStack() as stack:
-        for index in range(wanted[0], last + bool(structure(model).receiver)) if wanted else ():
-            stack.enter_context(_hooked(receiver(model, index), hook_for(index)))
-        if wanted and not structure(model).receiver:
-            stack.enter_context(leaving(receiver(model, last - 1), left))
+        for index in range(indices[0], last + bool(structure(model).receiver)) if indices else ():
+            stack.enter_context(_entering(receiver(model, index), partial(hook, index)))
+        if indices and not structure(model).receiver:
+            stack.enter_context(leaving(receiver(model, last - 1), after_last))
         yield run
 
 
 def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None = None) -> None:
     """Raise `ValueError` unless ``windows`` is a non-empty (windows, length) tensor of ids.
 
-    Their ids must be in the vocabulary, and they may not be longer than the positions the model
-    knows, unless its configuration says that it computes any (ALiBi, dynamic rotary embeddings).
+    The ids must be in the vocabulary, and the windows may not exceed `known_positions`. The mask
+    must have their shape.
     """
     integers = isinstance(windows, Tensor) and whole(windows.new_zeros(()))
     if not integers or windows.ndim != 2:
@@ -318,10 +294,10 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
         raise ValueError(f"windows hold no token: shape {tuple(windows.shape)}")
     low, high = int(windows.min()), int(windows.max())
     structure(model)
-    known = vocabulary(model)
-    if low < 0 or high >= known:
+    size = vocabulary(model)
+    if low < 0 or high >= size:
         raise ValueError(
-            f"token ids {low} … {high} do not fit a vocabulary of {known}: "
+            f"token ids {low} … {high} do not fit a vocabulary of {size}: "
             "were the windows made with another model's tokenizer?"
         )
     positions = known_positions(model)
@@ -335,8 +311,8 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
             f"attention_mask must have the windows' shape {tuple(windows.shape)}, "
             f"got {tuple(mask.shape)}"
         )
-    if mask is not None and (odd := mask[(mask != 0) & (mask != 1)]).numel():
-        raise ValueError(f"attention_mask must hold 1, and 0 at padding, got {odd[0].item()}")
+    if mask is not None and (invalid := mask[(mask != 0) & (mask != 1)]).numel():
+        raise ValueError(f"attention_mask must hold 1, and 0 at padding, got {invalid[0].item()}")
 
 
 def check_scored(model: PreTrainedModel, windows: Tensor) -> None:
@@ -347,7 +323,7 @@ def check_scored(model: PreTrainedModel, windows: Tensor) -> None:
 
 
 def known_positions(model: PreTrainedModel) -> int | None:
-    """How many positions the model was made for; None where its configuration sets no limit."""
+    """Number of positions of the model; None if unlimited (ALiBi, dynamic rotary embeddings)."""
     config = text_config(model)
     rotary = getattr(config, "rope_parameters", None) or {}
     kinds = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]
@@ -356,8 +332,8 @@ def known_positions(model: PreTrainedModel) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return None
-    # RoBERTa's kind look positions up in a table, counted from behind the one for padding.
+    # RoBERTa and its like look positions up in a table, starting after that of padding.
     tables = {m for m in model.modules() if isinstance(m, nn.Embedding)}
     tables -= {model.get_input_embeddings()}
-    padded = [t.padding_idx for t in tables if t.num_embeddings == positions]
-    return positions - max((index + 1 for index in padded if index is not None), default=0)
+    padding = [t.padding_idx for t in tables if t.num_embeddings == positions]
+    return positions - max((index + 1 for index in padding if index is not None), default=0)
