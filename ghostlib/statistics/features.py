@@ -269,7 +269,7 @@ class Regressor:
         """
         leading = tuple(sources.stream.shape[:-1])
         if self.reads_previous and not leading:
-            raise ValueError(f"{self} reads the token before: pass sequences (…, tokens, width)")
+            raise ValueError(f"{self} reads the previous token: pass sequences (…, tokens, width)")
         if real is not None and real.shape != leading:
             raise ValueError(f"the mask must have shape {leading}, got {tuple(real.shape)}")
         for name, source in zip(sources._fields, sources, strict=True):

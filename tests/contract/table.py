@@ -435,7 +435,7 @@ ROWS = [
         "Regressor.design",
         gl.Regressor.parse("x, n(prev)").design,
         {"sources": Sources(X)},
-        sources=bad("token before", Sources(X[0])),
+        sources=bad("previous token", Sources(X[0])),
         real=bad("mask", 3, "all", X, X[:3, 0]),
         p=bad("p must be|columns", 3, "all", 2.5),
     ),

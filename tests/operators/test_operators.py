@@ -445,7 +445,7 @@ def test_apply_refuses_sources_and_masks_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"f has 7 columns here, where 8 are needed"):
         folded.apply(X.view(3, 20, 8), output=X[:, 1:].reshape(3, 20, 7))
     before = Operator(EYE, FAMILIES["branches"], Regressor.parse("n(prev)"))
-    with pytest.raises(ValueError, match="reads the token before: pass sequences"):
+    with pytest.raises(ValueError, match="reads the previous token: pass sequences"):
         before.apply(X[0])
     with pytest.raises(ValueError, match=r"the mask must have shape \(60,\), got \(59,\)"):
         before.apply(X, torch.ones(59))

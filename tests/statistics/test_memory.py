@@ -1,10 +1,9 @@
-"""Memory counted beforehand against the tensors a calibration really holds."""
+"""The memory estimate against the tensors of a calibration."""
 
 from types import SimpleNamespace
 
 import psutil
 import pytest
-import torch
 from conftest import LAYERS, WIDTH, tiny_model, tiny_windows
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,9 +23,9 @@ CASES = {
 
 
 def distinct_bytes(tensors) -> int:
-    """Bytes of the storages behind ``tensors``, each once."""
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(held.values())
+    """Total bytes of the storages of ``tensors``, without duplicates."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 REGRESSORS = [[], ["x, n(x)"], ["x; 1/|y|", "x, n(prev); 1/|y|"], ["x, h", "f; 1/|y|"]]
@@ -38,11 +37,11 @@ REGRESSORS = [[], ["x, n(x)"], ["x; 1/|y|", "x, n(prev); 1/|y|"], ["x, h", "f; 1
 def test_moments_are_what_calibrate_returns(boundaries, regressors):
     model = tiny_model("llama")
     stats = gl.calibrate(model, tiny_windows(), boundaries, regressors=regressors)
-    held = distinct_bytes(t for m in stats.collected.values() for t in m.tensors().values())
-    counted = gl.calibration_bytes(model, boundaries, regressors=regressors)
-    assert counted.moments == held
+    actual = distinct_bytes(t for m in stats.collected.values() for t in m.tensors().values())
+    estimate = gl.calibration_bytes(model, boundaries, regressors=regressors)
+    assert estimate.moments == actual
     of_width = gl.calibration_bytes(WIDTH, boundaries, regressors=regressors, hidden=24)
-    assert of_width == counted
+    assert of_width == estimate
 
 
 def test_memory_counts_the_widest_alone():
@@ -59,46 +58,43 @@ def test_memory_counts_the_widest_alone():
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["similarities", "stream", "features"])
 @pytest.mark.parametrize("boundaries", CASES.values(), ids=CASES)
-def test_streams_are_what_waits_at_once(boundaries, kind, monkeypatch):
-    """At every stream: those that wait, and the one that has just arrived."""
-    count, length, most = 3, 20, 0
+def test_streams_are_the_peak_of_stored_activations(boundaries, kind, monkeypatch):
+    """At every layer: the streams of open boundaries, and the current one."""
+    count, length, peak = 3, 20, 0
     moments, features = kind != "similarities", kind == "features"
 
-    class Watched(calibration._Collector):
+    class Recorder(calibration._Collector):
         def on_stream(self, index, stream):
-            nonlocal most
-            waiting = list(self.open.values())
-            tensors = [w.directions for w in waiting]
-            tensors += [s.values for w in waiting for s in w.sequences]
-            tensors += [F for w in waiting for designs in w.designs.values() for F in designs]
-            arrived = stream.numel() * (12 if moments else 4) + stream.numel() * 16 * features
-            most = max(most, distinct_bytes(tensors) + arrived)
+            nonlocal peak
+            batches = list(self.open.values())
+            tensors = [batch.directions for batch in batches]
+            tensors += [s.values for batch in batches for s in batch.sequences]
+            tensors += [
+                F for batch in batches for designs in batch.designs.values() for F in designs
+            ]
+            current = stream.numel() * (12 if moments else 4) + stream.numel() * 16 * features
+            peak = max(peak, distinct_bytes(tensors) + current)
             super().on_stream(index, stream)
 
-    monkeypatch.setattr(calibration, "_Collector", Watched)
+    monkeypatch.setattr(calibration, "_Collector", Recorder)
     options = {"batch_size": count, "moments": moments}
     options |= {"regressors": ["x, n(x)"]} if features else {}
     gl.calibrate(tiny_model("llama"), tiny_windows(count, length), boundaries, **options)
-    counted = gl.calibration_bytes(WIDTH, boundaries, length=length, **options)
-    assert counted.streams == most
-    assert counted.total == counted.moments + counted.streams + counted.working
-    assert (counted.moments > 0) == moments
+    estimate = gl.calibration_bytes(WIDTH, boundaries, length=length, **options)
+    assert estimate.streams == peak
+    assert estimate.total == estimate.moments + estimate.streams + estimate.working
+    assert (estimate.moments > 0) == moments
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_working_memory_is_estimated_from_above(batch):
     """A Gram matrix and its new sum for each sequence, and a window on both sides of the gap."""
-    how = {"length": 100, "batch_size": batch}
-    working = gl.calibration_bytes(64, [(1, 2)], regressors=["x, n(x)"], **how).working
-    held = (2 * batch * 128**2 + 2 * 100 * 64) * 8
-    assert held <= working <= 3 * held
+    options = {"length": 100, "batch_size": batch}
+    working = gl.calibration_bytes(64, [(1, 2)], regressors=["x, n(x)"], **options).working
+    least = (2 * batch * 128**2 + 2 * 100 * 64) * 8
+    assert least <= working <= 3 * least
     both_ends = 2 * batch * 100 * 64 * 4
-    assert gl.calibration_bytes(64, [(1, 2)], moments=False, **how).working >= both_ends
-
-
-def test_one_boundary_of_an_8b_model():
-    needed = gl.calibration_bytes(4096, [(20, 27)])
-    assert needed.moments == 2 * 4096**2 * 8 + 7 * 4096 * 8  # 268 MB and the column sums
+    assert gl.calibration_bytes(64, [(1, 2)], moments=False, **options).working >= both_ends
 
 
 @given(
@@ -131,23 +127,22 @@ def test_errors(width, boundaries, options, message):
 
 
 @pytest.mark.parametrize("moments", [True, False])
-def test_calibrate_refuses_to_begin_without_the_memory(monkeypatch, moments):
+def test_calibrate_raises_before_the_pass_without_the_memory(monkeypatch, moments):
     model, windows = tiny_model("llama"), tiny_windows()
     needed = gl.calibration_bytes(model, [(2, 4)], length=windows.shape[1], moments=moments).total
     monkeypatch.setattr(calibration, "available_bytes", lambda: needed)
     gl.calibrate(model, windows, [(2, 4)], moments=moments)
     monkeypatch.setattr(calibration, "available_bytes", lambda: needed - 1)
-    monkeypatch.setattr(model, "forward", lambda **inputs: pytest.fail("it has begun"))
+    monkeypatch.setattr(model, "forward", lambda **inputs: pytest.fail("a forward pass"))
     with pytest.raises(MemoryError, match=r"this calibration needs .* are available"):
         gl.calibrate(model, windows, [(2, 4)], moments=moments)
 
 
-def test_the_message_says_how_much(monkeypatch):
+def test_the_message_names_the_bytes(monkeypatch):
     monkeypatch.setattr(calibration, "available_bytes", lambda: 250_000_000)
+    needed = calibration.CalibrationBytes(12_000_000_000, 45_600_000, 300_000_000)
     with pytest.raises(MemoryError) as caught:
-        calibration.require_memory(
-            calibration.CalibrationBytes(12_000_000_000, 45_600_000, 300_000_000)
-        )
+        calibration.require_memory(needed)
     assert str(caught.value) == (
         "this calibration needs 12.3 GB of memory (moments 12.0 GB, streams 45.6 MB, "
         "working 300.0 MB) and 250.0 MB are available: name fewer boundaries or use shorter windows"
@@ -161,15 +156,12 @@ def cgroup(folder, limit: str, current: int = 3000):
     return folder
 
 
-def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):
+def test_a_container_has_its_limit_less_its_working_set(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
     assert calibration.available_bytes(tmp_path) == 10_000  # no such files
     assert calibration.available_bytes(cgroup(tmp_path, "max")) == 10_000
     assert calibration.available_bytes(cgroup(tmp_path, "4000")) == 4000 - (3000 - 500)
     assert calibration.available_bytes(cgroup(tmp_path, "2000")) == 0
     assert calibration.available_bytes(cgroup(tmp_path, "90000")) == 10_000
-
-
-def test_this_machine_has_memory_left():
+    monkeypatch.undo()
     assert 0 < calibration.available_bytes() <= psutil.virtual_memory().total
-    assert torch.zeros(1).nbytes < calibration.available_bytes()
