@@ -1,5 +1,5 @@
-"""Evaluation: what a model, dense or recovered, is worth and what it costs.
+"""Evaluation: the quality and the cost of a model, dense or recovered.
 
-In come a model, its tokenizer and held-out text or questions; out come perplexities, continuations,
-zero-shot scores, counts of parameters and operations, and times. Nothing here changes a model.
+Takes a model, its tokenizer and held-out text or questions; returns perplexities, continuations,
+zero-shot scores, counts of parameters and operations, and times. No model is changed.
 """

@@ -346,7 +346,7 @@ class ProbeSet:
                     raise LeftOut("finds no item in the text")
             except LeftOut as reason:
                 if strict:
-                    raise ValueError(f"probe {probe.name!r} cannot be asked: it {reason}") from None
+                    raise ValueError(f"probe {probe.name!r} cannot be run: it {reason}") from None
                 self.left_out[probe.name] = str(reason)
             else:
                 self._items += [(probe.name, item) for item in items]

@@ -1,9 +1,9 @@
-"""Cost: parameters, operations and cache counted on a copy without weights; time measured.
+"""Cost: parameters, operations and cache are counted on a copy without weights, time is measured.
 
-One multiply-add is two FLOPs. Matrix products are counted and nothing else: the rest (norms,
-activations, softmax, rotations) is linear in the width. Attention is counted as if every new token
-met every key in reach of the cache, masked or not, which is what a plain implementation computes;
-kernels that skip the masked half do less.
+One multiply-add is two FLOPs. Only matrix products are counted: the rest (norms, activations,
+softmax, rotations) is linear in the width. Attention is counted as if every new token attended to
+every key in the cache, masked or not, as a plain implementation computes it; kernels that skip the
+masked half compute less.
 """
 
 import statistics
@@ -26,11 +26,11 @@ from ghostlib.surgery.ghosted import BoundaryModule
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of one forward pass, by what they are spent on.
+    """Floating-point operations of one forward pass, by part of the model.
 
     Attributes:
         attention: projections, and the products of queries, keys and values.
-        mlp: feed-forward layers, and any projection that belongs nowhere else.
+        mlp: feed-forward layers, and all other projections.
         boundary: operators of a recovered model.
         head: logits.
     """
@@ -47,29 +47,27 @@ class Flops(NamedTuple):
 
 
 def count_parameters(model: PreTrainedModel) -> int:
-    """Number of parameters; a tied weight counts once. `ValueError` if it is no model."""
+    """Number of parameters; a tied weight counts once. `ValueError` unless it is a model."""
     check_model(model)
     return sum(p.numel() for p in model.parameters())
 
 
 @checked
 def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> int:
-    """Bytes of the keys, values and states kept after ``tokens`` tokens, in the model's dtype.
+    """Bytes of the keys, values and states cached after ``tokens`` tokens, in the model's dtype.
 
-    A layer with a sliding window keeps no more than the next token can see, a recurrent one a state
-    of one size; a boundary that reads the token before keeps that one.
+    A layer with a sliding window caches only the keys that the next token sees, a recurrent layer a
+    state of fixed size, a boundary that reads the previous token that token.
 
     Raises:
-        ValueError: ``tokens`` is negative or ``batch_size`` below 1, or a model that keeps what it
-            has read in a cache of its own.
+        ValueError: ``tokens`` is negative or ``batch_size`` below 1, or a model with a cache of its
+            own.
     """
     check_model(model)
     at_least(0, tokens=tokens)
     at_least(1, batch_size=batch_size)
-    if tokens == 0:
-        return 0
-    kept = held(model, tokens, batch_size)
-    return sum(t.numel() * t.itemsize for part in kept for t in part)
+    parts = held(model, tokens, batch_size) if tokens else []
+    return sum(t.numel() * t.itemsize for part in parts for t in part)
 
 
 @checked
@@ -78,12 +76,12 @@ def flops(
 ) -> Flops:
     """Count one forward pass of ``tokens`` new tokens after ``context`` tokens in the cache.
 
-    ``flops(model, 2048)`` is a prefill, ``flops(model, 1, context=2048)`` a decoding step. Counted
-    are the products that a copy of the model without weights performs, as
-    `torch.utils.flop_counter.FlopCounterMode` counts them; nothing is computed.
+    ``flops(model, 2048)`` is a prefill, ``flops(model, 1, context=2048)`` a decoding step.
+    `torch.utils.flop_counter.FlopCounterMode` counts the products in a pass of a copy without
+    weights; nothing is computed.
 
     Args:
-        logits: positions for which logits are computed; ``generate`` asks for the last alone.
+        logits: positions for which logits are computed; ``generate`` computes the last alone.
 
     Raises:
         ValueError: a negative ``context`` or ``logits``, ``tokens`` or ``batch_size`` below 1, or
@@ -108,25 +106,24 @@ def flops(
         read(copied, context, cache, batch_size=batch_size, logits=1)
     with FlopCounterMode(display=False) as counter:
         read(copied, tokens, cache, batch_size=batch_size, logits=logits or 1)  # 0 asks for all
-    counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    root = type(copied).__name__
-    names = {module: f"{root}.{name}" for name, module in copied.named_modules()}
+    counts = counter.get_flop_counts()
+    names = {m: f"{type(copied).__name__}.{name}" for name, m in copied.named_modules()}
 
-    def spent(modules: Iterable[Any]) -> int:
-        return sum(counted.get(names[module], 0) for module in modules)
+    def total(modules: Iterable[Any]) -> int:
+        return sum(sum(counts[names[m]].values()) for m in modules if names[m] in counts)
 
     # A layer's attention is its child that has a place in the cache.
     children = [child for layer in decoder_layers(copied) for child in layer.children()]
-    attention = spent(child for child in children if hasattr(child, "layer_idx"))
+    attention = total(child for child in children if hasattr(child, "layer_idx"))
     boundaries = [module for module in names if isinstance(module, BoundaryModule)]
-    boundary, last = spent(boundaries), copied.get_output_embeddings()
-    head = spent([last]) - spent(set(boundaries).intersection(last.modules()))
+    boundary, last = total(boundaries), copied.get_output_embeddings()
+    head = total([last]) - total(set(boundaries).intersection(last.modules()))
     mlp = counter.get_total_flops() - attention - boundary - head
     return Flops(attention, mlp, boundary, head if logits else 0)
 
 
 class Spread(NamedTuple):
-    """Seconds over several rounds: their median, and the least and the most."""
+    """Seconds over several rounds: median, minimum and maximum."""
 
     median: float
     least: float
@@ -134,13 +131,13 @@ class Spread(NamedTuple):
 
 
 class Latency(NamedTuple):
-    """What one model took.
+    """Time and memory of one model.
 
     Attributes:
         prefill: seconds from the prompt to the first new token's logits.
-        decode: seconds per step after that, which gives every sequence of the batch one more token.
-        peak_bytes: largest memory allocated on a CUDA device beyond what it held before (weights),
-            that is, activations and cache; None without such a device.
+        decode: seconds per later step, which gives every sequence of the batch one more token.
+        peak_bytes: peak memory on a CUDA device beyond the weights: activations and cache; None
+            without such a device.
     """
 
     prefill: Spread
@@ -159,19 +156,19 @@ def latency(
     repeats: int = 5,
     seed: int = 0,
 ) -> dict[str, Latency]:
-    """Time several models in turn, so that a machine that slows down slows all of them alike.
+    """Time several models in turn, so that a machine that slows down affects all of them alike.
 
     In every round each model reads the same random prompt and continues it greedily, one token at a
     time, in evaluation mode. Clocks are read when the devices have finished.
 
     Args:
-        models: ``{name: model}``; they are given back as they were.
+        models: ``{name: model}``; they are not changed.
         prompt_tokens: length of the prompt.
-        new_tokens: decoding steps after it.
+        new_tokens: number of decoding steps.
         batch_size: sequences in the batch.
-        warmup: rounds that are not counted.
-        repeats: rounds that are.
-        seed: of the prompt.
+        warmup: number of rounds that are not counted.
+        repeats: number of rounds that are counted.
+        seed: seed of the prompt.
 
     Raises:
         ValueError: no model, a size below 1, a negative ``warmup``, or more tokens than a model has
@@ -179,13 +176,8 @@ def latency(
     """
     if not models:
         raise ValueError("no model to time: name at least one")
-    at_least(
-        1,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch_size=batch_size,
-        repeats=repeats,
-    )
+    at_least(1, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    at_least(1, batch_size=batch_size, repeats=repeats)
     at_least(0, warmup=warmup)
     for name, model in models.items():
         check_model(model)
@@ -195,23 +187,21 @@ def latency(
                 f"{prompt_tokens} + {new_tokens} tokens exceed the {positions} positions of "
                 f"{name!r}: shorten the prompt"
             )
-    words = min(text_config(model).vocab_size for model in models.values())
+    vocabulary = min(text_config(model).vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(words, (batch_size, prompt_tokens), generator=generator)
+    prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
     rounds: dict[str, list[tuple[float, float, int]]] = {name: [] for name in models}
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(model))
-        for turn in track(range(warmup + repeats), "timing", unit="round"):
+        for _ in track(range(warmup + repeats), "timing", unit="round"):
             for name, model in models.items():
-                measured = _measure(model, prompt, new_tokens)
-                if turn >= warmup:
-                    rounds[name].append(measured)
-    found = {}
-    for name, taken in rounds.items():
-        prefill, decode, peaks = zip(*taken, strict=True)
-        found[name] = Latency(_spread(prefill), _spread(decode), max(peaks) or None)
-    return found
+                rounds[name].append(_measure(model, prompt, new_tokens))
+    latencies = {}
+    for name, measured in rounds.items():
+        prefill, decode, peaks = zip(*measured[warmup:], strict=True)
+        latencies[name] = Latency(_spread(prefill), _spread(decode), max(peaks) or None)
+    return latencies
 
 
 def _spread(seconds: Sequence[float]) -> Spread:
@@ -234,16 +224,16 @@ def _measure(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[f
     begin = time.perf_counter()
     logits = model(prompt, **options).logits
     _synchronize(devices)
-    read = time.perf_counter()
+    prefilled = time.perf_counter()
     for _ in range(new_tokens):
         logits = model(logits[:, -1:].argmax(-1), **options).logits
     _synchronize(devices)
     end = time.perf_counter()
-    peak = sum(torch.cuda.max_memory_allocated(d) - held for d, held in before.items())
-    return read - begin, (end - read) / new_tokens, peak
+    peak = sum(torch.cuda.max_memory_allocated(d) - allocated for d, allocated in before.items())
+    return prefilled - begin, (end - prefilled) / new_tokens, peak
 
 
 def _synchronize(devices: Iterable[torch.device]) -> None:
-    """Wait until every accelerator has finished what it was given."""
+    """Wait until every accelerator has finished its work."""
     for device in devices:
         torch.accelerator.synchronize(device)

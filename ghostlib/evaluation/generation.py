@@ -24,32 +24,33 @@ def generate(
     max_new_tokens: int = 40,
     chat: bool = False,
 ) -> list[str]:
-    """Continue each prompt greedily, in evaluation mode; returns the continuations alone.
+    """Continue each prompt greedily, in evaluation mode; returns only the continuations.
 
-    Prompts of different lengths are padded on the left, as a decoder-only model needs, whatever
-    side the tokenizer pads on.
+    Prompts of different lengths are padded on the left, as a decoder-only model needs, regardless
+    of the tokenizer's padding side.
 
     Args:
-        model: any causal LM, dense or recovered; it is given back as it was.
-        tokenizer: its tokenizer, which is left as it is.
-        prompts: a text, or several. With ``chat`` each may also be a list of messages, and a list
-            of messages alone is one prompt.
-        max_new_tokens: tokens to generate at most.
+        model: any causal LM, dense or recovered; it is not changed.
+        tokenizer: its tokenizer; it is not changed.
+        prompts: a text, or several. With ``chat`` each may also be a list of messages, and a single
+            list of messages is one prompt.
+        max_new_tokens: largest number of generated tokens.
         chat: put each prompt into the tokenizer's chat template, as instruct models need; a text
-            becomes the message of a user.
+            becomes a user message.
 
     Raises:
         ValueError: no prompt, ``chat`` without a chat template, messages without ``chat``,
-            ``max_new_tokens`` below 1, an empty prompt where the tokenizer adds nothing, or a
-            tokenizer that has nothing to pad with.
+            ``max_new_tokens`` below 1, a prompt without tokens, or a tokenizer that has nothing to
+            pad with.
     """
     check_model(model)
-    several: Any = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not several:
+    texts: Any = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
         raise ValueError("no prompt to continue: give at least one text")
     at_least(1, max_new_tokens=max_new_tokens)
-    written = _in_template(tokenizer, several) if chat else several
-    if not all(isinstance(text, str) for text in written):
+    if chat:
+        texts = _in_template(tokenizer, texts)
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("prompts made of messages need chat=True; without it, give texts")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -59,12 +60,12 @@ def generate(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(
-        written,
+        texts,
         return_tensors="pt",
         padding=True,
         padding_side="left",
-        return_token_type_ids=False,  # decoders have no use for them, and generate refuses them
-        add_special_tokens=not chat,  # a template brings its own
+        return_token_type_ids=False,  # `generate` refuses them
+        add_special_tokens=not chat,  # the template contains them
     )
     if not batch["attention_mask"].any(dim=1).all():
         raise ValueError("a prompt has no token: give a text that is not empty")
@@ -73,15 +74,15 @@ def generate(
         out = generator.generate(
             **batch.to(input_device(model)),
             max_new_tokens=max_new_tokens,
-            do_sample=False,  # and greedily, whatever the checkpoint's own settings
+            do_sample=False,  # these four override the checkpoint's generation config
             num_beams=1,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
             pad_token_id=tokenizer.pad_token_id,
         )
     new = out[:, batch["input_ids"].shape[1] :]
-    continuations: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return continuations
+    decoded: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return decoded
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[str]:

@@ -1,9 +1,8 @@
-"""Multiple-choice questions: read from a file, or made of the embedded Wikipedia introductions.
+"""Multiple-choice questions: read from a file, or made from the embedded Wikipedia introductions.
 
-The embedded tasks are for machines without a hub. Each item shows a few words of an introduction
-and asks for the article's short description, or for its topic, among four. Only articles of the
-corpus' test split are asked about: calibration on ``split="train"`` has seen none of them. The
-items depend on nothing but the seed.
+The embedded tasks need no hub. Each item shows a few words of an introduction and asks for the
+article's short description, or for its topic, among four. All articles are of the corpus' test
+split, which calibration on ``split="train"`` has not seen. The items depend only on the seed.
 """
 
 import json
@@ -25,10 +24,10 @@ class Item(TypedDict):
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """Questions of a ``.jsonl``: ``{"query": text, "choices": [text, …], "gold": index}`` a line.
+    """Questions of a ``.jsonl`` of ``{"query": text, "choices": [text, …], "gold": index}`` lines.
 
     Raises:
-        ValueError: a line that is none, by its number and what is wrong with it; or no line at all.
+        ValueError: an invalid line, by its number, or no line; the message has the reason.
         FileNotFoundError: no such file.
     """
     path = Path(path).expanduser()
@@ -46,7 +45,7 @@ def read_items(path: str | Path) -> list[Item]:
 
 
 def _checked(record: Any) -> Item:
-    """The fields of an item, or a ValueError that says what is wrong with them."""
+    """The fields of an item; `ValueError` with the reason if they are invalid."""
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}, not an object with query, choices and gold")
     for key in ("query", "choices", "gold"):
@@ -68,7 +67,7 @@ def _checked(record: Any) -> Item:
 
 ITEMS, CHOICES, WORDS = 300, 4, 20
 SEED = 0
-# The corpus' topics, each as one word (and one token of most vocabularies: the harness then scores
+# The corpus' topics, each as one word (and one token in most vocabularies: the harness then scores
 # the four choices in one forward pass). "Uncategorized" is left out.
 TOPICS = {
     "Arts": "art",
@@ -90,11 +89,11 @@ _COMMON = set(
 
 
 def descriptions(seed: int = SEED) -> list[Item]:
-    """Choose an article's short description; the others are of articles on the same topic.
+    """The short description of an article, among descriptions of articles on the same topic.
 
     The first sentence, which nearly states the description, is not shown. No choice, right or
-    wrong, shares a word with the text shown (common words aside; words count as equal that begin
-    with the same five letters), so that copying is of no use.
+    wrong, shares a word with the text shown, so that copying does not help. (Common words are
+    ignored, and words with the same first five letters are equal.)
     """
     rng, items = random.Random(seed), []
     articles = [a for a in articles_with_topic() if a["description"]]
@@ -115,9 +114,9 @@ def descriptions(seed: int = SEED) -> list[Item]:
 
 
 def topics(seed: int = SEED) -> list[Item]:
-    """Choose the word for an article's topic from how its introduction begins.
+    """The word for the topic of an article, from the first words of its introduction.
 
-    Every topic is right equally often, and wrong equally often: preferring one name gains nothing.
+    Every topic is right equally often, and wrong equally often: preferring one gains nothing.
     """
     rng, items = random.Random(seed), []
     articles = articles_with_topic()
@@ -126,8 +125,8 @@ def topics(seed: int = SEED) -> list[Item]:
     queue = {name: iter([a for a in articles if a["topic"] == name]) for name in names}
     for _ in range(ITEMS // len(names)):
         rng.shuffle(names)
-        for place, name in enumerate(names):  # wrong are the next three of this round
-            wrong = [TOPICS[names[(place + step) % len(names)]] for step in range(1, CHOICES)]
+        for index, name in enumerate(names):  # wrong are the next three of this round
+            wrong = [TOPICS[names[(index + step) % len(names)]] for step in range(1, CHOICES)]
             query = f"{_beginning(next(queue[name])['extract'])}\n\nThis text is about"
             items.append(_item(query, TOPICS[name], wrong, rng))
     return items
@@ -135,10 +134,10 @@ def topics(seed: int = SEED) -> list[Item]:
 
 def articles_with_topic() -> list[dict[str, str]]:
     """Articles of the test split that have a topic."""
-    entries = list(json.loads(asset("wiki").read_text(encoding="utf-8")).values())
-    by_title = {entry["title"]: entry for entry in entries}
+    entries = json.loads(asset("wiki").read_text(encoding="utf-8")).values()
+    articles = {entry["title"]: entry for entry in entries}
     documents = ((e["title"], f"{e['title']}\n\n{e['extract']}") for e in entries)
-    test = [by_title[title] for title, _ in kept(documents, "test")]
+    test = [articles[title] for title, _ in kept(documents, "test")]
     return [article for article in test if article["topic"] in TOPICS]
 
 

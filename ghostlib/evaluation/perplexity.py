@@ -1,4 +1,4 @@
-"""Perplexity: on windows of tokens, and on a corpus by the protocol that papers report."""
+"""Perplexity: on windows of tokens, and on a corpus by the published protocol."""
 
 import math
 from collections.abc import Sequence
@@ -28,21 +28,21 @@ def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 
     """Mean negative log-likelihood per predicted token (nats) of each window.
 
     Every window is scored by itself; its first token is context only, so that ``length - 1`` tokens
-    are predicted. The head is computed in chunks of tokens, in float32. Without soft-capping it is
-    the same as ``model(window, labels=window).loss``.
+    are predicted. The head is computed in chunks of tokens, in float32. Without soft-capping this
+    equals ``model(window, labels=window).loss``.
 
     Args:
-        model: any causal LM this package supports; one in training mode is scored in evaluation
-            mode and given back as it was.
+        model: any causal LM this package supports; it is scored in evaluation mode, and its own
+            mode is restored.
         windows: (windows, length) token ids.
-        batch_size: windows in a forward pass.
+        batch_size: windows per forward pass.
 
     Returns:
         float64 tensor (windows,) on the CPU.
 
     Raises:
-        ValueError: windows that do not fit the model, or of fewer than two tokens; or a loss that
-            is infinite or not a number.
+        ValueError: windows that do not fit the model or have fewer than two tokens; a loss that is
+            infinite or not a number.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 97}
@@ -53,19 +53,18 @@ def window_losses(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 
     """
     check_scored(model, windows)
     at_least(1, batch_size=batch_size)
-    losses = []
-    for ids in track(torch.split(windows, batch_size), "scoring", unit="batch"):
-        losses.append(token_losses(model, final_hidden(model, ids), ids).mean(1))
-    found = torch.cat(losses)
-    if not found.isfinite().all():
-        bad = int(found.isfinite().logical_not().nonzero()[0])
-        raise ValueError(f"the loss of window {bad} is {float(found[bad])}; {NOT_FINITE}")
-    return found
+    batches = track(torch.split(windows, batch_size), "scoring", unit="batch")
+    parts = [token_losses(model, final_hidden(model, ids), ids).mean(1) for ids in batches]
+    losses = torch.cat(parts)
+    if not losses.isfinite().all():
+        bad = int((~losses.isfinite()).nonzero()[0])
+        raise ValueError(f"the loss of window {bad} is {float(losses[bad])}; {NOT_FINITE}")
+    return losses
 
 
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
-    """Negative log-likelihood (nats) of every token but the first, from what the head receives.
+    """Negative log-likelihood (nats) of every token but the first, from the input of the head.
 
     Args:
         hidden: (windows, length, hidden), see `final_hidden`.
@@ -95,15 +94,15 @@ def perplexity(model: PreTrainedModel, windows: Tensor, *, batch_size: int = 1) 
 def gap_closed(dense: float, pruned: float, recovered: float) -> float:
     """Share of the log-perplexity lost by pruning that recovery wins back (1 = all, < 0 = harm).
 
-    Of text alone: what else the model can no longer do, `ghostlib.abilities` asks.
+    It measures running text alone; `ghostlib.abilities` shows what else was lost.
 
     Args:
         dense: perplexity of the dense model.
-        pruned: of the pruned model, on the same windows.
-        recovered: of the recovered model, on the same windows.
+        pruned: perplexity of the pruned model, on the same windows.
+        recovered: perplexity of the recovered model, on the same windows.
 
     Raises:
-        ValueError: pruning lost nothing, or a value that is no perplexity.
+        ValueError: pruning lost nothing, or a value that is not positive and finite.
 
     >>> round(gap_closed(dense=10, pruned=40, recovered=20), 2)
     0.5
@@ -118,9 +117,9 @@ def gap_closed(dense: float, pruned: float, recovered: float) -> float:
     return math.log(pruned / recovered) / math.log(pruned / dense)
 
 
-# The split that papers score, and how many windows of it (None for all): WikiText-2 and Penn
-# Treebank whole; of C4's validation split, which is large, the first 256, the number that
-# evaluation code for compressed models has used since GPTQ.
+# The published split and number of windows (None for all): all of WikiText-2 and Penn Treebank; the
+# first 256 of C4's large validation split, as evaluation code for compressed models has done since
+# GPTQ.
 PUBLISHED: dict[str, tuple[str, int | None]] = {
     "wikitext2": ("test", None),
     "ptb": ("validation", None),
@@ -130,23 +129,23 @@ PUBLISHED: dict[str, tuple[str, int | None]] = {
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity, and what is needed to measure it again.
+    """A perplexity, and the settings that reproduce it.
 
     Attributes:
-        corpus: the text; of a local file its name without folders.
-        split: of the corpus.
+        corpus: name of the text, without folders for a local file.
+        split: split of the corpus.
         perplexity: ``exp(nll)``; infinite beyond e^709.
         nll: mean negative log-likelihood of a scored token, in nats.
         nll_se: its standard error over windows; None for a single window.
-        bits_per_byte: bits spent on the scored tokens, by the UTF-8 bytes these cover; None where
-            the tokenizer does not say what they cover.
-        windows: how many.
-        length: tokens of a window.
-        tokens: scored ones, ``windows * (length - 1)``.
-        bytes: covered by the scored tokens.
-        separator: between documents.
-        bos: the token that every window begins with, which is not scored; None for none.
-        special_tokens: what the tokenizer added to the text, once for the whole corpus, as text.
+        bits_per_byte: bits of the scored tokens, divided by the UTF-8 bytes they cover; None for a
+            tokenizer without offsets.
+        windows: number of windows.
+        length: tokens per window.
+        tokens: number of scored tokens, ``windows * (length - 1)``.
+        bytes: bytes that the scored tokens cover.
+        separator: text between documents.
+        bos: first token of every window, which is not scored; None without one.
+        special_tokens: tokens that the tokenizer added once, to the whole corpus.
         window_nll: ``nll`` of each window, to compare models window by window.
     """
 
@@ -168,10 +167,10 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class ScoredText:
-    """Held-out windows of a corpus, and what a perplexity on them must say; see `scored_text`.
+    """Held-out windows of a corpus, and their settings; see `scored_text`.
 
     Attributes:
-        windows: (windows, length) token ids; the others are those of `Perplexity`.
+        windows: (windows, length) token ids; the other attributes are those of `Perplexity`.
     """
 
     corpus: str
@@ -182,22 +181,16 @@ class ScoredText:
     special_tokens: Sequence[str]
 
     def perplexity(self, losses: Tensor) -> Perplexity:
-        """The perplexity that these windows' losses (windows,) make, see `window_losses`."""
+        """The perplexity from the losses (windows,) of these windows, see `window_losses`."""
         nll, tokens = float(losses.mean()), self.windows[:, 1:].numel()
+        count, length = self.windows.shape
         return Perplexity(
-            corpus=self.corpus,
-            split=self.split,
+            **vars(self) | {"windows": count, "length": length, "separator": SEPARATOR},
             perplexity=float(losses.mean().exp()),
             nll=nll,
             nll_se=float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else None,
             bits_per_byte=nll * tokens / math.log(2) / self.bytes if self.bytes else None,
-            windows=len(self.windows),
-            length=self.windows.shape[1],
             tokens=tokens,
-            bytes=self.bytes,
-            separator=SEPARATOR,
-            bos=self.bos,
-            special_tokens=self.special_tokens,
             window_nll=losses.tolist(),
         )
 
@@ -223,18 +216,18 @@ def scored_text(
     windows, text = tokenised(
         corpus, tokenizer, length=length, count=count, special_tokens=first is None, **reading
     )
-    added: list[str] = []
+    special: list[str] = []
     if first is None:
-        added = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
+        special = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
     sizes, covered = token_bytes(tokenizer, text), None
     if sizes is not None and first is None:
-        laid = np.concatenate([np.zeros(len(added), dtype=int), sizes])[: windows.numel()]
-        covered = int(laid.reshape(windows.shape)[:, 1:].sum())
-    elif sizes is not None:  # every token but the first of a window is one of the text's
+        sizes = np.concatenate([np.zeros(len(special), dtype=int), sizes])[: windows.numel()]
+        covered = int(sizes.reshape(windows.shape)[:, 1:].sum())
+    elif sizes is not None:  # every token but the first of a window is from the text
         covered = int(sizes[: windows[:, 1:].numel()].sum())
     local = str(corpus) not in CORPORA and Path(corpus).expanduser().exists()
     name = Path(corpus).name if local else str(corpus)
-    return ScoredText(name, split, windows, covered, first, added)
+    return ScoredText(name, split, windows, covered, first, special)
 
 
 @checked
@@ -256,19 +249,19 @@ def corpus_perplexity(
         model: any causal LM, dense or recovered, of any dtype and on any device.
         tokenizer: its tokenizer.
         corpus: a name, a hub dataset or a path, as for `ghostlib.documents`.
-        batch_size: windows in a forward pass.
-        split: by default that of `PUBLISHED`, and ``"test"`` for other corpora; ``"all"`` for the
+        batch_size: windows per forward pass.
+        split: by default as in `PUBLISHED`, and ``"test"`` for other corpora; ``"all"`` for the
             whole of a local file.
-        length: tokens of a window; 2,048 by default.
-        count: the first so many windows; by default as in `PUBLISHED`, and all of other corpora.
+        length: tokens per window; 2,048 by default.
+        count: number of windows from the first; by default as in `PUBLISHED`, and all of other
+            corpora.
         seed, text_column: see `ghostlib.documents`.
         bos: whether every window begins with BOS, which a model trained with one needs; by default
-            if the tokenizer adds one. False as published: what the tokenizer adds (a BOS for Llama,
-            nothing for SmolLM2) stands once, at the beginning of the corpus.
+            if the tokenizer adds one. With False, as published, special tokens of the tokenizer (a
+            BOS for Llama, none for SmolLM2) stand once, at the beginning of the corpus.
 
     Raises:
-        ValueError: less text than one window, and whatever `ghostlib.token_windows` and
-            `window_losses` refuse.
+        ValueError: less text than one window, and as `ghostlib.token_windows` and `window_losses`.
         ConnectionError: a hub corpus that cannot be reached.
     """
     text = scored_text(tokenizer, corpus, **options)
@@ -278,17 +271,17 @@ def corpus_perplexity(
 def token_bytes(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray | None:
     """UTF-8 bytes of ``text`` that each of its tokens covers.
 
-    They add up to the bytes of the text: what no token covers, such as white space that is dropped,
-    goes to the token before it, and a character that several tokens share, to the last of them.
+    They add up to the bytes of the text: dropped characters, such as white space, count for the
+    token before them, and a character that several tokens share for the last of them.
 
     Returns:
-        Integers (tokens,); None for a tokenizer that keeps no track of the text.
+        Integers (tokens,); None for a tokenizer without offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         return None
     spans = encode(tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
     characters = [len(character.encode("utf-8", "surrogatepass")) for character in text]
-    before = np.concatenate([[0], np.cumsum(characters)]).astype(int)  # each character, in bytes
-    starts = before[[start for start, _ in spans]]
-    edges = np.concatenate([[0], starts[1:], before[-1:]])
-    return np.diff(edges[: len(spans) + 1])  # of an empty text the first edge alone
+    offsets = np.concatenate([[0], np.cumsum(characters)]).astype(int)  # of characters, in bytes
+    starts = offsets[[start for start, _ in spans]]
+    edges = np.concatenate([[0], starts[1:], offsets[-1:]])
+    return np.diff(edges[: len(spans) + 1])  # an empty text has the first edge alone

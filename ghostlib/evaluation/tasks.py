@@ -1,7 +1,7 @@
-"""Zero-shot accuracy through lm-evaluation-harness itself, on a model in memory.
+"""Zero-shot accuracy through lm-evaluation-harness, on a model in memory.
 
-Tasks are the harness' own by name, among them the paper's nine (`PAPER_TASKS`); local files of
-multiple-choice questions; and two made of the embedded corpus (`EMBEDDED`), which need no hub.
+Tasks are the harness' own, by name, with the paper's nine (`PAPER_TASKS`); local files of
+multiple-choice questions; and two made from the embedded corpus (`EMBEDDED`), which need no hub.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from ghostlib.models.streams import evaluating
 
 @dataclass(frozen=True)
 class Score:
-    """What a model scored on one task.
+    """Score of a model on one task.
 
     Attributes:
-        task: its name.
+        task: name of the task.
         acc: share of items whose right choice has the highest log-likelihood (0 to 1).
         acc_se: its standard error, as the harness computes it; None for a single item.
         acc_norm: as ``acc``, with log-likelihoods divided by the choices' lengths in characters;
@@ -41,7 +41,7 @@ class Score:
         acc_norm_se: its standard error.
         correct: 1 or 0 for each item, in the task's order.
         correct_norm: the same for ``acc_norm``.
-        items: a digest of the items, equal for scores of the same ones.
+        items: digest of the items.
     """
 
     task: str
@@ -56,16 +56,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more accurate one model is than another, item by item.
+    """Paired difference between the accuracies of two models.
 
     Attributes:
-        difference: accuracy of the first less that of the second; between -1 and 1.
+        difference: accuracy of the first minus accuracy of the second; between -1 and 1.
         low: lower end of its confidence interval.
         high: upper end.
-        p_value: of McNemar's exact test that neither is better.
-        first_only: items that only the first got right.
-        second_only: items that only the second got right.
-        n: all items.
+        p_value: p-value of McNemar's exact test that neither is better.
+        first_only: number of items that only the first answers right.
+        second_only: number of items that only the second answers right.
+        n: number of items.
     """
 
     difference: float
@@ -83,16 +83,16 @@ def paired(
 ) -> Difference:
     """Compare two models on the same items of one task.
 
-    What both got right, or wrong, says nothing about the difference and does not blur it, so the
-    interval is narrower than that of two separate accuracies. It is the normal approximation with
-    half an item added to each of the four cells of the paired table (Agresti and Min, 2005), which
-    keeps its coverage for few items and for models that never disagree.
+    Items that both answer alike do not widen the interval, which is narrower than for two separate
+    accuracies. It is the normal approximation with half an item added to each of the four cells of
+    the paired table (Agresti and Min, 2005), which keeps its coverage for few items and for models
+    that never disagree.
 
     Args:
-        first: what `zero_shot` gave for one model.
-        second: for another, on the same task with the same ``limit``.
+        first: `Score` of one model, from `zero_shot`.
+        second: `Score` of another, on the same task with the same ``limit``.
         normed: compare ``acc_norm`` instead of ``acc``.
-        confidence: of the interval.
+        confidence: confidence level of the interval.
 
     Raises:
         ValueError: scores of different items, a task without ``acc_norm``, or a confidence that is
@@ -100,8 +100,8 @@ def paired(
 
     >>> answers = [1, 1, 1, 0], [1, 0, 0, 0]
     >>> dense, pruned = (Score("quiz", sum(a) / 4, None, None, None, a, None, "") for a in answers)
-    >>> found = paired(dense, pruned)
-    >>> found.difference, found.first_only, found.p_value
+    >>> result = paired(dense, pruned)
+    >>> result.difference, result.first_only, result.p_value
     (0.5, 2, 0.5)
     """
     if not 0 < confidence < 1:
@@ -116,10 +116,10 @@ def paired(
         raise ValueError(f"task {first.task!r} is scored without acc_norm: use normed=False")
     gained = int(np.sum(np.greater(a, b)))
     lost = int(np.sum(np.less(a, b)))
-    # Agresti and Min: two items more, half of one in each cell
-    n, up, down = len(a) + 2, gained + 0.5, lost + 0.5
-    centre = (up - down) / n
-    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((up + down) / n - centre**2) / np.sqrt(n)
+    n = len(a) + 2  # Agresti and Min: two items more, half of one in each cell
+    centre = (gained - lost) / n
+    variance = (gained + lost + 1) / n - centre**2
+    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt(variance) / np.sqrt(n)
     return Difference(
         difference=(gained - lost) / len(a),
         low=max(float(centre - half), -1.0),
@@ -164,43 +164,43 @@ def zero_shot(
     drops the beginning of a query that is longer than the model's context.
 
     Args:
-        model: any causal LM, dense or recovered; one in training mode is scored in evaluation
-            mode and given back as it was.
+        model: any causal LM, dense or recovered; it is scored in evaluation mode, and its own mode
+            is restored.
         tokenizer: its tokenizer.
-        tasks: names of `EMBEDDED` tasks, of the harness' own, or paths of ``.jsonl`` files (see
-            `read_items`), which are called by the name of the file.
-        limit: the first so many items of each task; None for all.
-        batch_size: sequences (an item has one for each choice) in a forward pass.
+        tasks: names of `EMBEDDED` tasks or of the harness' own, or paths of ``.jsonl`` files (see
+            `read_items`), each named by the stem of its file.
+        limit: number of items of each task, from the first; None for all.
+        batch_size: sequences per forward pass; an item has one for each choice.
 
     Returns:
-        ``{task: Score}``; a group of tasks comes as its members.
+        ``{task: Score}``, with the members of a group of tasks.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
-        ValueError: an unknown task, a file that cannot be used (the message names the line), a
-            task without accuracy, two of one name, no task, a ``limit`` or ``batch_size`` below 1,
-            or a log-likelihood that is infinite or not a number.
+        ValueError: an unknown task, an invalid file (the message names the line), a task without
+            accuracy, two of one name, no task, a ``limit`` or ``batch_size`` below 1, or a
+            log-likelihood that is infinite or not a number.
         FileNotFoundError: no such file.
-        ConnectionError: a task's data cannot be had from the hub.
-        ghostlib.text.assets.AssetError: an embedded task whose corpus is not to be had.
+        ConnectionError: a task's data cannot be read from the hub.
+        ghostlib.text.assets.AssetError: an embedded task without its corpus.
     """
     check_model(model)
     at_least(1, limit=limit, batch_size=batch_size)
-    wanted = [tasks] if isinstance(tasks, str | Path) else list(tasks)
-    if not wanted:
+    sources = [tasks] if isinstance(tasks, str | Path) else list(tasks)
+    if not sources:
         raise ValueError(f"no task to score: {_INSTEAD}")
     lm_eval, huggingface = _harness()
     with _silence(), evaluating(model):
-        loaded = [part for task in wanted for part in _load(task)]
-        names = [part.task_name for part in loaded]
+        loaded = [task for source in sources for task in _load(source)]
+        names = [task.task_name for task in loaded]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(
                 f"two tasks are called {min(twice)!r}: name each once, by its own name"
             )
         lm = huggingface.HFLM(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
-            backend="causal",  # a recovered model's type is none that the harness knows
+            tokenizer=copy.deepcopy(tokenizer),  # the harness sets its padding token
+            backend="causal",  # the harness does not know the type of a recovered model
             batch_size=batch_size,
         )
         results = lm_eval.simple_evaluate(
@@ -208,7 +208,7 @@ def zero_shot(
             tasks=loaded,
             task_manager=_manager(False),
             limit=limit,
-            # nothing is drawn: the caller's random state is not the harness' to set
+            # nothing is random: the harness must not set the caller's random state
             random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,
@@ -217,7 +217,7 @@ def zero_shot(
 
 
 def check_tasks(tasks: Sequence[str | Path]) -> None:
-    """Raise what `zero_shot` would for tasks it cannot have, before hours of other work."""
+    """Raise the error of `zero_shot` for tasks it cannot load, before hours of other work."""
     if tasks:
         _harness()
     with _silence():
@@ -226,11 +226,11 @@ def check_tasks(tasks: Sequence[str | Path]) -> None:
 
 
 def check_names(tasks: Sequence[str | Path]) -> None:
-    """Refuse tasks that nothing is known of, without reading any data of the hub.
+    """Refuse unknown tasks, without reading any data from the hub.
 
     Raises:
-        ModuleNotFoundError: one of the harness' own, and lm-eval is not installed.
-        ValueError: an unknown task, or a file that cannot be used (the message names the line).
+        ModuleNotFoundError: a task of the harness, while lm-eval is not installed.
+        ValueError: an unknown task, or an invalid file (the message names the line).
         FileNotFoundError: no such file.
     """
     for task in map(str, tasks):
@@ -254,21 +254,21 @@ def _harness() -> tuple[Any, Any]:
 
 @cache
 def _manager(everything: bool) -> Any:
-    """The harness' index of tasks; that of all fourteen thousand takes some seconds to build."""
+    """The harness' index, without its tasks or with all fourteen thousand, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=everything)
 
 
 def _load(task: str | Path) -> list[Any]:
-    """The harness' task objects behind a name or a path."""
+    """The harness' task objects for a name or a path."""
     name = str(task)
     if name in EMBEDDED:
         return [_task_of(name, EMBEDDED[name]())]
     if isinstance(task, Path) or name.endswith(".jsonl"):
         return [_task_of(Path(name).stem, read_items(name))]
     _check_known(name)
-    # datasets raises a dozen kinds of error for "not reachable", "not there" and "not readable".
+    # datasets raises a dozen kinds of errors for unreachable, missing and unreadable data.
     trouble = ""
     try:
         with without_retries() as trouble:
@@ -282,15 +282,15 @@ def _load(task: str | Path) -> list[Any]:
 
 
 def _check_known(name: str) -> None:
-    known = _manager(True).all_tasks
-    if name not in known:
-        names = list(dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *known]))
+    tasks = _manager(True).all_tasks
+    if name not in tasks:
+        names = list(dict.fromkeys([*EMBEDDED, *PAPER_TASKS, *tasks]))
         close = get_close_matches(name, names, n=3) or [*EMBEDDED, *PAPER_TASKS]
         raise ValueError(f"unknown task {name!r}; near are {', '.join(close)}; or {_INSTEAD}")
 
 
 def _task_of(name: str, items: list[Item]) -> Any:
-    """A task of the harness made of items."""
+    """A task of the harness, made from items."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
@@ -312,13 +312,13 @@ def _task_of(name: str, items: list[Item]) -> Any:
 
 
 def _score(task: str, results: Any) -> Score:
-    """One task's `Score` from what the harness returned."""
+    """The `Score` of one task from the results of the harness."""
     totals = results["results"][task]
     if "acc,none" not in totals:
         raise ValueError(f"task {task!r} has no accuracy: zero_shot is for multiple-choice tasks")
     items = sorted(results["samples"][task], key=lambda item: item["doc_id"])
     for item in items:
-        # one (log-likelihood, is it the most likely continuation) for each choice
+        # (log-likelihood, whether it is the most likely continuation) of each choice
         if not all(math.isfinite(likelihood) for likelihood, _ in item["filtered_resps"]):
             where = f"task {task!r}, item {item['doc_id']}"
             raise ValueError(f"{where}: a log-likelihood is not finite; {NOT_FINITE}")
@@ -344,8 +344,8 @@ def _score(task: str, results: Any) -> Score:
 def _silence() -> Iterator[None]:
     """No log of the harness; its progress bars only where ghostlib may draw its own.
 
-    Nor does it ask pip and the compilers about the machine, a second for every task, for a part of
-    its results that nobody reads.
+    The harness must not describe the machine either: a part of its results that nobody reads, and
+    one second per task.
     """
     logger = logging.getLogger("lm_eval")
     level = logger.level

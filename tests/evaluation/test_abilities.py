@@ -235,7 +235,7 @@ def test_bad_input_is_refused(model):
     for probes in (["names"], ["brackets"]):
         with pytest.raises(ValueError, match="the reference has other items of"):
             gl.abilities(model, TOKENIZER, probes=probes, reference=dense)
-    with pytest.raises(ValueError, match="probe 'names' cannot be asked: it needs a tokenizer"):
+    with pytest.raises(ValueError, match="probe 'names' cannot be run: it needs a tokenizer"):
         ProbeSet(model, None, ["names"], strict=True)
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         ProbeSet(model, TOKENIZER, ["names"], count=0)
@@ -261,7 +261,7 @@ def test_the_criterion_weighs_text_against_copying():
         variant = gl.install(model, {gap: gl.solve(stats_of[gap], "ghost") for gap in removed})
         loss, copying = gl.window_losses(variant, ids[:2]), probes.ask(variant)["copying-16"]
         assert score == pytest.approx(float(loss.mean() + 0.5 * copying.mean()), rel=1e-5)
-    with pytest.raises(ValueError, match="'names' cannot be asked: it needs a tokenizer"):
+    with pytest.raises(ValueError, match="'names' cannot be run: it needs a tokenizer"):
         gl.select_layers(model, ids, 2, "abilities", keep="names")
 
 

@@ -18,7 +18,7 @@ from ghostlib.evaluation.cost import Flops
 from ghostlib.models.architectures import num_layers
 
 TOKENS, BATCH = 16, 2  # longer than the tiny models' sliding window of 8
-# what the names of a part's parameters hold
+# substrings of the names of each part's parameters
 PARTS = {
     "boundary": [".boundary."],
     "attention": ["self_attn.", ".attention.", ".attn."],
@@ -37,9 +37,8 @@ def forward_counted(
 
 
 def variants(dense: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """A dense model and one recovered at two gaps; attention written out as plain products."""
-    stats = gl.calibrate(dense, tiny_windows(), [(1, 3), (4, 5)])
-    models = {"dense": dense, "ghost": gl.recover(dense, stats, [1, 2, 4])}
+    """A dense model and one recovered at two gaps, with attention as plain products."""
+    models = {"dense": dense, "ghost": gl.recover(dense, tiny_windows(), [1, 2, 4])}
     for model in models.values():
         model.set_attn_implementation("eager")  # the counter does not look into fused kernels
     return models
@@ -51,8 +50,8 @@ def test_flops_and_cache_are_what_pytorch_counts_and_keeps(any_tiny):
         ids, cache = tiny_windows(BATCH, TOKENS), DynamicCache(config=model.config)
         counted = forward_counted(model, ids, cache)
         assert gl.flops(model, TOKENS, batch_size=BATCH, logits=TOKENS).total == counted
-        held = sum(kept.nbytes for layer in cache.layers for kept in (layer.keys, layer.values))
-        assert gl.cache_bytes(model, TOKENS, batch_size=BATCH) == held
+        cached = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+        assert gl.cache_bytes(model, TOKENS, batch_size=BATCH) == cached
         counted = forward_counted(model, ids[:, :1], cache, logits_to_keep=1)
         assert gl.flops(model, 1, context=TOKENS, batch_size=BATCH).total == counted
 
@@ -74,7 +73,7 @@ def test_a_boundary_costs_its_matrix_and_both_operators_cost_the_same(any_tiny):
 @pytest.mark.thorough
 @pytest.mark.parametrize("context", [0, 20])
 def test_every_part_is_what_the_sizes_of_its_matrices_say(any_tiny, context):
-    """Each number of a matrix multiplies each token once, each query meets each key in reach."""
+    """Each number of a matrix multiplies each token once, each query meets each key it sees."""
     for model in variants(any_tiny).values():
         size: dict[str, int] = defaultdict(int)
         for name, parameter in model.named_parameters():
@@ -87,9 +86,8 @@ def test_every_part_is_what_the_sizes_of_its_matrices_say(any_tiny, context):
             if window is None or (kinds and kinds[index] != "sliding_attention"):
                 window = math.inf
             pairs += 2 * WIDTH * TOKENS * (min(context, window - 1) + TOKENS)
-        counted = gl.flops(model, TOKENS, context=context, batch_size=BATCH, logits=3)
         head = model.get_output_embeddings().weight.numel()
-        assert counted == Flops(
+        assert gl.flops(model, TOKENS, context=context, batch_size=BATCH, logits=3) == Flops(
             attention=2 * BATCH * (TOKENS * size["attention"] + pairs),
             mlp=2 * BATCH * TOKENS * size["mlp"],
             boundary=2 * BATCH * TOKENS * size["boundary"],
@@ -122,17 +120,18 @@ def test_projections_outside_the_layers_are_counted():
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_experts_count_in_every_dtype(kind):
     model, ids = build(kind), tiny_windows(1, TOKENS)
-    found = [gl.flops(model.to(d), TOKENS) for d in (torch.bfloat16, torch.float16, torch.float32)]
-    assert found[0] == found[1] == found[2]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    counts = [gl.flops(model.to(dtype), TOKENS) for dtype in dtypes]
+    assert counts[0] == counts[1] == counts[2]
     model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")  # one plain product for each expert that is asked
+    model.set_experts_implementation("eager")  # one plain product for each expert in use
     counted = forward_counted(model, ids, DynamicCache(config=model.config), logits_to_keep=1)
-    assert found[2].total == counted
+    assert counts[2].total == counted
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["mamba", "bamba", "falcon_h1", "qwen3_next", "recurrent_gemma"])
-def test_states_are_kept_beside_keys_and_values(kind):
+def test_states_are_cached_besides_keys_and_values(kind):
     model = build(kind)
     for tokens in (3, TOKENS):
         cache, size = DynamicCache(config=model.config), 0
@@ -154,14 +153,14 @@ def test_states_are_kept_beside_keys_and_values(kind):
         ("xlstm", "no attribute 'rnn_state'"),
     ],
 )
-def test_what_cannot_be_counted_is_said_in_one_line(kind, why):
+def test_models_that_cannot_be_counted_are_refused_in_one_line(kind, why):
     model = build(kind)
     for count in (gl.flops, gl.cache_bytes):
         with pytest.raises(ValueError, match=rf"^operations and cache of a {kind} [^\n]*{why}"):
             count(model, TOKENS)
 
 
-def test_a_state_outside_the_cache_is_not_called_nothing():
+def test_a_state_outside_the_cache_is_not_counted_as_nothing():
     with pytest.raises(ValueError, match=r"^a rwkv keeps nothing in the cache of transformers$"):
         gl.cache_bytes(build("rwkv"), TOKENS)
 
@@ -174,16 +173,16 @@ def test_a_head_of_several_parts_is_counted_where_it_is_passed(kind, logits):
     removed = [num_layers(model) - 1]
     ghost = gl.recover(model, tiny_windows(4, 24), removed, "ghost", relative_ridge=1e-3)
     pruned = gl.prune(model, removed)
-    found, less = (gl.flops(each, TOKENS, logits=logits) for each in (ghost, pruned))
-    assert found.boundary > 0 and found._replace(boundary=0) == less
-    for each, claimed in ((ghost, found), (pruned, less)):
-        each.set_attn_implementation("eager")
-        cache = DynamicCache(config=each.config)
-        counted = forward_counted(each, tiny_windows(1, TOKENS), cache, logits_to_keep=logits)
-        assert claimed.total == counted
+    counts = [gl.flops(variant, TOKENS, logits=logits) for variant in (ghost, pruned)]
+    assert counts[0].boundary > 0 and counts[0]._replace(boundary=0) == counts[1]
+    for variant, count in zip((ghost, pruned), counts, strict=True):
+        variant.set_attn_implementation("eager")
+        cache = DynamicCache(config=variant.config)
+        counted = forward_counted(variant, tiny_windows(1, TOKENS), cache, logits_to_keep=logits)
+        assert count.total == counted
 
 
-def test_nothing_but_shapes_is_needed():
+def test_only_shapes_are_needed():
     with torch.device("meta"):
         model = tiny_model("llama")
     real = tiny_model("llama")
@@ -206,17 +205,13 @@ def test_weights_are_as_large_as_the_file(any_tiny, dtype, tmp_path):
 
 
 def test_the_last_token_that_a_boundary_reads_is_in_the_cache():
-    dense = tiny_model("llama")
+    dense, name = tiny_model("llama"), "three-branch-relative"
     pruned = gl.prune(dense, [1, 2, 4])
-    back = gl.recover(
-        dense, tiny_windows(), [1, 2, 4], operator="three-branch-relative", relative_ridge=1e-3
-    )
+    recovered = gl.recover(dense, tiny_windows(), [1, 2, 4], name, relative_ridge=1e-3)
     for tokens in (1, TOKENS):
-        more = gl.cache_bytes(back, tokens, batch_size=3) - gl.cache_bytes(
-            pruned, tokens, batch_size=3
-        )
-        assert more == 2 * 3 * WIDTH * 4  # two gaps, three sequences, four bytes
-    assert gl.cache_bytes(back, 0) == 0
+        sizes = [gl.cache_bytes(model, tokens, batch_size=3) for model in (recovered, pruned)]
+        assert sizes[0] - sizes[1] == 2 * 3 * WIDTH * 4  # two gaps, three sequences, four bytes
+    assert gl.cache_bytes(recovered, 0) == 0
 
 
 def test_a_sliding_window_bounds_the_cache():
@@ -229,11 +224,11 @@ def test_a_sliding_window_bounds_the_cache():
 def test_latency_of_every_architecture(any_tiny):
     models = variants(any_tiny)
     before = {name: value.clone() for name, value in any_tiny.state_dict().items()}
-    found = gl.latency(models, 12, 3, warmup=0, repeats=2)
-    assert list(found) == list(models)
-    for taken in found.values():
-        assert taken.peak_bytes is None
-        for spread in (taken.prefill, taken.decode):
+    latencies = gl.latency(models, 12, 3, warmup=0, repeats=2)
+    assert list(latencies) == list(models)
+    for latency in latencies.values():
+        assert latency.peak_bytes is None
+        for spread in (latency.prefill, latency.decode):
             assert 0 < spread.least <= spread.median <= spread.most
     assert all(torch.equal(before[name], value) for name, value in any_tiny.state_dict().items())
 
@@ -254,13 +249,13 @@ def delayed():
 def test_prefill_and_decoding_take_what_their_passes_take(delayed):
     model, delays, passes = delayed
     delays += [0.6, 0.2, 0.2]
-    found = gl.latency({"a": model}, 7, 2, batch_size=3, warmup=0, repeats=1)["a"]
-    assert 0.6 < found.prefill.median < 1.0
-    assert 0.2 < found.decode.median < 0.39
+    latency = gl.latency({"a": model}, 7, 2, batch_size=3, warmup=0, repeats=1)["a"]
+    assert 0.6 < latency.prefill.median < 1.0
+    assert 0.2 < latency.decode.median < 0.39
     assert passes == [(3, 7), (3, 1), (3, 1)]
 
 
-def test_rounds_that_warm_up_are_left_out(delayed):
+def test_warmup_rounds_are_left_out(delayed):
     model, delays, _ = delayed
     delays += [0.3, 0.3]
     assert gl.latency({"a": model}, 4, 1, warmup=1, repeats=2)["a"].prefill.most < 0.2
@@ -273,11 +268,12 @@ def test_rounds_that_warm_up_are_left_out(delayed):
 def test_a_machine_that_slows_down_slows_all_models_alike(delayed):
     model, delays, _ = delayed
     delays += [0.01 * (step + 1) for step in range(20)]
-    found = gl.latency({"a": model, "b": model}, 4, 1, warmup=0, repeats=5)
-    assert found["b"].prefill.median / found["a"].prefill.median < 2  # one after the other: 3
+    latencies = gl.latency({"a": model, "b": model}, 4, 1, warmup=0, repeats=5)
+    ratio = latencies["b"].prefill.median / latencies["a"].prefill.median
+    assert ratio < 2  # one model after the other: 3
 
 
-def test_models_in_training_mode_are_timed_without_dropout_and_given_back():
+def test_models_in_training_mode_are_timed_without_dropout_and_stay_in_it():
     model = tiny_model("gpt2").train()
     model.transformer.h[0].eval()
     modes = []

@@ -1,4 +1,4 @@
-"""Padding, chat templates and pipelines: no prompt is continued otherwise in company than alone."""
+"""Padding, chat templates and pipelines: a batch is continued as each prompt alone."""
 
 import copy
 
@@ -33,11 +33,8 @@ def words_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def prompts() -> list[str]:
     """Three prompts of 3, 14 and 9 words."""
-    ids = tiny_windows(3, 14).tolist()
-    lengths = (3, 14, 9)
-    return [
-        " ".join(WORDS[i] for i in row[:length]) for row, length in zip(ids, lengths, strict=True)
-    ]
+    rows = zip(tiny_windows(3, 14).tolist(), (3, 14, 9), strict=True)
+    return [" ".join(WORDS[i] for i in row[:length]) for row, length in rows]
 
 
 @pytest.mark.thorough
@@ -52,7 +49,7 @@ def test_a_padded_batch_is_continued_as_one_by_one(
         model = gl.recover(model, tiny_windows(), removed, relative_ridge=1e-3)
     model.generation_config.use_cache = use_cache
     special = [{"pad_token": "<pad>"}, {"pad_token": "<other>"}, {"eos_token": "<end>"}]
-    for tokens in special if use_cache else special[:1]:  # what pads has nothing to do with caches
+    for tokens in special if use_cache else special[:1]:  # padding is independent of the cache
         tokenizer = words_tokenizer(**tokens)
         together = gl.generate(model, tokenizer, prompts, max_new_tokens=6)
         alone = [gl.generate(model, tokenizer, p, max_new_tokens=6)[0] for p in prompts]
@@ -73,10 +70,8 @@ def test_bad_prompts_are_named() -> None:
 
 
 def test_a_model_in_training_mode_generates_without_dropout(prompts: list[str]) -> None:
-    model, tokenizer = (
-        tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5),
-        words_tokenizer(pad_token="<pad>"),
-    )
+    model = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5)
+    tokenizer = words_tokenizer(pad_token="<pad>")
     expected = gl.generate(model.eval(), tokenizer, prompts)
     model.train()
     model.transformer.h[0].eval()  # a part that is frozen stays so
@@ -84,7 +79,7 @@ def test_a_model_in_training_mode_generates_without_dropout(prompts: list[str]) 
     assert model.training and not model.transformer.h[0].training
 
 
-def test_settings_of_a_checkpoint_leave_it_greedy(prompts: list[str]) -> None:
+def test_the_generation_config_of_a_checkpoint_is_overridden(prompts: list[str]) -> None:
     model, tokenizer = tiny_model("llama"), words_tokenizer(pad_token="<pad>")
     expected = gl.generate(model, tokenizer, prompts)
     for name, value in (("num_beams", 3), ("repetition_penalty", 1.8), ("no_repeat_ngram_size", 1)):
@@ -100,10 +95,10 @@ def test_prompts_go_into_the_chat_template() -> None:
         {"role": "assistant", "content": "w70"},
         {"role": "user", "content": "w80"},
     ]
-    written = ["user w50 w60 assistant w70 user w80 assistant", "user w90 assistant"]
-    expected = gl.generate(model, tokenizer, written, max_new_tokens=5)
-    several: list[list[Message]] = [turns, [{"role": "user", "content": "w90"}]]
-    assert gl.generate(model, tokenizer, several, chat=True, max_new_tokens=5) == expected
+    texts = ["user w50 w60 assistant w70 user w80 assistant", "user w90 assistant"]
+    expected = gl.generate(model, tokenizer, texts, max_new_tokens=5)
+    chats: list[list[Message]] = [turns, [{"role": "user", "content": "w90"}]]
+    assert gl.generate(model, tokenizer, chats, chat=True, max_new_tokens=5) == expected
     assert gl.generate(model, tokenizer, turns, chat=True, max_new_tokens=5) == expected[:1]
     assert gl.generate(model, tokenizer, "w90", chat=True, max_new_tokens=5) == expected[1:]
     assert gl.generate(model, tokenizer, ["w90"], chat=True, max_new_tokens=5) == expected[1:]
@@ -112,12 +107,6 @@ def test_prompts_go_into_the_chat_template() -> None:
 @pytest.fixture(scope="module")
 def recovered(embedded, wiki) -> PreTrainedModel:
     return gl.recover(embedded[0], wiki, range(12, 19))
-
-
-@pytest.fixture
-def spoken(embedded) -> PreTrainedTokenizerFast:
-    """A copy of the embedded tokenizer: pipelines set its padding side."""
-    return copy.deepcopy(embedded[1])
 
 
 @pytest.mark.embedded
@@ -152,16 +141,15 @@ def test_an_instruct_model_answers(embedded, recovered: PreTrainedModel) -> None
 
 
 @pytest.mark.embedded
-def test_a_pipeline_takes_batches_and_chats(
-    recovered: PreTrainedModel, spoken: PreTrainedTokenizerFast
-) -> None:
+def test_a_pipeline_takes_batches_and_chats(embedded, recovered: PreTrainedModel) -> None:
+    tokenizer = copy.deepcopy(embedded[1])  # pipelines set its padding side
     options = {"max_new_tokens": 4, "do_sample": False, "batch_size": 2}
     prompts = ["Water boils at", "The capital of France is the city of"]
-    expected = gl.generate(recovered, spoken, prompts, max_new_tokens=4)
-    answers = gl.generate(recovered, spoken, QUESTIONS, chat=True, max_new_tokens=4)
-    speaker = pipeline("text-generation", model=recovered, tokenizer=spoken)
-    made = speaker(prompts, return_full_text=False, **options)
-    assert [one[0]["generated_text"] for one in made] == expected
+    expected = gl.generate(recovered, tokenizer, prompts, max_new_tokens=4)
+    answers = gl.generate(recovered, tokenizer, QUESTIONS, chat=True, max_new_tokens=4)
+    speaker = pipeline("text-generation", model=recovered, tokenizer=tokenizer)
+    outputs = speaker(prompts, return_full_text=False, **options)
+    assert [output[0]["generated_text"] for output in outputs] == expected
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    replies = [one[0]["generated_text"][-1] for one in speaker(chats, **options)]
+    replies = [output[0]["generated_text"][-1] for output in speaker(chats, **options)]
     assert replies == [{"role": "assistant", "content": answer} for answer in answers]

@@ -1,8 +1,9 @@
-"""The published protocol against its pieces, and bytes against what the tokens decode to."""
+"""The published protocol against its parts, and bytes against decoded tokens."""
 
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -29,7 +30,7 @@ def book(tmp_path: Path) -> Path:
     return path
 
 
-def falling_back() -> PreTrainedTokenizerFast:
+def byte_fallback() -> PreTrainedTokenizerFast:
     """A tokenizer as Llama 2's: spaces as ▁, one in front, unknown characters as their bytes."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghij.ö", "ab"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
@@ -41,28 +42,28 @@ def falling_back() -> PreTrainedTokenizerFast:
 
 def test_is_the_perplexity_of_the_same_windows(book: Path) -> None:
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
-    found = corpus_perplexity(model, tokenizer, book, split="all", length=32, batch_size=3)
+    result = corpus_perplexity(model, tokenizer, book, split="all", length=32, batch_size=3)
     windows = gl.token_windows(book, tokenizer, split="all", length=32, count=None)
     losses = gl.window_losses(model, windows)
-    assert found.perplexity == pytest.approx(gl.perplexity(model, windows), rel=1e-6)
-    assert found.nll_se == pytest.approx(float(losses.std()) / len(windows) ** 0.5, rel=1e-5)
-    assert (found.windows, found.length, found.tokens) == (*windows.shape, len(windows) * 31)
-    assert (found.corpus, found.split, found.separator) == ("book.txt", "all", "\n\n")
-    assert found.special_tokens == [] and found.bos is None
+    assert result.perplexity == pytest.approx(gl.perplexity(model, windows), rel=1e-6)
+    assert result.nll_se == pytest.approx(float(losses.std()) / len(windows) ** 0.5, rel=1e-5)
+    assert (result.windows, result.length, result.tokens) == (*windows.shape, len(windows) * 31)
+    assert (result.corpus, result.split, result.separator) == ("book.txt", "all", "\n\n")
+    assert result.special_tokens == [] and result.bos is None
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_bits_per_byte_of_a_uniform_model(book: Path, bos: bool) -> None:
-    """Each token costs log2(300) bits; without merges it is one byte, except an added one."""
+    """Each token costs log2(300) bits; without merges it is one byte, except a special one."""
     book.write_text("The theory of the thing.\n\n" * 9)
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer(0, bos)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    found = corpus_perplexity(model, tokenizer, book, split="all", length=16, count=3, bos=False)
-    assert found.perplexity == pytest.approx(300, rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(math.log2(300), rel=1e-5)
-    assert found.bytes == found.tokens == 45
-    assert found.special_tokens == (["<bos>"] if bos else [])
+    result = corpus_perplexity(model, tokenizer, book, split="all", length=16, count=3, bos=False)
+    assert result.perplexity == pytest.approx(300, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(math.log2(300), rel=1e-5)
+    assert result.bytes == result.tokens == 45
+    assert result.special_tokens == (["<bos>"] if bos else [])
     one = corpus_perplexity(model, tokenizer, book, split="all", length=16, count=1)
     assert one.nll_se is None
 
@@ -71,26 +72,25 @@ def test_bits_per_byte_of_a_uniform_model(book: Path, bos: bool) -> None:
 def test_bytes_are_those_the_scored_tokens_cover(book: Path, bos: bool | None) -> None:
     """Against decoding all of a window but its first token; a window may cut through a letter."""
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer(bos=True)
-    found = corpus_perplexity(model, tokenizer, book, split="all", length=64, bos=bos)
+    result = corpus_perplexity(model, tokenizer, book, split="all", length=64, bos=bos)
     windows = gl.token_windows(book, tokenizer, split="all", length=64, count=None, bos=True)
     if bos is False:
         ids = torch.tensor(tokenizer(TEXT.strip())["input_ids"])
         windows = ids[: len(ids) // 64 * 64].view(-1, 64)
-    assert found.perplexity == pytest.approx(gl.perplexity(model, windows), rel=1e-6)
-    assert found.bos == (None if bos is False else "<bos>")
-    assert found.special_tokens == (["<bos>"] if bos is False else [])
+    assert result.perplexity == pytest.approx(gl.perplexity(model, windows), rel=1e-6)
+    assert result.bos == (None if bos is False else "<bos>")
+    assert result.special_tokens == (["<bos>"] if bos is False else [])
     decoded = sum(len(tokenizer.decode(row[1:]).encode(errors="replace")) for row in windows)
-    assert found.bytes is not None
-    assert found.bytes == pytest.approx(decoded, abs=3 * found.windows)
-    assert found.tokens == windows[:, 1:].numel()
-    assert found.bits_per_byte == pytest.approx(
-        found.nll / math.log(2) * found.tokens / found.bytes, rel=1e-12
-    )
+    assert result.bytes is not None
+    assert result.bytes == pytest.approx(decoded, abs=3 * result.windows)
+    assert result.tokens == windows[:, 1:].numel()
+    bits = result.nll / math.log(2) * result.tokens
+    assert result.bits_per_byte == pytest.approx(bits / result.bytes, rel=1e-12)
 
 
 @given(st.text(max_size=40))
 def test_byte_level_tokens_cover_the_text(text: str) -> None:
-    """Up to a token's end the bytes agree, but for those of a character that is not over yet."""
+    """Up to a token's end the bytes agree, except for those of an unfinished character."""
     sizes = token_bytes(TOKENIZER, text)
     pieces = TOKENIZER.convert_ids_to_tokens(
         TOKENIZER(text, split_special_tokens=True)["input_ids"]
@@ -103,24 +103,20 @@ def test_byte_level_tokens_cover_the_text(text: str) -> None:
 
 
 TOKENIZER = tiny_tokenizer()
-FALLING_BACK = falling_back()
+BYTE_FALLBACK = byte_fallback()
 
 
 @given(st.text(alphabet="abcj öß東😀", max_size=30))
 def test_tokens_that_fall_back_to_bytes(text: str) -> None:
-    sizes = token_bytes(FALLING_BACK, text)
-    pieces = FALLING_BACK.convert_ids_to_tokens(FALLING_BACK(text)["input_ids"])
+    sizes = token_bytes(BYTE_FALLBACK, text)
+    pieces = BYTE_FALLBACK.convert_ids_to_tokens(BYTE_FALLBACK(text)["input_ids"])
     assert sizes is not None and sizes.sum() == len(text.encode())
-    whole = [not p.startswith("<0x") for p in pieces]
-    expected = [len(p.replace("▁", " ").encode()) for p in pieces]
-    if expected:
-        expected[0] -= 1  # the space that is put in front
-    assert [n for n, w in zip(sizes, whole, strict=True) if w] == [
-        n for n, w in zip(expected, whole, strict=True) if w
-    ]
+    for index, (size, piece) in enumerate(zip(sizes, pieces, strict=True)):
+        if not piece.startswith("<0x"):  # the first piece begins with a space that is not in text
+            assert size == len(piece.replace("▁", " ").encode()) - (index == 0)
 
 
-def test_text_that_is_dropped_or_not_followed() -> None:
+def test_dropped_text_and_tokenizers_without_offsets() -> None:
     raw = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     sizes = token_bytes(PreTrainedTokenizerFast(tokenizer_object=raw), "a  b ö")
@@ -132,27 +128,27 @@ def test_text_that_is_dropped_or_not_followed() -> None:
     assert token_bytes(Slow(), "a") is None  # type: ignore[arg-type]
 
 
-def test_without_bytes_there_is_a_perplexity_still(book: Path, monkeypatch: Any) -> None:
+def test_without_offsets_there_is_still_a_perplexity(book: Path, monkeypatch: Any) -> None:
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
     monkeypatch.setattr("ghostlib.evaluation.perplexity.token_bytes", lambda *_, **__: None)
-    found = corpus_perplexity(model, tokenizer, book, split="all", length=16, count=2)
-    assert found.bits_per_byte is None and found.bytes is None and found.perplexity > 1
+    result = corpus_perplexity(model, tokenizer, book, split="all", length=16, count=2)
+    assert result.bits_per_byte is None and result.bytes is None and result.perplexity > 1
 
 
 def test_published_corpora_have_their_splits_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    splits: list[str] = []
 
     def load_dataset(path: str, config: str | None, **options: Any) -> list[dict[str, str]]:
-        asked.append(options["split"])
+        splits.append(options["split"])
         return [{"text": "the theory " * 9, "sentence": "the thing " * 9} for _ in range(400)]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
-    found = [
+    results = [
         corpus_perplexity(model, tokenizer, name, length=8, batch_size=256) for name in PUBLISHED
     ]
-    assert asked == ["test", "validation", "validation"] == [f.split for f in found]
-    assert found[2].windows == 256 < found[0].windows
+    assert splits == ["test", "validation", "validation"] == [result.split for result in results]
+    assert results[2].windows == 256 < results[0].windows
     few = corpus_perplexity(model, tokenizer, "c4", split="test", length=8, count=2)
     assert (few.windows, few.split, few.corpus) == (2, "test", "c4")
 
@@ -164,11 +160,7 @@ def test_bad_requests(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.bos_token = None
     with pytest.raises(ValueError, match="bos=True, but this tokenizer has no BOS token"):
         corpus_perplexity(model, tokenizer, book, split="all", length=8, bos=True)
-
-    def unreachable(path: str, config: str | None, **options: Any) -> None:
-        raise OSError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=OSError("no route")))
     with pytest.raises(ConnectionError, match=r"could not be read.*'wiki' or 'pydoc', or the path"):
         corpus_perplexity(model, tokenizer, "wikitext2")
 
@@ -176,10 +168,10 @@ def test_bad_requests(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.embedded
 def test_embedded_model_on_embedded_text(embedded: Any) -> None:
     model, tokenizer = embedded
-    found = corpus_perplexity(model, tokenizer, "wiki", length=256, count=3)
-    assert 5 < found.perplexity < 60
-    assert 0.5 < found.bits_per_byte < 1.5  # type: ignore[operator]
-    assert found.split == "test" and found.special_tokens == []
+    result = corpus_perplexity(model, tokenizer, "wiki", length=256, count=3)
+    assert 5 < result.perplexity < 60
+    assert 0.5 < result.bits_per_byte < 1.5  # type: ignore[operator]
+    assert result.split == "test" and result.special_tokens == []
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared evaluation data is not here")

@@ -20,14 +20,14 @@ answers = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, 
 @given(answers)
 def test_counts_and_symmetry(pairs: list[tuple[int, int]]) -> None:
     a, b = (list(side) for side in zip(*pairs, strict=True))
-    found, mirrored = paired(score(a), score(b)), paired(score(b), score(a))
-    assert found.difference == pytest.approx(np.mean(a) - np.mean(b))
-    assert found.first_only == sum(x > y for x, y in pairs) and found.n == len(pairs)
-    assert -1 <= found.low <= found.difference <= found.high <= 1 and found.low < found.high
-    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
-    assert mirrored.p_value == pytest.approx(found.p_value)
+    result, mirrored = paired(score(a), score(b)), paired(score(b), score(a))
+    assert result.difference == pytest.approx(np.mean(a) - np.mean(b))
+    assert result.first_only == sum(x > y for x, y in pairs) and result.n == len(pairs)
+    assert -1 <= result.low <= result.difference <= result.high <= 1 and result.low < result.high
+    assert (mirrored.low, mirrored.high) == pytest.approx((-result.high, -result.low))
+    assert mirrored.p_value == pytest.approx(result.p_value)
     wider = paired(score(a), score(b), confidence=0.999)
-    assert wider.low <= found.low and wider.high >= found.high
+    assert wider.low <= result.low and wider.high >= result.high
 
 
 @given(st.integers(0, 7), st.integers(0, 7))
@@ -46,21 +46,21 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(table: tuple[float, .
     rng, hits = np.random.default_rng(0), 0
     for _ in range(1000):
         cells = rng.choice(4, size=100, p=table)
-        found = paired(score(list((cells < 2) * 1)), score(list((cells % 2 == 0) * 1)))
-        hits += found.low <= table[1] - table[2] <= found.high
+        result = paired(score(list((cells < 2) * 1)), score(list((cells % 2 == 0) * 1)))
+        hits += result.low <= table[1] - table[2] <= result.high
     assert 0.93 < hits / 1000 <= 1
 
 
 def test_it_is_narrower_than_two_separate_intervals() -> None:
     a = [1, 0] * 50
     b = [*a[:-2], 0, 0]
-    found = paired(score(a), score(b))
-    assert found.high - found.low < 0.1 < 2 * 1.96 * (2 * 0.25 / 100) ** 0.5
+    result = paired(score(a), score(b))
+    assert result.high - result.low < 0.1 < 2 * 1.96 * (2 * 0.25 / 100) ** 0.5
 
 
 def test_models_that_never_disagree_have_an_interval() -> None:
-    found = paired(score([1] * 20), score([1] * 20))
-    assert found.low < 0 < found.high and found.difference == 0 and found.p_value == 1
+    result = paired(score([1] * 20), score([1] * 20))
+    assert result.low < 0 < result.high and result.difference == 0 and result.p_value == 1
 
 
 def test_normed_scores_and_errors() -> None:
