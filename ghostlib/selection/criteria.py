@@ -169,7 +169,7 @@ def select_layers(
         calibration = calibrate(model, calibration, boundaries, **options)
     else:
         check_origin("the calibration was", calibration.model, model)
-    _check_statistics(criterion, n, calibration, boundaries)
+    _check_stats(criterion, n, calibration, boundaries)
     probe = keep if "probes" in rule.needs else None
     evidence = Evidence(model, calibration, windows, family, batch_size, probe, weight)
     return _search(criterion, evidence, n, tries)
@@ -219,15 +219,13 @@ def needed(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary
     return [boundary for length in lengths for boundary in contiguous(length, total)]
 
 
-def _check_statistics(
-    criterion: str, n: int, calibration: Calibration, boundaries: list[Boundary]
-) -> None:
-    if missing := [b for b in boundaries if b not in calibration.similarities]:
+def _check_stats(criterion: str, n: int, stats: Calibration, boundaries: list[Boundary]) -> None:
+    if missing := [b for b in boundaries if b not in stats.similarities]:
         raise ValueError(
             f"criterion {criterion!r} with n = {n} needs boundaries the calibration lacks, "
             f"such as {missing[0]}: calibrate with boundaries=… all {len(boundaries)} of them"
         )
-    if "moments" in CRITERIA[criterion].needs and (lacking := set(boundaries) - set(calibration)):
+    if "moments" in CRITERIA[criterion].needs and (lacking := set(boundaries) - set(stats)):
         raise ValueError(
             f"criterion {criterion!r} needs second moments, which this calibration lacks for "
             f"{min(lacking)}: calibrate with moments=True"

@@ -224,9 +224,7 @@ class GhostedMixin:
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         # With a static cache, `generate` compiles into CUDA graphs, which reuse the memory of a
         # boundary's last token.
-        if self.looking_back:
-            return False
-        return super()._valid_auto_compile_criteria(*args, **kwargs)  # type: ignore[misc,no-any-return]
+        return not self.looking_back and super()._valid_auto_compile_criteria(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def is_custom_code(cls) -> bool:

@@ -168,9 +168,7 @@ def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
 def _cache(model: PreTrainedModel) -> tuple[int, ...] | None:
     """Numbers by which the cache of each layer grows per token; 0 for states of fixed size."""
     with suppress(Exception):  # some types compute on values, which meta tensors do not have
-        two, three = (
-            [sum(t.numel() for t in part) for part in held(model, tokens)] for tokens in (2, 3)
-        )
+        two, three = ([sum(t.numel() for t in part) for part in held(model, n)] for n in (2, 3))
         growth = [after - before for before, after in zip(two, three, strict=True)]
         return tuple(growth[: num_layers(model)])
     return None

@@ -67,9 +67,8 @@ def module_and_down_projection(
     for index, operator in operators.items():
         projection: Any = projection_before(model, index, operator.name)
         D, d = projection_weights(projection)
-        C = D.shape[1]
-        M, E = operator.M[:C].cpu(), operator.M[C:].cpu()
-        A = M + torch.eye(C, dtype=M.dtype)
+        M, E = operator.M.cpu().tensor_split([D.shape[1]])
+        A = M + torch.eye(len(M), dtype=M.dtype)
         new = D + torch.linalg.solve(A, E, left=False)
         bias = None
         if operator.bias is not None:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, tiny_model, tiny_windows
+from conftest import LAYERS, WIDTH, saved_and_loaded, tiny_model, tiny_windows
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import ghostlib as gl
 from ghostlib import Boundary
@@ -95,10 +95,7 @@ def test_a_folded_scale_also_scales_what_the_repairs_before_it_add(names):
 def test_folded_models_survive_saving(tied, tmp_path):
     model, ids = tiny_model("llama", tie_word_embeddings=tied), tiny_windows()
     for name in ("magnitude", "replaceme"):
-        recovered = gl.recover(model, ids, REMOVED, name)
-        recovered.save_pretrained(tmp_path / name)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        torch.testing.assert_close(logits(loaded, ids), logits(recovered, ids))
+        loaded = saved_and_loaded(gl.recover(model, ids, REMOVED, name), ids, tmp_path / name)
         head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
         assert (head.weight is table.weight) == tied
 
@@ -191,10 +188,7 @@ def test_a_low_rank_repair_is_stored_as_two_factors(tmp_path):
     torch.testing.assert_close((boundary.A @ boundary.B).double(), op.M, rtol=1e-4, atol=1e-5)
     x = torch.randn(2, 5, WIDTH)
     torch.testing.assert_close(boundary(x), op.apply(x), rtol=1e-4, atol=1e-5)
-    recovered.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded, ids), logits(recovered, ids))
-    assert loaded.config.ghost[0]["rank"] == 3
+    assert saved_and_loaded(recovered, ids, tmp_path).config.ghost[0]["rank"] == 3
     pruned = gl.prune(model, gap.removed)
     extra = gl.count_parameters(recovered) - gl.count_parameters(pruned)
     assert extra == 2 * 3 * WIDTH < WIDTH * WIDTH

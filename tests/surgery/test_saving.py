@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fresh
 import pytest
@@ -90,8 +91,7 @@ def test_portable_folders_load_with_their_own_code(tmp_path: Path) -> None:
         assert kind == type(model).__name__
         # Processes may round differently, by the alignment of memory; the weights are the same.
         torch.testing.assert_close(logits, last_logits(model).float(), rtol=1e-5, atol=1e-5)
-        text = (folder / "modeling_ghosted.py").read_text()
-        nodes = ast.walk(ast.parse(text))
+        nodes = ast.walk(ast.parse((folder / "modeling_ghosted.py").read_text()))
         imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
         assert imports and not any("ghostlib" in ast.unparse(node) for node in imports)
         loaded = AutoModelForCausalLM.from_pretrained(folder)  # with ghostlib
@@ -169,11 +169,8 @@ def test_output_is_checked_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recovered = repaired("refit")
-
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", broken)  # the card is written last
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(Path, "write_text", full)  # the card is written last
     with pytest.raises(OSError, match="No space left"):
         save(recovered, tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -236,16 +233,13 @@ def test_an_interrupted_save_leaves_nothing(
     recovered = repaired("ghost")
     (tmp_path / f".model.{os.getpid()}.tmp").mkdir()  # of a process that was killed
     with monkeypatch.context() as patch:
+        interrupted = Mock(side_effect=KeyboardInterrupt)
         patch.setattr(type(recovered.generation_config), "save_pretrained", interrupted)
         with pytest.raises(KeyboardInterrupt):
             recovered.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
     recovered.save_pretrained(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def interrupted(*args: Any, **kwargs: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_folder_is_named_as_people_name_it(

@@ -10,7 +10,7 @@ import fresh
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import LAYERS, tiny_model, tiny_windows
+from conftest import LAYERS, saved_and_loaded, tiny_model, tiny_windows
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 
@@ -26,17 +26,6 @@ LAYERS_TO_REMOVE = {"middle": [2, 3], "several": [0, 2, 3, LAYERS - 1]}
 EMBEDDED_LAYERS = {"block": range(12, 19), "several": [0, 9, 10, 20, 29]}
 
 
-def greedy(model, ids, new: int, use_cache: bool) -> torch.Tensor:
-    return model.generate(
-        ids,
-        max_new_tokens=new,
-        do_sample=False,
-        use_cache=use_cache,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-
-
 @torch.no_grad()
 def logits(model, ids, **inputs) -> torch.Tensor:
     return model(ids, **inputs).logits
@@ -44,9 +33,9 @@ def logits(model, ids, **inputs) -> torch.Tensor:
 
 def check_recovered(dense, recovered, ids, folder) -> None:
     """Everything that must hold for a recovered model, tiny or embedded."""
-    assert torch.equal(
-        greedy(recovered, ids[:1, :8], 40, True), greedy(recovered, ids[:1, :8], 40, False)
-    )
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with_cache = recovered.generate(ids[:1, :8], use_cache=True, **options)
+    assert torch.equal(with_cache, recovered.generate(ids[:1, :8], use_cache=False, **options))
     assert isinstance(recovered, type(dense))
     assert recovered.config.num_hidden_layers == len(decoder_layers(recovered))
     for position, layer in enumerate(decoder_layers(recovered)):
@@ -54,10 +43,8 @@ def check_recovered(dense, recovered, ids, folder) -> None:
     # All parameters but the operators are the dense model's own tensors.
     shared = {id(p) for p in dense.parameters()}
     assert all(id(p) in shared or ".boundary." in name for name, p in recovered.named_parameters())
-    recovered.save_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded = saved_and_loaded(recovered, ids, folder)
     assert type(loaded) is type(recovered) and loaded.dtype == recovered.dtype
-    assert torch.equal(logits(loaded, ids), logits(recovered, ids))
 
 
 @pytest.mark.parametrize("layers", LAYERS_TO_REMOVE.values(), ids=LAYERS_TO_REMOVE)
@@ -66,7 +53,7 @@ def test_recovered_tiny_models_of_every_architecture(any_tiny, layers, tmp_path)
     before = logits(any_tiny, ids)
     config = any_tiny.config.to_dict()
     recovered = gl.recover(any_tiny, ids, layers, relative_ridge=1e-3)
-    check_recovered(any_tiny, recovered, ids, tmp_path / "model")
+    check_recovered(any_tiny, recovered, ids, tmp_path)
     assert torch.equal(logits(any_tiny, ids), before)
     assert any_tiny.config.to_dict() == config
     assert len(decoder_layers(any_tiny)) == LAYERS
@@ -81,7 +68,7 @@ def test_recovered_embedded_model(embedded, wiki, layers, tmp_path):
     ids = wiki[:1, :128]
     before = logits(model, ids)
     recovered = gl.recover(model, wiki, layers)
-    check_recovered(model, recovered, ids, tmp_path / "model")
+    check_recovered(model, recovered, ids, tmp_path)
     assert torch.equal(logits(model, ids), before)
     layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
     operators = len(gl.runs(layers, 30)) * 576**2
@@ -139,8 +126,7 @@ def test_pruning_gives_the_stock_class_and_the_dense_layers(any_tiny, tmp_path):
     for layer in decoder_layers(by_hand)[1:3]:
         layer.forward = lambda hidden, *args, **kwargs: hidden
     torch.testing.assert_close(logits(pruned, ids), logits(by_hand, ids, use_cache=False))
-    pruned.save_pretrained(tmp_path)
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(any_tiny)
+    assert type(saved_and_loaded(pruned, ids, tmp_path)) is type(any_tiny)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -149,10 +135,8 @@ def test_half_precision_stays_half_precision(dtype, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
     recovered = gl.recover(model, tiny_windows(), [2, 3], relative_ridge=1e-3)
     assert {p.dtype for p in recovered.parameters()} == {dtype}
-    recovered.save_pretrained(tmp_path / "recovered")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered")
+    loaded = saved_and_loaded(recovered, tiny_windows(), tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
-    assert torch.equal(logits(loaded, tiny_windows()), logits(recovered, tiny_windows()))
 
 
 def test_affine_operators_keep_their_bias(tmp_path):
@@ -160,7 +144,7 @@ def test_affine_operators_keep_their_bias(tmp_path):
     recovered = gl.recover(model, ids, [2, 3], "affine", relative_ridge=1e-3)
     assert recovered.config.ghost[0]["bias"] is True
     assert receiver(recovered, 2).boundary.b.abs().max() > 0
-    check_recovered(model, recovered, ids, tmp_path / "model")
+    check_recovered(model, recovered, ids, tmp_path)
 
 
 def test_recovered_models_can_be_moved_cast_copied_and_pickled():
@@ -187,11 +171,10 @@ def test_hidden_states_and_batches_with_padding():
 
 def test_every_weight_of_a_model_read_from_a_folder_comes_back(any_tiny, tmp_path):
     """Files of some architectures have other names of weights than their modules."""
-    any_tiny.save_pretrained(tmp_path / "dense")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    recovered = gl.recover(dense, tiny_windows(), [2, 3])
-    twice = loaded(loaded(recovered, tmp_path), tmp_path / "twice")
-    assert torch.equal(logits(twice, tiny_windows()), logits(recovered, tiny_windows()))
+    ids = tiny_windows()
+    dense = saved_and_loaded(any_tiny, ids, tmp_path / "dense")
+    once = saved_and_loaded(gl.recover(dense, ids, [2, 3]), ids, tmp_path / "once")
+    saved_and_loaded(once, ids, tmp_path / "twice")
 
 
 def test_a_text_generation_pipeline_takes_a_recovered_model(embedded, wiki):
@@ -312,8 +295,7 @@ def looking_back(dense: PreTrainedModel | None = None) -> PreTrainedModel:
 
 
 def loaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    model.save_pretrained(folder / "model")
-    return AutoModelForCausalLM.from_pretrained(folder / "model")
+    return saved_and_loaded(model, tiny_windows(), folder)
 
 
 COPIES: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {

@@ -13,14 +13,10 @@ from ghostlib.recovery.recipe import Recipe
 
 pytestmark = pytest.mark.thorough
 
-LAYERS_REMOVED = [2, 3, 5]
-
 
 def repaired(name: str) -> PreTrainedModel:
-    ids = tiny_windows(6, 40)
-    return gl.recover(
-        tiny_model("llama"), ids, LAYERS_REMOVED, name, relative_ridge=1e-3, share=False
-    )
+    model, options = tiny_model("llama"), {"relative_ridge": 1e-3, "share": False}
+    return gl.recover(model, tiny_windows(6, 40), [2, 3, 5], name, **options)
 
 
 def trained(
@@ -77,12 +73,11 @@ def test_the_best_checkpoint_is_loaded_in_the_end(tmp_path: Path) -> None:
 
 def test_shards_of_an_earlier_checkpoint_do_not_stay(tmp_path: Path) -> None:
     old, new, ids = repaired("ghost"), repaired("two-branch"), tiny_windows()
-    for first, options in ((old, {"max_shard_size": "10KB"}), (old, {})):
-        first.save_pretrained(tmp_path, is_main_process=True, **options)
-        sizes = {} if options else {"max_shard_size": "10KB"}
-        new.save_pretrained(tmp_path, is_main_process=True, **sizes)
-        again = AutoModelForCausalLM.from_pretrained(tmp_path)
-        assert torch.equal(again(ids).logits, new(ids).logits)
+    for sizes in (["10KB", "1GB"], ["1GB", "10KB"]):
+        for model, size in zip((old, new), sizes, strict=True):
+            model.save_pretrained(tmp_path, is_main_process=True, max_shard_size=size)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded(ids).logits, new(ids).logits)
 
 
 def step(model: PreTrainedModel) -> None:
