@@ -154,11 +154,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         ValueError: another kind; the message has the name, the value and what is allowed.
     """
     signature = inspect.signature(function)
-    kinds = {
-        name: parameter.annotation
-        for name, parameter in signature.parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    }
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    kinds = {parameter.name: parameter.annotation for parameter in parameters}
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
