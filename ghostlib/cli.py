@@ -1,7 +1,7 @@
-"""The command line: recover a model and save it, or compare ways to do so.
+"""The command line: recover a model and save it, or compare repairs.
 
-Options are read before torch and transformers are imported, so that help and typing errors are
-answered at once.
+Options are parsed before torch and transformers are imported, so that help and usage errors appear
+at once.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
@@ -26,15 +26,15 @@ _EXAMPLES = {
   GHOSTLIB_CACHE=folder ghostlib fetch      into another folder
   GHOSTLIB_PROGRESS=0 ghostlib fetch        without progress bars""",
     "names": """
-  ghostlib names                            everything that an option may name
-  ghostlib names | grep patch               what is there of one kind
+  ghostlib names                            all names that options accept
+  ghostlib names | grep patch               names that contain patch
   ghostlib names | less                     page by page""",
     "inspect": """
-  ghostlib inspect smollm2                  layers, widths, which operators fit
+  ghostlib inspect smollm2                  layers, widths, applicable operators
   ghostlib inspect org/model                from the hub's configuration alone
   ghostlib inspect folder | less            page by page""",
     "abilities": """
-  ghostlib abilities smollm2                what the embedded model can do
+  ghostlib abilities smollm2                of the embedded model alone
   ghostlib abilities smollm2-ghost7 --reference smollm2
   ghostlib abilities org/model --probes copying names --json""",
     "recover": """
@@ -50,7 +50,7 @@ exit status: 0 done, 1 failed while running, 2 bad input, 3 does not fit, 130 in
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, as for any other bad input; no option is guessed."""
+    """Parser that raises `ValueError` for bad arguments, and accepts no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -67,79 +67,78 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"ghostlib {version('ghostlib')}")
     commands = top.add_subparsers(dest="command", required=True)
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
+    def add(run: Callable[..., None], text: str, *parents: _Parser) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            run.__name__,
+            parents=parents,
             help=text,
             description=text,
-            epilog=f"examples:{_EXAMPLES[name]}",
+            epilog=f"examples:{_EXAMPLES[run.__name__]}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        command.set_defaults(run=run)
+        return command
 
-    add("fetch", "fetch and check the embedded model and corpus")
-    add("names", "list operators, criteria, budgets, corpora, tasks and probes by name")
-    make = add("inspect", "what is found of a model, without its weights")
-    make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
-    make = add("abilities", "what a model can do: copying, names, brackets, facts …")
-    make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
-    make.add_argument("--reference", help="the dense model it was made from")
-    make.add_argument("--probes", nargs="+", help="ask these alone; see ghostlib names")
-    make.add_argument("--seed", type=int, default=0, help="of the items [0]")
-    make.add_argument("--json", action="store_true", help="print JSON, every item included")
-    make.add_argument("--dtype", help="float32, bfloat16, … [as the model was saved]")
-    make.add_argument("--device", help="such as cpu or cuda:1 [a GPU if there is one]")
-    make = add("recover", "prune, recover, score and save a model")
-    make.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
-    make.add_argument("output", help="new folder for the recovered model and its tokenizer")
-    make.add_argument("--n", type=_count, help="layers to remove [7]")
-    text = "how they are chosen [cosine; with auto the recipe's own]"
-    make.add_argument("--criterion", help=text)
-    make.add_argument("--layers", nargs="+", help="remove these instead, such as 12-15 17")
-    text = "what repairs the gaps: a family, a regressor, or auto (a recipe chooses) [ghost]"
-    make.add_argument("--operator", default="ghost", help=text)
-    make.add_argument("--budget", help="what auto may add: none, matrix or any [any]")
-    make.add_argument("--keep", help="with auto: an ability that counts too, such as copying")
-    make.add_argument("--relative-ridge", type=float, help="ridge in units of the mean eigenvalue")
-    make.add_argument("--rank", type=_count, help="of operators that have one")
+    model, loading = _Parser(add_help=False), _Parser(add_help=False)
+    model.add_argument("model", help="smollm2 (embedded), a local folder, or a hub id")
+    loading.add_argument("--dtype", help="float32, bfloat16, … [as the model was saved]")
+    loading.add_argument("--device", help="such as cpu or cuda:1 [a GPU if there is one]")
+    add(fetch, "fetch and check the embedded model and corpus")
+    add(names, "list operators, criteria, budgets, corpora, tasks and probes by name")
+    add(inspect, "describe a model from its configuration, without its weights", model)
+    text = "measure abilities of a model: copying, names, brackets, facts …"
+    sub = add(abilities, text, model, loading)
+    sub.add_argument("--reference", help="the dense model it was made from")
+    sub.add_argument("--probes", nargs="+", help="only these; see ghostlib names")
+    sub.add_argument("--seed", type=int, default=0, help="of the items [0]")
+    sub.add_argument("--json", action="store_true", help="print JSON, every item included")
+    sub = add(recover, "prune, recover, score and save a model", model, loading)
+    sub.add_argument("output", help="new folder for the recovered model and its tokenizer")
+    sub.add_argument("--n", type=_count, help="number of layers to remove [7]")
+    sub.add_argument("--criterion", help="how to choose them [cosine; auto: the recipe's own]")
+    sub.add_argument("--layers", nargs="+", help="remove these instead, such as 12-15 17")
+    text = "repair of the gaps: a family, a regressor, or auto (a recipe chooses) [ghost]"
+    sub.add_argument("--operator", default="ghost", help=text)
+    sub.add_argument("--budget", help="what auto may add: none, matrix or any [any]")
+    sub.add_argument("--keep", help="with auto: an ability that counts too, such as copying")
+    sub.add_argument("--relative-ridge", type=float, help="ridge in units of the mean eigenvalue")
+    sub.add_argument("--rank", type=_count, help="of operators that have one")
     text = "for several gaps: teacher or sequential [teacher]"
-    make.add_argument("--fit", choices=("teacher", "sequential"), default="teacher", help=text)
-    make.add_argument("--corpus", default="wiki", help="a name, hub id or file [wiki]")
-    make.add_argument("--windows", type=_count, default=16, help="calibration windows [16]")
-    make.add_argument("--length", type=_count, default=2048, help="tokens of a window [2048]")
-    make.add_argument("--test-windows", type=_count, default=8, help="held-out windows [8]")
-    make.add_argument("--seed", type=int, default=0, help="which windows are drawn [0]")
-    make.add_argument("--dtype", help="float32, bfloat16, … [as the model was saved]")
-    make.add_argument("--device", help="such as cpu or cuda:1 [a GPU if there is one]")
-    text = "spread the weights over all devices and memory; what fits nowhere else goes here"
-    make.add_argument("--offload", metavar="FOLDER", help=text)
-    text = "say what will be downloaded, and memory and time expected, and stop"
-    make.add_argument("--dry-run", action="store_true", help=text)
+    sub.add_argument("--fit", choices=("teacher", "sequential"), default="teacher", help=text)
+    sub.add_argument("--corpus", default="wiki", help="a name, hub id or file [wiki]")
+    sub.add_argument("--windows", type=_count, default=16, help="calibration windows [16]")
+    sub.add_argument("--length", type=_count, default=2048, help="tokens of a window [2048]")
+    sub.add_argument("--test-windows", type=_count, default=8, help="held-out windows [8]")
+    sub.add_argument("--seed", type=int, default=0, help="of the windows [0]")
+    text = "spread the weights over all devices and memory; the rest goes into this folder"
+    sub.add_argument("--offload", metavar="FOLDER", help=text)
+    text = "print the size of the download and the expected memory and time, and stop"
+    sub.add_argument("--dry-run", action="store_true", help=text)
     text = "print one JSON object to standard output, and all else to standard error"
-    make.add_argument("--json", action="store_true", help=text)
-    text = "save the code as well that loads the model without ghostlib"
-    make.add_argument("--portable", action="store_true", help=text)
-    make = add("experiment", "score operators on corpora and tasks, and resume where it stopped")
-    make.add_argument("output", help="results file (JSON lines), made or resumed")
-    described = dict(_described())
+    sub.add_argument("--json", action="store_true", help=text)
+    sub.add_argument("--portable", action="store_true", help="add code to load it without ghostlib")
+    sub = add(experiment, "score operators on corpora and tasks; resume a run that stopped")
+    sub.add_argument("output", help="results file (JSON lines), created or resumed")
+    descriptions = _descriptions()
     for field in fields(Specification):
-        several, default = isinstance(field.default, tuple), field.default
+        default = field.default
         shown = " ".join(default) if isinstance(default, tuple) else default
-        make.add_argument(
+        sub.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=_yes if field.name == "bos" else int if "int" in str(field.type) else str,
-            nargs="*" if several else None,
+            nargs="*" if isinstance(default, tuple) else None,
             default=default,
-            help=described[field.name] + (f" [{shown}]" if shown not in (None, "") else ""),
+            help=descriptions[field.name] + (f" [{shown}]" if shown not in (None, "") else ""),
         )
-    make.add_argument("--shard", default="1/1", help="3/8: the third eighth of the cells")
-    make.add_argument("--normed", action="store_true", help="print acc_norm of tasks that have it")
+    sub.add_argument("--shard", default="1/1", help="3/8: the third eighth of the cells")
+    sub.add_argument("--normed", action="store_true", help="print acc_norm where it exists")
     return top
 
 
 def _count(text: str) -> int:
     """A positive whole number."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
@@ -150,26 +149,27 @@ def _yes(text: str) -> bool:
     return text == "yes"
 
 
-def _described() -> Iterator[tuple[str, str]]:
-    """The attributes of `Specification` with what its docstring says of them."""
-    # Python 3.13 takes the indentation of docstrings away when it compiles them.
+def _descriptions() -> dict[str, str]:
+    """{attribute of `Specification`: its description in the docstring}."""
+    # Python 3.13 strips the indentation of docstrings when it compiles them.
     text = (getdoc(Specification) or "").partition("Raises:")[0]
-    for name, line in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", text, re.MULTILINE):
-        yield name, " ".join(line.split()).rstrip(".").replace("``", "").replace("%", "%%")
+    text = text.replace("``", "").replace("%", "%%")
+    attributes = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", text, re.MULTILINE)
+    return {name: " ".join(lines.split()).rstrip(".") for name, lines in attributes}
 
 
 def experiment(options: argparse.Namespace) -> None:
-    """Carry out ``ghostlib experiment``; prints the tables."""
+    """Run ``ghostlib experiment``: print the tables."""
     from ghostlib.experiments.run import run_experiment
     from ghostlib.experiments.tables import report
 
-    known = {field.name: getattr(options, field.name) for field in fields(Specification)}
-    results = run_experiment(Specification(**known), options.output, shard=options.shard)
+    values = {field.name: getattr(options, field.name) for field in fields(Specification)}
+    results = run_experiment(Specification(**values), options.output, shard=options.shard)
     print(report(results, normed=options.normed))
 
 
 def recover(options: argparse.Namespace) -> None:
-    """Carry out ``ghostlib recover``; prints a table, or one JSON object."""
+    """Run ``ghostlib recover``: print a table, or one JSON object."""
     auto = options.operator == AUTO
     solver = _solver_options(options, auto)
     import torch
@@ -197,7 +197,7 @@ def recover(options: argparse.Namespace) -> None:
     if not auto:
         check_options(Family.of(options.operator), solver)
         if options.rank is None:
-            canonical(options.operator)  # refuses one that needs it
+            canonical(options.operator)  # refuses an operator that needs a rank
     elif options.windows < 2:
         raise ValueError(TOO_FEW)
     criterion = "cosine" if options.criterion is None else options.criterion
@@ -231,18 +231,18 @@ def recover(options: argparse.Namespace) -> None:
         return
     steps = Steps(expected)
     steps.begin("loading")
-    place: dict[str, Any] = {"device": device}
+    placement: dict[str, Any] = {"device": device}
     if options.offload:
-        place = {"device_map": "auto", "offload_folder": options.offload}
-    model, tokenizer = load_model(options.model, dtype=options.dtype, **place)
+        placement = {"device_map": "auto", "offload_folder": options.offload}
+    model, tokenizer = load_model(options.model, dtype=options.dtype, **placement)
     check_output(options.output, bytes_needed=weight_bytes(model))
-    drawn = {"length": options.length, "seed": options.seed}
-    calib = token_windows(options.corpus, tokenizer, count=options.windows, **drawn)
+    sampling = {"length": options.length, "seed": options.seed}
+    calib = token_windows(options.corpus, tokenizer, count=options.windows, **sampling)
     held_out = {"split": "test", "count": options.test_windows}
-    test = token_windows(options.corpus, tokenizer, **held_out, **drawn)
+    test = token_windows(options.corpus, tokenizer, **held_out, **sampling)
     steps.begin("choosing layers")
     if not layers and (options.criterion or not auto):
-        # A search scores one window of text for each set of layers that it considers.
+        # A search scores every candidate on one window.
         layers = select_layers(model, calib, n, criterion, windows=calib[:1])
     steps.begin("calibrating")
     chosen = ""
@@ -254,35 +254,34 @@ def recover(options: argparse.Namespace) -> None:
         recovered = recover_model(model, calib, layers, options.operator, fit=options.fit, **solver)
     steps.begin("scoring")
     perplexities = {"dense": math.nan, PRUNED: math.nan}
-    asked: dict[str, Any] = {"probes": BRIEF, "seed": options.seed}
-    whole = None
-    with suppress(ValueError):  # of a loss that is not finite: the repair is saved all the same
+    probing: dict[str, Any] = {"probes": BRIEF, "seed": options.seed}
+    reference = None
+    with suppress(ValueError):  # for a loss that is not finite: the repair is saved all the same
         perplexities["dense"] = perplexity(model, test)
-        whole = profile_model(model, tokenizer, **asked)
+        reference = profile_model(model, tokenizer, **probing)
     with suppress(ValueError):
         perplexities[PRUNED] = perplexity(prune(model, layers), test)
     perplexities[options.operator] = perplexity(recovered, test)
-    profile = profile_model(recovered, tokenizer, **asked, reference=whole)
-    facts = {"base_model": base_name(options.model), "text": base_name(options.corpus), **drawn}
+    profile = profile_model(recovered, tokenizer, **probing, reference=reference)
+    facts = {"base_model": base_name(options.model), "text": base_name(options.corpus), **sampling}
     facts |= {"windows": options.windows, "perplexity": perplexities, "abilities": profile}
     save(recovered, options.output, tokenizer, portable=options.portable, facts=facts)
     closed = None
     with suppress(ValueError):
         closed = gap_closed(*perplexities.values())
-    none_lost = "none of those probed" if whole else "not known, the dense model's are not finite"
+    no_loss = "none of those probed" if reference else "not known, the dense model's are not finite"
     before, after = count_parameters(model), count_parameters(recovered)
     rows = [
+        *([("chosen", chosen)] if chosen else []),
         ("layers removed", f"{spell(layers)} ({len(layers)})"),
         ("parameters", f"{before / 1e6:,.1f} million, now {after / 1e6:,.1f} million"),
         *[(f"held-out perplexity, {name}", f"{value:.2f}") for name, value in perplexities.items()],
         ("gap closed", "no finite gap" if closed is None else f"{closed:.0%}"),
-        ("abilities lost", "; ".join(profile.lost) or none_lost),
+        ("abilities lost", "; ".join(profile.lost) or no_loss),
         ("time", f"{steps.seconds:.0f} s"),
         ("peak memory", readable(peak_memory(device))),
         ("saved to", f"{one_line(options.output)}; its README.md says how to load it"),
     ]
-    if chosen:
-        rows.insert(0, ("chosen", chosen))
     record = {
         "layers": list(layers),
         "parameters": {"dense": before, "recovered": after},
@@ -300,13 +299,13 @@ def recover(options: argparse.Namespace) -> None:
 
 
 def _solver_options(options: argparse.Namespace, auto: bool) -> dict[str, Any]:
-    """What the solver is given; refuses options that would have no effect."""
+    """Options for the solver; refuses options without effect."""
     if options.layers and (options.n or options.criterion):
-        raise ValueError("--layers names what is removed: leave out --n and --criterion")
+        raise ValueError("--layers names the layers to remove: leave out --n and --criterion")
     if options.offload and options.device:
         raise ValueError("--offload spreads the weights over all devices: leave out --device")
-    asked = {"relative_ridge": options.relative_ridge, "rank": options.rank}
-    solver = {name: value for name, value in asked.items() if value is not None}
+    solver = {"relative_ridge": options.relative_ridge, "rank": options.rank}
+    solver = {name: value for name, value in solver.items() if value is not None}
     for name in ("budget", "keep"):
         if getattr(options, name) and not auto:
             raise ValueError(
@@ -321,7 +320,7 @@ def _solver_options(options: argparse.Namespace, auto: bool) -> dict[str, Any]:
 
 
 def _print_table(rows: list[tuple[str, str]], record: dict[str, Any], *, as_json: bool) -> None:
-    """Print rows in two columns, or the same as one JSON object."""
+    """Print ``rows`` in two columns, or ``record`` as one JSON object."""
     if as_json:
         print(json.dumps(record, ensure_ascii=False))
         return
@@ -331,7 +330,7 @@ def _print_table(rows: list[tuple[str, str]], record: dict[str, Any], *, as_json
 
 
 def fetch(options: argparse.Namespace) -> None:
-    """Carry out ``ghostlib fetch``; prints a line for each file."""
+    """Run ``ghostlib fetch``: print a line for each file."""
     from ghostlib.text.assets import fetch_all
 
     for name, path in fetch_all().items():
@@ -339,7 +338,7 @@ def fetch(options: argparse.Namespace) -> None:
 
 
 def names(options: argparse.Namespace) -> None:
-    """Carry out ``ghostlib names``; prints a line for each name."""
+    """Run ``ghostlib names``: print a line for each name."""
     from ghostlib.evaluation.abilities import PROBES
     from ghostlib.evaluation.tasks import EMBEDDED, PAPER_TASKS
     from ghostlib.operators.families import FAMILIES
@@ -362,14 +361,14 @@ def names(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Carry out ``ghostlib inspect``; prints what is found of a model, from its configuration."""
+    """Run ``ghostlib inspect``: print a description of a model from its configuration."""
     from ghostlib.surgery.inspect import inspect as inspect_model
 
     print(inspect_model(options.model))
 
 
 def abilities(options: argparse.Namespace) -> None:
-    """Carry out ``ghostlib abilities``; prints a table, or JSON."""
+    """Run ``ghostlib abilities``: print a table, or JSON."""
     import torch
 
     from ghostlib.evaluation.abilities import PROBES
@@ -380,47 +379,41 @@ def abilities(options: argparse.Namespace) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     profile = None
     for source in (options.reference, options.model):
-        if source is None:
-            continue
-        check_source(source, options.dtype, device)
-        model, tokenizer = load_model(source, dtype=options.dtype, device=device)
-        profile = profile_model(
-            model, tokenizer, seed=options.seed, probes=probes, reference=profile
-        )
+        if source is not None:
+            check_source(source, options.dtype, device)
+            model, tokenizer = load_model(source, dtype=options.dtype, device=device)
+            settings = {"seed": options.seed, "probes": probes, "reference": profile}
+            profile = profile_model(model, tokenizer, **settings)
     assert profile is not None
     print(profile.to_json() if options.json else "\n".join([str(profile), *profile.lost]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. Bad input ends in one line on standard error."""
-    commands = {"fetch": fetch, "names": names, "inspect": inspect}
-    commands |= {"abilities": abilities, "recover": recover, "experiment": experiment}
     try:
         options = parser().parse_args(arguments)
-        commands[options.command](options)
+        options.run(options)
     except KeyboardInterrupt as error:
-        return _end("interrupted", error, 130)
+        return _fail(error, 130, "interrupted")
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        return _end(
-            next(iter(str(error).splitlines()), type(error).__name__), error, _status(error)
-        )
+        return _fail(error, _status(error), str(error).partition("\n")[0])
     return 0
 
 
 def _status(error: Exception) -> int:
-    """The exit status: 3 for what does not fit, 1 for what failed on the way, 2 for bad input."""
+    """Exit status: 3 for a model that does not fit, 1 for a failure while running, 2 for input."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 3
     return 1 if isinstance(error, RuntimeError) else 2
 
 
-def _end(message: str, error: BaseException, status: int) -> int:
-    """Say what happened in one line, after progress bars that the error left open are cleared."""
+def _fail(error: BaseException, status: int, message: str = "") -> int:
+    """Print one line, after clearing the progress bars that the error left open."""
     cause: BaseException | None = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-    print(f"ghostlib: {one_line(message, 900)}", file=sys.stderr)
+    print(f"ghostlib: {one_line(message or type(error).__name__, 900)}", file=sys.stderr)
     return status
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.thorough
 
 TOKENIZER = tiny_tokenizer()
 NUMBERS = ("0", "-1", "2.5", "nan", "x", "''")
-COUNTS = [(text, "is no whole number of at least 1") for text in NUMBERS]
+COUNTS = [(text, "is not a whole number of at least 1") for text in NUMBERS]
 
 # {command: {option: [(value, words)]}}; MODEL, TEXT and OUT stand for what is there.
 TABLE: dict[str, dict[str, list[tuple[str, str]]]] = {
