@@ -1,14 +1,14 @@
-"""Time and memory of calibrating, beside a plain forward pass and beside the naive way.
+"""Time and memory of calibration, compared with a plain forward pass and with a naive way.
 
     python benchmarks/bench_calibration.py [--windows 8] [--many 64] [--repeats 2] [--threads 2]
 
-On the embedded model, layers 12 … 18. Times are compared within one process, in turn; each peak of
-memory is measured in a process of its own and includes interpreter, torch and the model.
+On the embedded model, layers 12 … 18. The ways take turns in one process for the times; each peak
+of memory comes from a process of its own and includes interpreter, torch and the model.
 
 - plain forward: the whole dense model over the windows, head included, nothing collected;
 - pass alone: only to layer 19, where calibration for (12, 19) stops, nothing collected;
 - one boundary: `calibrate` for (12, 19), and its operator;
-- with the MLP: `calibrate` for what `ghost-refit` reads, ``[x, h]``;
+- with the MLP: `calibrate` for the regressor of `ghost-refit`, ``[x, h]``;
 - many boundaries: all 30 single layers and all 24 blocks of seven, with similarities;
 - naive: a whole forward pass that keeps both activations, then `numpy.linalg.lstsq` in float64.
 """
@@ -43,7 +43,7 @@ def plain(model: PreTrainedModel, windows: Tensor) -> None:
 
 
 def alone(model: PreTrainedModel, windows: Tensor) -> None:
-    """The pass that calibration for one boundary rides on."""
+    """Forward passes up to the end of one boundary."""
     for window in windows.split(1):
         gl.record(model, window, [BLOCK.stop])
 
@@ -65,7 +65,7 @@ def many_boundaries(model: PreTrainedModel, windows: Tensor) -> None:
 
 
 def naive(model: PreTrainedModel, windows: Tensor) -> None:
-    """Store all activations of both ends, then solve; as the published code does."""
+    """Store all activations of both ends, then solve, as in the published code."""
     stored: dict[int, list[Tensor]] = {index: [] for index in BLOCK}
     handles = [
         receiver(model, index).register_forward_pre_hook(
@@ -100,7 +100,7 @@ def peak(way: str, count: int, threads: int) -> float:
     """Peak memory in GB of one way over ``count`` windows, in a process of its own."""
     command = [sys.executable, __file__, "--case", way, "--windows", str(count)]
     command += ["--threads", str(threads)]
-    # What is freed goes back at once: glibc else keeps some of it, by the order of the requests.
+    # glibc returns freed memory at once; otherwise it keeps some, depending on the requests' order.
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=settings)
     return float(json.loads(done.stdout))
@@ -131,18 +131,15 @@ def main() -> None:
             times[way].append(time.perf_counter() - begin)
     print(f"{len(windows)} windows of {LENGTH} tokens, {options.threads} threads")
     print(f"{'way':16} {'seconds':>8} {'÷ plain':>8} {'peak GB':>8}")
-    median = {way: statistics.median(values) for way, values in times.items()}
-    for way, took in median.items():
+    medians = {way: statistics.median(values) for way, values in times.items()}
+    for way, median in medians.items():
+        ratio = median / medians["plain forward"]
         memory = peak(way, options.windows, options.threads)
-        print(
-            f"{way:16} {took:8.1f} {took / median['plain forward']:8.2f} {memory:8.2f}", flush=True
-        )
+        print(f"{way:16} {median:8.1f} {ratio:8.2f} {memory:8.2f}", flush=True)
 
     low, high = (peak("one boundary", count, options.threads) for count in (8, options.many))
-    growth = f"{high / low - 1:+.1%}"
-    print(
-        f"one boundary: peak {low:.2f} GB at 8 windows, {high:.2f} GB at {options.many}: {growth}"
-    )
+    print(f"one boundary: peak {low:.2f} GB at 8 windows, ", end="")
+    print(f"{high:.2f} GB at {options.many}: {high / low - 1:+.1%}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
     python benchmarks/bench_cost.py --model NAME --start 20 --layers 7 --device cuda
 
 By default layers 12 … 18 of the embedded model are removed. The models take turns in one process.
-Beside each ratio of median times stands the ratio of counted operations, and the ideal: layers by
-kept layers. On a CPU the peak of memory is that of a process of its own, in which a saved model is
-loaded and run once (interpreter and torch included); on a GPU it is what was allocated beyond the
-weights. The operators come from few tokens: their values do not matter for what they cost.
+Ratios of median times are printed with the ratio of counted operations and the ideal, all layers to
+kept layers. On a CPU the peak of memory comes from a process of its own that loads a saved model
+and runs it once (interpreter and torch included); on a GPU it is the memory allocated beyond the
+weights. The operators come from few tokens: their values do not affect their cost.
 """
 
 import argparse
@@ -29,7 +29,7 @@ REPAIRS = ("linearpatch-r", "ghost", "two-branch-relative", "three-branch-relati
 
 
 def dense_and_repaired(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """The dense model, pruned and with every repair."""
+    """The dense model, the pruned model and every repair."""
     model, tokenizer = gl.load_model(options.model, dtype=options.dtype, device=options.device)
     gap = gl.Boundary(options.start, options.start + options.layers)
     windows = gl.token_windows("wiki", tokenizer, length=1024, count=2)
@@ -59,8 +59,8 @@ def run_case(folder: Path, options: argparse.Namespace) -> None:
     print(json.dumps(peak_gigabytes()))
 
 
-def shown(seconds: Spread) -> str:
-    """Median, least and most in milliseconds."""
+def milliseconds(seconds: Spread) -> str:
+    """Median, minimum and maximum in milliseconds."""
     return "{:8.1f} ({:.1f} … {:.1f})".format(*(1e3 * s for s in seconds))
 
 
@@ -72,19 +72,15 @@ def compare(models: dict[str, PreTrainedModel], prompt: int, options: argparse.N
         for name, m in models.items()
     }
     print(f"\nprompt of {prompt:,} tokens, {options.new} new ones; median (least … most)")
-    print(
-        f"{'model':22} {'prefill ms':>30} {'decode ms a token':>30} {'cache MB':>9} {'peak GB':>8}"
-    )
+    columns = ("model", "prefill ms", "decode ms a token", "cache MB", "peak GB")
+    row = "{:22} {:>30} {:>30} {:>9} {:>8}"
+    print(row.format(*columns))
     for name, model in models.items():
-        on_device = timed[name].peak_bytes
+        times, cache = timed[name], gl.cache_bytes(model, prompt) / 1e6
+        on_device = times.peak_bytes
         memory = peak(model, prompt, options) if on_device is None else on_device / 1e9
-        cache = gl.cache_bytes(model, prompt) / 1e6
-        taken = timed[name]
-        print(
-            f"{name:22} {shown(taken.prefill):>30} {shown(taken.decode):>30} {cache:9.1f} "
-            f"{memory:8.2f}",
-            flush=True,
-        )
+        spreads = milliseconds(times.prefill), milliseconds(times.decode)
+        print(row.format(name, *spreads, f"{cache:.1f}", f"{memory:.2f}"), flush=True)
     pairs = [("ghost", "pruned"), ("dense", "ghost"), *((name, "ghost") for name in REPAIRS)]
     for over, under in (pair for pair in pairs if pair[0] != pair[1]):
         a, b = timed[over], timed[under]
@@ -103,7 +99,7 @@ def main() -> None:
     parser.add_argument("--dtype", help="its data type, such as bfloat16")
     parser.add_argument("--device", help="where to run it, such as cuda")
     parser.add_argument("--start", type=int, default=12, help="first layer to remove")
-    parser.add_argument("--layers", type=int, default=7, help="how many to remove")
+    parser.add_argument("--layers", type=int, default=7, help="number of layers to remove")
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048], help="their tokens")
     parser.add_argument("--new", type=int, default=16, help="tokens to generate")
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds")

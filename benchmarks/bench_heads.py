@@ -1,20 +1,20 @@
-"""Whether heads of the removed layers bring copying back, beside one layer more kept whole.
+"""Copying with some heads of the removed layers kept, compared with keeping one layer.
 
     python benchmarks/bench_heads.py [--heads 12] [--layers 16 17] [--windows 12] [--seeds 3]
 
-Layers 12 … 18 of the embedded model are removed, but for some heads. Each of these reads a map of
-one token's stream (and of the outputs of the heads kept before it) that estimates what its layer
-would receive; the stream and all outputs are regressed on together after the gap, in closed form.
-Fitted on the dense model's streams (teacher), and with what the kept heads really read (sequence).
-Beside them one of the seven layers is kept whole, with a matrix in every gap, fitted in sequence.
+Layers 12 … 18 of the embedded model are removed, except for some heads. Each of these reads a map
+of one token's stream (and of the outputs of the kept heads before it) that estimates the input of
+its layer; after the gap the stream and all outputs are regressors together, in closed form. Fitted
+on the dense model's streams (teacher), and on the actual inputs of the kept heads (sequence). For
+comparison one of the seven layers is kept, with a matrix in every gap, fitted in sequence.
 
-The heads are chosen in two ways. `attends`: those that attend most to the token before, or after
-the last occurrence of the present one, on rows written twice. `returns`: all are kept and a quarter
-of them dropped, again and again, those without which copying is lost least (on rows of another
-seed, calibrated on windows of another seed). A head costs as many multiplications as any other.
+The heads are chosen in two ways. `by_attention`: the heads that attend most to the token before, or
+after the last occurrence of the present one, on repeated rows. `by_elimination`: of all heads a
+quarter is dropped repeatedly, those without which copying suffers least (on rows of another seed,
+calibrated on windows of another seed). All heads cost the same number of multiplications.
 
-Multiplications of a token, in millions: those of weights, and of attention to half a window, beyond
-the one matrix that closes the gap. What is scored: `copying.py`.
+Multiplications per token, in millions: of weights, and of attention to half a window, beyond the
+one matrix that closes the gap. Scores: see `copying.py`.
 """
 
 from collections.abc import Iterable
@@ -32,26 +32,26 @@ from ghostlib.models.streams import excerpt, feed, record
 from ghostlib.recovery.sequential import dense_streams
 from ghostlib.statistics.moments import Stream
 
-CHOOSING = 100  # the seed of windows and rows on which heads are chosen
+CHOOSING = 100  # seed of the windows and rows on which heads are chosen
 RIDGE = {"relative_ridge": 1e-4}
-Head = tuple[int, int]  # layer, and its number there
+Head = tuple[int, int]  # layer, index in the layer
 
 
 def outputs(model: PreTrainedModel, layer: int, x: Tensor, heads: list[int]) -> Tensor:
-    """(windows, length, heads * size) of some heads of a layer that receives ``x``."""
+    """(windows, length, heads * size) of some heads of a layer with input ``x``."""
     block: Any = gl.decoder_layers(model)[layer]
-    attention, caught = block.self_attn, []
-    hook = attention.o_proj.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    attention, inputs = block.self_attn, []
+    hook = attention.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     rotary = model.model.rotary_emb(x, torch.arange(x.shape[1])[None])
     with torch.no_grad():
         attention(block.input_layernorm(x), position_embeddings=rotary, attention_mask=None)
     hook.remove()
-    by_head: Tensor = caught[0].unflatten(-1, (-1, attention.head_dim))
+    by_head: Tensor = inputs[0].unflatten(-1, (-1, attention.head_dim))
     return by_head[:, :, heads].flatten(2)
 
 
 class Circuit:
-    """Kept heads, and the maps of one token around them."""
+    """Kept heads, and the maps of a token between them."""
 
     def __init__(self, model: PreTrainedModel, heads: Iterable[Head]) -> None:
         self.model = model
@@ -72,97 +72,97 @@ class Circuit:
                 family = replace(gl.OPERATORS["branches"], regressor=regressor)
                 self.maps[layer] = gl.solve(moments, family, **RIDGE)
             if layer < GAP.stop:
-                kept = self._more(
-                    layer, streams[layer] if teacher else self._at(layer, x, kept), kept
-                )
+                y = streams[layer] if teacher else self._input(layer, x, kept)
+                kept = self._append(layer, y, kept)
         return self
 
-    def _at(self, layer: int, x: Tensor, kept: Tensor | None) -> Tensor:
+    def _input(self, layer: int, x: Tensor, kept: Tensor | None) -> Tensor:
+        """Estimated input of a layer."""
         return self.maps[layer].apply(x, hidden=kept) if layer in self.maps else x
 
-    def _more(self, layer: int, y: Tensor, kept: Tensor | None) -> Tensor:
-        found = outputs(self.model, layer, y, self.heads[layer])
-        return found if kept is None else torch.cat([kept, found], -1)
+    def _append(self, layer: int, y: Tensor, kept: Tensor | None) -> Tensor:
+        """``kept`` with the outputs of the heads of a layer with input ``y``."""
+        heads = outputs(self.model, layer, y, self.heads[layer])
+        return heads if kept is None else torch.cat([kept, heads], -1)
 
     def __call__(self, x: Tensor) -> Tensor:
         kept = None
         for layer in self.heads:
-            kept = self._more(layer, self._at(layer, x, kept), kept)
-        return self._at(GAP.stop, x, kept)
+            kept = self._append(layer, self._input(layer, x, kept), kept)
+        return self._input(GAP.stop, x, kept)
 
     def cost(self, context: int) -> int:
-        """Beyond those of one matrix; the output projections are part of the maps."""
+        """Multiplications beyond one matrix; the output projections are part of the maps."""
         C: int = self.model.config.hidden_size
         total = sum(op.M.numel() for op in self.maps.values()) - C * C
         for layer, heads in self.heads.items():
             attention: Any = gl.decoder_layers(self.model)[layer].self_attn
-            sharing = {h // attention.num_key_value_groups for h in heads}
-            total += C * attention.head_dim * (len(heads) + 2 * len(sharing))
+            groups = {h // attention.num_key_value_groups for h in heads}
+            total += C * attention.head_dim * (len(heads) + 2 * len(groups))
             total += 2 * attention.head_dim * context * len(heads)
         return total
 
 
-def attends(model: PreTrainedModel, vocabulary: int) -> list[Head]:
-    """Heads of the removed layers, first those that attend most to one of the two places."""
-    once = torch.randint(vocabulary, (6, 64), generator=torch.Generator().manual_seed(0))[:2]
-    model.set_attn_implementation("eager")  # which returns its weights
+def by_attention(model: PreTrainedModel, vocabulary: int) -> list[Head]:
+    """Heads of the removed layers, in descending order of attention to either place."""
+    ids = torch.randint(vocabulary, (6, 64), generator=torch.Generator().manual_seed(0))[:2]
+    model.set_attn_implementation("eager")  # returns its weights
     with torch.no_grad():
-        found = model(torch.cat([once, once], 1), output_attentions=True).attentions
+        attentions = model(torch.cat([ids, ids], 1), output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
     i = torch.arange(64, 127)
     shares: dict[Head, float] = {}
     for layer in GAP.removed:
-        A = found[layer].mean(0)  # (heads, 128, 128)
-        both = torch.maximum(A[:, i, i - 63].mean(-1), A[:, i, i - 1].mean(-1))
-        shares |= {(layer, head): float(share) for head, share in enumerate(both)}
+        A = attentions[layer].mean(0)  # (heads, 128, 128)
+        larger = torch.maximum(A[:, i, i - 63].mean(-1), A[:, i, i - 1].mean(-1))
+        shares |= {(layer, head): float(share) for head, share in enumerate(larger)}
     return sorted(shares, key=lambda head: -shares[head])
 
 
-def returns(model: PreTrainedModel, streams: dict[int, Tensor], score: Scorer) -> list[Head]:
-    """Heads of the removed layers, those last without which copying suffers least."""
+def by_elimination(model: PreTrainedModel, streams: dict[int, Tensor], score: Scorer) -> list[Head]:
+    """Heads of the removed layers, the least important for copying last."""
     config = model.config
     C, count = config.hidden_size, config.num_attention_heads
     size = C // count
     total = C + len(GAP.removed) * count * size
-    regressor = gl.Regressor.parse("x, h")
-    family = replace(gl.OPERATORS["branches"], regressor=regressor)
+    regressor, family = gl.Regressor.parse("x, h"), gl.OPERATORS["branches"]
     after = range(GAP.start + 1, GAP.stop + 1)
-    whole = {y: gl.Moments(C, regressor=regressor, hidden=total - C) for y in after}
-    everything = list(range(count))
+    moments = {y: gl.Moments(C, regressor=regressor, hidden=total - C) for y in after}
+    every = list(range(count))
     for row, x in enumerate(streams[GAP.start]):
-        kept = [outputs(model, y, streams[y][[row]], everything)[0] for y in GAP.removed]
+        kept = [outputs(model, y, streams[y][[row]], every)[0] for y in GAP.removed]
         F, before = torch.cat([x, *kept], -1).double(), Stream.of(x)
-        for y, moments in whole.items():  # they differ in what is regressed, and share one Gram
+        for y, target in moments.items():  # different targets, one Gram matrix
             last = y == GAP.stop
-            moments.add_sequence(F, before, Stream.of(streams[y][row]), with_gram=last)
-    G = whole[GAP.stop].G
+            target.add_sequence(F, before, Stream.of(streams[y][row]), with_gram=last)
+    G = moments[GAP.stop].G
 
-    def circuit(heads: list[Head]) -> Circuit:
-        """As `Circuit.fit` with a teacher would find it, from parts of the same moments."""
-        chosen = Circuit(model, heads)
-        for layer in [*chosen.heads, GAP.stop]:
+    def fit(heads: list[Head]) -> Circuit:
+        """`Circuit.fit` with a teacher, from submatrices of the moments of all heads."""
+        circuit = Circuit(model, heads)
+        for layer in [*circuit.heads, GAP.stop]:
             if layer == GAP.start:
                 continue
             starts = [C + ((y - GAP.start) * count + h) * size for y, h in heads if y < layer]
             columns = torch.tensor([*range(C), *(s + i for s in starts for i in range(size))])
-            cross, f1 = whole[layer].cross[columns], whole[layer].f1[columns]
-            part = whole[layer].replaced(
-                {"G": G[columns][:, columns], "cross": cross, "f1": f1}, {}
-            )
+            target = moments[layer]
+            sums = {"cross": target.cross[columns], "f1": target.f1[columns]}
+            part = target.replaced({"G": G[columns][:, columns], **sums}, {})
             part.regressor = regressor if starts else gl.Regressor.parse("x")
             part.blocks = part.regressor.widths(C, len(columns) - C or None)
-            chosen.maps[layer] = gl.solve(part, replace(family, regressor=part.regressor), **RIDGE)
-        return chosen
+            branches = replace(family, regressor=part.regressor)
+            circuit.maps[layer] = gl.solve(part, branches, **RIDGE)
+        return circuit
 
-    left = [(y, h) for y in GAP.removed for h in everything]
+    heads = [(y, h) for y in GAP.removed for h in every]
     dropped: list[Head] = []
-    while len(left) > 4:
-        without = {head: score.copying(circuit([h for h in left if h != head])) for head in left}
-        weakest = sorted(left, key=lambda head: without[head])[: max(len(left) // 4, 1)]
-        left = [head for head in left if head not in weakest]
+    while len(heads) > 4:
+        losses = {head: score.copying(fit([h for h in heads if h != head])) for head in heads}
+        weakest = sorted(heads, key=lambda head: losses[head])[: max(len(heads) // 4, 1)]
+        heads = [head for head in heads if head not in weakest]
         dropped = [*reversed(weakest), *dropped]
-        print(f"{len(left)} heads left: copying {score.copying(circuit(left)):5.2f}", flush=True)
-    return left + dropped
+        print(f"{len(heads)} heads left: copying {score.copying(fit(heads)):5.2f}", flush=True)
+    return heads + dropped
 
 
 def run(part: PreTrainedModel, x: Tensor) -> Tensor:
@@ -172,13 +172,12 @@ def run(part: PreTrainedModel, x: Tensor) -> Tensor:
         return record(part, torch.zeros(x.shape[:2], dtype=torch.long), [end])[end]
 
 
-def whole_layer(
+def kept_layer(
     model: PreTrainedModel, layer: int, windows: Tensor, streams: dict[int, Tensor]
 ) -> tuple[Map, int]:
-    """One of the removed layers kept whole, and its multiplications beyond one matrix."""
-    gaps = gl.runs(
-        [other for other in GAP.removed if other != layer], model.config.num_hidden_layers
-    )
+    """The gap with one of its layers kept, and its multiplications beyond one matrix."""
+    removed = [other for other in GAP.removed if other != layer]
+    gaps = gl.runs(removed, model.config.num_hidden_layers)
     options: dict[str, Any] = {"streams": streams, **RIDGE}
     operators = gl.fit_sequential(model, windows, gaps, "ghost", **options)
     part = excerpt(model, layer, layer + 1)
@@ -196,10 +195,10 @@ def whole_layer(
 
 
 def main() -> None:
-    """Print a line for each way to keep something of the removed layers."""
+    """Print a line for each choice of kept heads and for each kept layer."""
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--heads", nargs="*", type=int, default=[12], help="how many are kept")
-    parser.add_argument("--layers", nargs="*", type=int, default=[16, 17], help="to keep whole")
+    parser.add_argument("--heads", nargs="*", type=int, default=[12], help="numbers to keep")
+    parser.add_argument("--layers", nargs="*", type=int, default=[16, 17], help="to keep, one each")
     parser.add_argument("--seeds", type=int, default=3, help="draws of the windows, from 0")
     options = parser.parse_args()
     model, tokenizer = gl.load_model()
@@ -209,10 +208,10 @@ def main() -> None:
         windows = calibration(tokenizer, options.windows, options.length, seed)
         return windows, dense_streams(model, windows, layers)
 
-    orders = {"attend": attends(model, len(tokenizer))}
+    orders = {"attend": by_attention(model, len(tokenizer))}
     if options.heads:
-        other = Scorer(model, tokenizer, options.rows // 2, 1, seed=CHOOSING)
-        orders["return"] = returns(model, draw(CHOOSING)[1], other)
+        scorer = Scorer(model, tokenizer, options.rows // 2, 1, seed=CHOOSING)
+        orders["return"] = by_elimination(model, draw(CHOOSING)[1], scorer)
     score = Scorer(model, tokenizer, options.rows, options.test_windows)
 
     def line(name: str, f: Map, cost: float) -> None:
@@ -230,7 +229,7 @@ def main() -> None:
                 cost = circuit.cost(options.length // 2)
                 line(f"seed {seed}, {count} that {order}, {way}", circuit, cost)
         for layer in options.layers:
-            line(f"seed {seed}, layer {layer} whole", *whole_layer(model, layer, windows, streams))
+            line(f"seed {seed}, layer {layer} whole", *kept_layer(model, layer, windows, streams))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
     python benchmarks/bench_operators.py [--width 4096] [--small 576] [--joint 14336] [--threads 2]
 
-The ridge solution of the large width is compared, in turn and in one process, with a Cholesky
-factorisation and solve of the same matrices in plain torch; its memory is what it needs beside the
-moments, in units of their Gram matrix. ``--joint`` adds the hidden activations of an MLP of that
-width to the stream (18,432 features in all for an 8B model: about 20 minutes and 14 GB).
+The ridge solution of the large width takes turns, in one process, with a Cholesky factorisation and
+solve of the same matrices in plain torch; its memory is measured without the moments, in units of
+their Gram matrix. ``--joint`` adds the hidden activations of an MLP of that width to the stream
+(18,432 features for an 8B model: about 20 minutes and 14 GB).
 
-Each case runs in a process of its own, so that its peak memory is its own too. Peaks include the
-interpreter and torch, which the row "moments only" shows by themselves. Activations are random:
-the time of a closed form does not depend on what they hold. Processor time, summed over threads,
-is the one to compare on a busy machine, and with one thread it hardly depends on the load.
+Each case runs in a process of its own, for its peak memory. Peaks include the interpreter and
+torch, see the row "moments only". Activations are random: the time of a closed form does not depend
+on their values. On a busy machine compare processor time, summed over threads; with one thread it
+hardly depends on the load.
 """
 
 import argparse
@@ -45,10 +45,10 @@ def random_moments(width: int, seed: int = 0) -> Moments:
 
 
 def best(work: Callable[[], object], moments: Moments, repeats: int) -> dict[str, float]:
-    """Least wall-clock and processor time of a few runs, each from an undecomposed ``G``."""
+    """Minimum wall-clock and processor time of a few runs, each from an undecomposed ``G``."""
     wall, processor = [], []
     for _ in range(repeats):
-        moments.G = moments.G.clone()  # the decomposition is remembered for the tensor it is of
+        moments.G = moments.G.clone()  # the decomposition is cached with the tensor
         begin = time.perf_counter(), time.process_time()
         work()
         wall.append(time.perf_counter() - begin[0])
@@ -63,34 +63,29 @@ def cholesky(moments: Moments) -> torch.Tensor:
     return torch.cholesky_solve(moments.cross, torch.linalg.cholesky(A))
 
 
-def beside_cholesky(moments: Moments, rounds: int = 3) -> dict[str, float]:
+def against_cholesky(moments: Moments, rounds: int = 3) -> dict[str, float]:
     """A ridge solution compared with `cholesky`: processor time, and memory in Gram matrices."""
     matrix = moments.G.numel() * 8 / 1e9
-    found: dict[str, list[float]] = {"wall": [], "ours": [], "plain": [], "matrices": []}
+    wall, ours, plain, matrices = [], [], [], []
     for _ in range(rounds):
         moments.G = moments.G.clone()
         begin = time.process_time()
         expected = cholesky(moments)
-        found["plain"].append(time.process_time() - begin)
+        plain.append(time.process_time() - begin)
         restart_peak()
-        held, begin, clock = peak_gigabytes(), time.process_time(), time.perf_counter()
+        before, begin, clock = peak_gigabytes(), time.process_time(), time.perf_counter()
         operator = solve(moments, "ghost", relative_ridge=RIDGE)
-        found["ours"].append(time.process_time() - begin)
-        found["wall"].append(time.perf_counter() - clock)
-        found["matrices"].append((peak_gigabytes() - held) / matrix)
+        ours.append(time.process_time() - begin)
+        wall.append(time.perf_counter() - clock)
+        matrices.append((peak_gigabytes() - before) / matrix)
         torch.testing.assert_close(operator.M, expected)
         del operator, expected
-    ours, plain = min(found["ours"]), min(found["plain"])
-    return {
-        "seconds": min(found["wall"]),
-        "cpu": ours,
-        "ratio": ours / plain,
-        "matrices": max(found["matrices"]),
-    }
+    ratio = min(ours) / min(plain)
+    return {"seconds": min(wall), "cpu": min(ours), "ratio": ratio, "matrices": max(matrices)}
 
 
 def joint_moments(width: int, hidden: int) -> Moments:
-    """Moments of the stream and of what an MLP reads, one sequence: a ridge does the rest."""
+    """Moments of the stream and an MLP's hidden activations, one sequence, for a ridge solution."""
     generator = torch.Generator().manual_seed(0)
     moments = Moments(width, regressor="x, h", hidden=hidden)
     X = torch.randn(SEQUENCE, width, generator=generator)
@@ -104,11 +99,10 @@ def run_joint(width: int, hidden: int) -> dict[str, float]:
     moments = joint_moments(width, hidden)
     collected = time.perf_counter()
     operator = solve(moments, "ghost-refit", relative_ridge=RIDGE)
-    seconds = time.perf_counter() - collected
-    left = moments.G @ operator.M + RIDGE * moments.gram.unit.square()[:, None] * operator.M
-    off = float((left - moments.cross).norm() / moments.cross.norm())
-    collecting = collected - begin
-    return {"seconds": seconds, "cpu": collecting, "off": off, "gigabytes": peak_gigabytes()}
+    times = {"seconds": time.perf_counter() - collected, "cpu": collected - begin}
+    product = moments.G @ operator.M + RIDGE * moments.gram.unit.square()[:, None] * operator.M
+    off = float((product - moments.cross).norm() / moments.cross.norm())
+    return times | {"off": off, "gigabytes": peak_gigabytes()}
 
 
 def run_case(name: str, width: int) -> dict[str, float]:
@@ -116,18 +110,18 @@ def run_case(name: str, width: int) -> dict[str, float]:
     moments = random_moments(width)
     repeats = 3 if width <= 1024 else 1
     if name == "moments only":
-        found = {"seconds": 0.0, "cpu": 0.0}
+        result = {"seconds": 0.0, "cpu": 0.0}
     elif name == "ridge":
-        found = beside_cholesky(moments)
+        result = against_cholesky(moments)
     elif name == "ridge path":
         held_out = random_moments(width, seed=1)
         one = best(lambda: solve(moments), moments, repeats)
-        found = best(lambda: ridge_path(moments, RIDGES[:50], held_out), moments, repeats)
-        found |= {"ratio": found["cpu"] / one["cpu"]}
+        result = best(lambda: ridge_path(moments, RIDGES[:50], held_out), moments, repeats)
+        result |= {"ratio": result["cpu"] / one["cpu"]}
     else:
         options = {"rank": max(1, width // 8)} if name == "low-rank" else {}
-        found = best(lambda: solve(moments, name, **options), moments, repeats)
-    return found | {"gigabytes": peak_gigabytes()}
+        result = best(lambda: solve(moments, name, **options), moments, repeats)
+    return result | {"gigabytes": peak_gigabytes()}
 
 
 def measure(name: str, width: int, threads: int, hidden: int = 0) -> dict[str, float]:
@@ -138,17 +132,17 @@ def measure(name: str, width: int, threads: int, hidden: int = 0) -> dict[str, f
     done = subprocess.run(
         [*command, "--threads", str(threads)], stdout=subprocess.PIPE, text=True, check=True
     )
-    found: dict[str, float] = json.loads(done.stdout)
-    row = f"{found['seconds']:9.3f} {found['cpu']:9.3f} {found['gigabytes']:7.2f}"
+    result: dict[str, float] = json.loads(done.stdout)
+    row = f"{result['seconds']:9.3f} {result['cpu']:9.3f} {result['gigabytes']:7.2f}"
     print(f"{name:18} {width:6} {row}", flush=True)
-    return found
+    return result
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=4096, help="width of the one large solve")
-    parser.add_argument("--small", type=int, default=576, help="width at which all are compared")
+    parser.add_argument("--small", type=int, default=576, help="width of all cases")
     parser.add_argument("--joint", type=int, default=0, help="width of the MLP of a joint fit")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--case", help=argparse.SUPPRESS)

@@ -1,12 +1,12 @@
-"""Whether repetitions in the calibration text bring copying back at layers 12 … 18.
+"""Copying after calibration on text with repetitions, at layers 12 … 18.
 
     python benchmarks/bench_repetition.py [--seeds 3] [--windows 12] [--length 1024]
 
-Two-branch-relative is fitted four times. Text: as drawn; or in the second half of each corpus'
-windows a passage of 64, 128, 256 or 512 tokens, again and again. Weights: alike; or tokens whose
-next one completes a pair seen before in the window weigh ten times as much. The last two columns
-are the squared error of the fit, relative to no repair, on windows as drawn and on windows of
-repetitions (each among those of some fits). What is scored: `copying.py`.
+Two-branch-relative is fitted four times. Text: as drawn; or with half of each corpus' windows
+replaced by a repeated passage of 64, 128, 256 or 512 tokens. Weights: equal; or ten times higher
+for tokens whose successor completes a pair seen before in the window. The last two columns are the
+squared error of the fit, relative to no repair, on windows as drawn and on repeated windows (some
+fits have seen them). Scores: see `copying.py`.
 """
 
 from itertools import cycle, pairwise
@@ -23,7 +23,7 @@ REPEATS, PASSAGES = 10.0, (64, 128, 256, 512)
 
 
 def repeated(windows: Tensor) -> Tensor:
-    """In each window a passage of its own, from its beginning, again and again."""
+    """Each window replaced by repetitions of its own beginning."""
     length = windows.shape[1]
     passages = [row[:size] for row, size in zip(windows, cycle(PASSAGES), strict=False)]
     return torch.stack([p.repeat(length // len(p) + 1)[:length] for p in passages])
@@ -31,39 +31,36 @@ def repeated(windows: Tensor) -> Tensor:
 
 def weights(ids: Tensor) -> Tensor:
     """(length,) `REPEATS` where the next token completes a pair seen before, 1 elsewhere."""
-    seen, found = set(), torch.ones(len(ids))
+    seen, weights = set(), torch.ones(len(ids))
     for place, pair in enumerate(pairwise(ids.tolist())):
-        found[place] = REPEATS if pair in seen else 1.0
+        if pair in seen:
+            weights[place] = REPEATS
         seen.add(pair)
-    return found
+    return weights
 
 
 def compare(model: PreTrainedModel, windows: Tensor, score: Scorer, seed: int) -> None:
-    """A line for each calibration of two-branch-relative."""
+    """Print a line for each calibration of two-branch-relative."""
     family = gl.OPERATORS["two-branch-relative"]
     by_corpus = windows.unflatten(0, (2, -1))
     one, other = (half.flatten(0, 1) for half in by_corpus.tensor_split(2, 1))
     parts = {"one": one, "other": other, "repeated": repeated(other)}
-    found = {}
+    moments = {}
     for name, rows in parts.items():
         streams = dense_streams(model, rows, GAP)
         x, y = (streams[index] for index in GAP)
         for way in ("alike", "weighted"):
-            moments = gl.Moments(x.shape[-1], regressor=family.regressor)
+            moments[name, way] = gl.Moments(x.shape[-1], regressor=family.regressor)
             for row, ids in enumerate(rows):
-                moments.update(x[row], y[row], weights(ids) if way == "weighted" else None)
-            found[name, way] = moments
+                weight = weights(ids) if way == "weighted" else None
+                moments[name, way].update(x[row], y[row], weight)
     for way in ("alike", "weighted"):
         for second in ("other", "repeated"):
-            operator = gl.solve(found["one", way] + found[second, way], family)
-            errors = [found[part, "alike"] for part in ("other", "repeated")]
-            told = "  ".join(f"{m.error(operator) / m.pruned_error:.3f}" for m in errors)
-            print(
-                f"seed {seed} {second:8} {way:8}",
-                score(operator.apply),
-                f" error {told}",
-                flush=True,
-            )
+            operator = gl.solve(moments["one", way] + moments[second, way], family)
+            tests = [moments[part, "alike"] for part in ("other", "repeated")]
+            errors = "  ".join(f"{m.error(operator) / m.pruned_error:.3f}" for m in tests)
+            case = f"seed {seed} {second:8} {way:8}"
+            print(f"{case} {score(operator.apply)}  error {errors}", flush=True)
 
 
 def main() -> None:

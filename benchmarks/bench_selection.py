@@ -1,4 +1,4 @@
-"""What choosing layers costs: one pass for every block, the residual of all of them, one trial.
+"""Cost of choosing layers: one pass for all blocks, the residuals of all blocks, one trial.
 
     python benchmarks/bench_selection.py [--windows 4] [--longest 11] [--threads 2]
 
@@ -7,8 +7,8 @@ On the embedded model, in one process, one after the other:
 - plain forward: the whole dense model over the windows, head included, nothing collected;
 - every block: `calibrate` for all blocks of up to ``--longest`` layers, similarities and moments;
 - residuals: `ghost` solved for every block, after the pass;
-- trial: the loss without layers 12 … 18, from the dense stream that enters layer 12, beside that of
-  the whole pruned model on the same windows.
+- trial: the loss without layers 12 … 18, from the dense stream at the input of layer 12, compared
+  with a pass of the pruned model on the same windows.
 """
 
 import argparse
@@ -47,13 +47,12 @@ def main() -> None:
     gl.perplexity(model, windows[:1])  # warm-up
 
     plain = seconds(lambda: gl.perplexity(model, windows))
-    print(
-        f"{len(windows)} windows of 2,048 tokens, {len(blocks)} blocks, {options.threads} threads"
-    )
+    print(f"{len(windows)} windows of 2,048 tokens, {len(blocks)} blocks, ", end="")
+    print(f"{options.threads} threads")
     print(f"{'what':24} {'seconds':>8} {'÷ plain':>8} {'peak GB':>8}")
 
-    def show(what: str, took: float) -> None:
-        print(f"{what:24} {took:8.1f} {took / plain:8.2f} {peak_gigabytes():8.2f}", flush=True)
+    def show(name: str, time: float) -> None:
+        print(f"{name:24} {time:8.1f} {time / plain:8.2f} {peak_gigabytes():8.2f}", flush=True)
 
     show("plain forward", plain)
     stats = gl.Calibration(model="")

@@ -1,4 +1,4 @@
-"""Copying and text of any map in the gap of layers 12 … 18, for the benchmarks of this folder.
+"""Scores of any map in the gap of layers 12 … 18 on copying and on text, for other benchmarks.
 
 Copying: nats on the second half of 64 random tokens repeated, up to 8 rows of one seed. Text: nats
 on windows of 512 tokens of Wikipedia's test split.
@@ -6,6 +6,7 @@ on windows of 512 tokens of Wikipedia's test split.
 
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 def arguments(description: str) -> ArgumentParser:
-    """What all of these benchmarks let one choose."""
+    """Parser with the options of all these benchmarks."""
     parser = ArgumentParser(description=description)
     parser.add_argument("--windows", type=int, default=12, help="to fit, of both corpora together")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
@@ -32,16 +33,12 @@ def arguments(description: str) -> ArgumentParser:
 
 def calibration(tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Tensor:
     """(count, length) token ids, half of them of each embedded corpus."""
-    return torch.cat(
-        [
-            gl.token_windows(corpus, tokenizer, length=length, count=count // 2, seed=seed)
-            for corpus in ("wiki", "pydoc")
-        ]
-    )
+    sampling: dict[str, Any] = {"length": length, "count": count // 2, "seed": seed}
+    return torch.cat([gl.token_windows(c, tokenizer, **sampling) for c in ("wiki", "pydoc")])
 
 
 class Scorer:
-    """Scores a map of the stream that enters the gap; what comes before it is run once."""
+    """Scores a map of the stream at the gap; the layers before it are run once."""
 
     def __init__(
         self,
@@ -54,25 +51,25 @@ class Scorer:
     ) -> None:
         test = gl.token_windows("wiki", tokenizer, split="test", length=512, count=windows, seed=0)
         self.model, self.tail = model, excerpt(model, GAP.stop)
-        self.asked = ProbeSet(model, None, ["copying"], seed=seed, count=rows)
-        self.batches, self.rows = [*self.asked.batches, *test.split(2)], len(self.asked.batches)
+        self.probes = ProbeSet(model, None, ["copying"], seed=seed, count=rows)
+        self.batches, self.rows = [*self.probes.batches, *test.split(2)], len(self.probes.batches)
         self.streams = [record(model, ids, [GAP.start])[GAP.start] for ids in self.batches]
 
-    def _behind(self, f: Map, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """The ids of some batches, and what the head receives of them."""
+    def _hidden(self, f: Map, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token ids and final hidden states of some batches."""
         for ids, x in list(zip(self.batches, self.streams, strict=True))[part]:
             with torch.no_grad(), feed(self.tail, f(x)):
                 yield ids, final_hidden(self.tail, ids)
 
     def copying(self, f: Map) -> float:
         """Mean over rows."""
-        hidden = [h for _, h in self._behind(f, slice(self.rows))]
-        return float(self.asked.values(self.model, hidden)["copying"].mean())
+        hidden = [h for _, h in self._hidden(f, slice(self.rows))]
+        return float(self.probes.values(self.model, hidden)["copying"].mean())
 
     def text(self, f: Map) -> float:
         """Mean over windows."""
-        behind = self._behind(f, slice(self.rows, None))
-        return float(torch.cat([token_losses(self.model, h, ids) for ids, h in behind]).mean())
+        pairs = self._hidden(f, slice(self.rows, None))
+        return float(torch.cat([token_losses(self.model, h, ids) for ids, h in pairs]).mean())
 
     def __call__(self, f: Map) -> str:
         """Both, for a line of a table."""

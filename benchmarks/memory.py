@@ -8,8 +8,8 @@ from pathlib import Path
 def peak_gigabytes() -> float:
     """Largest resident memory of this process since it started its program, in GB.
 
-    On Linux ``ru_maxrss`` of a child begins at what its parent held when it was forked; the high
-    water mark of the address space does not.
+    On Linux ``ru_maxrss`` of a child starts at its parent's memory at the fork; the high water mark
+    of the address space does not.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -20,7 +20,7 @@ def peak_gigabytes() -> float:
 
 
 def restart_peak() -> None:
-    """Let the peak begin at what is held now, where the system can (Linux)."""
+    """Reset the peak to the memory in use, where the system can (Linux)."""
     switch = Path("/proc/self/clear_refs")
     if switch.exists():
         switch.write_text("5")
