@@ -1,5 +1,5 @@
 """Experiments: a specification, a runner of independent cells that resumes, and tables.
 
-In comes a `Specification`; one JSON line for each finished cell goes to a file that any number of
-processes share; out come data frames and text.
+Takes a `Specification`; writes one JSON line for each finished cell to a file that any number of
+processes share; returns data frames and text.
 """

@@ -1,9 +1,9 @@
 """Results: an append-only file of JSON lines, one for each finished cell, that any run can resume.
 
-A line of kind ``"specification"`` says what decides the numbers, one of kind ``"environment"`` what
-they were computed with; the other lines name both by their ids, and those of kind ``"file"`` have
-digests of the local files that were read. So files of several runs, shards or
-seeds are joined by ``cat``, and `read_results` takes their union.
+A line of kind ``"specification"`` holds the settings that determine the numbers, one of kind
+``"environment"`` versions and hardware; all other lines refer to both by id. Lines of kind
+``"file"`` hold digests of the local files that were read. Files of several runs, shards or seeds
+are joined by ``cat``; `read_results` returns their union.
 """
 
 import errno
@@ -23,8 +23,8 @@ from ghostlib.common import checked, existing, versions, warn
 
 Record = dict[str, Any]
 
-# What names a record of each kind.
-_NAMED_BY = {
+# The fields that identify a record of each kind.
+_KEYS = {
     "specification": ("id",),
     "environment": ("id",),
     "file": ("specification", "field", "name", "digest"),
@@ -37,15 +37,15 @@ _PACKAGES = ("ghostlib", "torch", "transformers", "datasets", "numpy", "scipy", 
 
 
 class Results:
-    """What a results file holds, and the way to append to it; see `read_results` for reading.
+    """Records of a results file, open for appending; see `read_results` for reading.
 
-    Several processes may append to one file: each takes a lock, reads what the others appended
-    and writes whole lines, but no cell that is there by now. The first append makes the file, so
-    that a run that is refused leaves nothing behind.
+    Several processes may append to one file: each takes a lock, reads what the others appended,
+    and writes whole lines for cells that are still missing. The first append creates the file, so
+    that a refused run leaves nothing.
 
     Attributes:
         path: the file; it need not exist yet.
-        records: ``{name: record}``, in the order of the file.
+        records: records by key, in the order of the file.
     """
 
     @checked
@@ -58,47 +58,47 @@ class Results:
 
     def of(self, kind: str) -> list[Record]:
         """The records of one kind: ``"score"``, ``"selection"``, ``"choice"``, ``"skipped"`` …"""
-        return [record for name, record in self.records.items() if name[0] == kind]
+        return [record for key, record in self.records.items() if key[0] == kind]
 
-    def get(self, kind: str, *names: Any) -> Record | None:
-        """A record of the specification that is appended for, by what names it."""
-        return self.records.get((kind, self._header[0]["id"], *names))
+    def get(self, kind: str, *key: Any) -> Record | None:
+        """A record of the specification that `begin` set, by the rest of its key."""
+        return self.records.get((kind, self._header[0]["id"], *key))
 
-    def expect(self, known: Mapping[str, Any]) -> None:
-        """Read what there is, and refuse a file of another specification.
+    def expect(self, identity: Mapping[str, Any]) -> None:
+        """Read the file, and refuse one of another specification.
 
         Args:
-            known: the specification, or as much of it as is known before the model is loaded.
+            identity: the specification, or the part that is known before the model is loaded.
 
         Raises:
             ValueError: a file of another specification (the message names the first difference),
-                or one that holds something else.
-            OSError: the file could not be written in the end.
+                or a file of another kind.
+            OSError: the file cannot be written.
         """
         place = existing(self.path)
         fit = place.is_file() if place == self.path else place.is_dir()
         if not fit or not os.access(place, os.W_OK):
             raise PermissionError(f"{self.path} cannot be written ({place}): name another file")
         self.refresh()
-        stored, wanted = self.of("specification"), _plain(known)
-        differ = [[k for k, v in wanted.items() if other.get(k) != v] for other in stored]
-        if differ and all(differ):
-            name, *more = differ[0]
+        stored, new = self.of("specification"), _plain(identity)
+        differences = [[k for k, v in new.items() if old.get(k) != v] for old in stored]
+        if differences and all(differences):
+            name, *others = differences[0]
             raise ValueError(
                 f"{self.path} has results of another specification: {name} = "
-                f"{stored[0].get(name)!r} there, {wanted[name]!r} now"
-                + f" and {len(more)} more" * bool(more)
+                f"{stored[0].get(name)!r} there, {new[name]!r} now"
+                + f" and {len(others)} more" * bool(others)
                 + "; name another file"
             )
 
     def begin(
         self, specification: Mapping[str, Any], files: Iterable[Mapping[str, str]] = ()
     ) -> None:
-        """As `expect`; what is appended from now on is of this specification and environment.
+        """As `expect`; later records are of this specification and environment.
 
         Args:
-            files: what `Specification.files` says of local files; one whose digest is another in
-                the records of this specification is refused.
+            files: local files, from `Specification.files`; one whose digest differs from the
+                records of this specification is refused.
         """
         self.expect(specification)
         self._header = []
@@ -107,49 +107,49 @@ class Results:
             self._header.append({"kind": kind, "id": digest[:12], **_plain(content)})
         for file in files:
             record = {"kind": "file", "specification": self._header[0]["id"], **file}
-            known = [each for each in self.of("file") if _name(each)[:-1] == _name(record)[:-1]]
-            if known not in ([], [record]):
+            stored = [each for each in self.of("file") if _key(each)[:-1] == _key(record)[:-1]]
+            if stored not in ([], [record]):
                 raise ValueError(
                     f"{self.path} has results of another {file['field']} file {file['name']!r}: "
                     "give the one they were made with, or name another output"
                 )
             self._header.append(record)
         if self.records:
-            self._put(self._header[0])  # where its line was damaged
+            self._append(self._header[0])  # where its line was damaged
 
     def append(self, kind: str, **content: Any) -> None:
-        """Write one finished record, unless the file has it by now.
+        """Write one finished record, unless the file has it.
 
         Raises:
             ValueError: a number that is not finite, or anything else that JSON cannot hold.
-            OSError: the file cannot be written, as on a full disk; it stays as it was.
+            OSError: the file cannot be written, as on a full disk; it stays unchanged.
         """
         ids = {header["kind"]: header["id"] for header in self._header[:2]}
-        self._put(_plain({"kind": kind, **ids, **content}))
+        self._append(_plain({"kind": kind, **ids, **content}))
 
-    def _put(self, record: Record) -> None:
+    def _append(self, record: Record) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            if _name(record) not in self.records:
-                wanted = {_name(each): each for each in (*self._header, record)}
-                self._write([each for name, each in wanted.items() if name not in self.records])
+            if _key(record) not in self.records:
+                lines = {_key(each): each for each in (*self._header, record)}
+                self._write([each for key, each in lines.items() if key not in self.records])
 
     def refresh(self) -> None:
-        """Read what has been appended, by this process or another."""
+        """Read the lines that this or another process has appended."""
         if self.path.exists():
             with self._locked():
                 pass
 
     def close(self) -> None:
-        """Remove the lock file, all that a run leaves beside its results."""
-        # A process waiting for it just now may then write beside another. Lines are appended
-        # whole, so the worst is a cell that stands twice, of which readers take the first.
+        """Remove the lock file."""
+        # A process that waits for it may then write at the same time as another. Lines are
+        # appended whole, so the worst is a repeated cell, of which readers take the first.
         with suppress(OSError):
             self._lock_file.unlink()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone with the file, all of it read."""
+        """Hold the lock, with the whole file read."""
         with FileLock(self._lock_file):
             if self.path.exists():
                 with self.path.open("rb") as file:
@@ -158,10 +158,10 @@ class Results:
             yield
 
     def read(self, data: bytes) -> None:
-        """Take in lines of a results file.
+        """Add the records in lines of a results file.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: a file of another kind.
 
         Warns:
             UserWarning: a damaged or torn line; it is left out, and its cell computed again.
@@ -171,7 +171,7 @@ class Results:
         for number, line in enumerate(data.split(b"\n"), start=self._lines + 1):
             try:
                 record = json.loads(line, parse_constant=int)  # which refuses NaN and Infinity
-                self.records.setdefault(_name(record), record)
+                self.records.setdefault(_key(record), record)
             except (ValueError, KeyError, TypeError) as error:
                 if line.strip():
                     damaged.append((number, error))
@@ -209,11 +209,11 @@ class Results:
 
 @checked
 def read_results(path: str | os.PathLike[str]) -> Results:
-    """A results file, for reading; also several that were joined by ``cat``.
+    """Read a results file, or several that were joined by ``cat``.
 
     Raises:
-        ValueError: a file that holds something else.
-        OSError: no such file, or one that cannot be read.
+        ValueError: a file of another kind.
+        OSError: the file does not exist or cannot be read.
 
     Warns:
         UserWarning: a damaged line, which is left out.
@@ -224,37 +224,37 @@ def read_results(path: str | os.PathLike[str]) -> Results:
 
 
 def environment() -> Record:
-    """Versions, hardware and, in a git checkout of this package, the commit of this very run."""
+    """Versions, hardware and, in a git checkout of this package, its commit."""
     import torch
 
-    made_with = {"python": platform.python_version()} | versions(*_PACKAGES)
-    made_with["torch"] = str(torch.__version__)  # with its build: +cpu, +cu130
+    packages = {"python": platform.python_version()} | versions(*_PACKAGES)
+    packages["torch"] = str(torch.__version__)  # with its build: +cpu, +cu130
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
     hardware["threads"] = torch.get_num_threads()
-    return {"versions": made_with, "hardware": hardware, "commit": _commit()}
+    return {"versions": packages, "hardware": hardware, "commit": _commit()}
 
 
 def _commit() -> str | None:
-    """The commit this module was checked out at, marked when files have changed since."""
+    """The commit this module is checked out at, marked if files have changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
     tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
-    named = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        for command in (tracked, named):
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        for command in (tracked, describe):
+            process = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
-def _name(record: Record) -> tuple[Any, ...]:
-    """What names a record; `KeyError` or `TypeError` if it is none."""
-    return record["kind"], *(record[name] for name in _NAMED_BY[record["kind"]])
+def _key(record: Record) -> tuple[Any, ...]:
+    """The key of a record; `KeyError` or `TypeError` if it is invalid."""
+    return record["kind"], *(record[field] for field in _KEYS[record["kind"]])
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON gives it back: tuples, arrays and tensors as lists."""
+    """``value`` after a round trip through JSON: tuples, arrays and tensors become lists."""
     return json.loads(_json(value))
 
 
@@ -262,7 +262,7 @@ def _json(value: Any) -> str:
     try:
         return json.dumps(
             value,
-            default=lambda array: array.tolist(),  # NumPy's and torch's
+            default=lambda array: array.tolist(),  # of NumPy and torch
             ensure_ascii=False,
             allow_nan=False,
             separators=(",", ":"),

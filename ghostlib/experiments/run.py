@@ -3,9 +3,9 @@
     specification = Specification(n=(5, 7, 9), operators=("pruned", "ghost"), tasks=("arc_easy",))
     print(report(run_experiment(specification, "results.jsonl")))
 
-A cell is one model (layers removed, an operator in their place) on one corpus or task. Cells depend
-on nothing but the specification, so that any number of processes may compute them in any order, and
-a run that was stopped resumes with the first that is missing.
+A cell is one model (removed layers, an operator in their place) on one corpus, task or probe. Cells
+depend on the specification alone, so that any number of processes may compute them in any order,
+and a stopped run resumes with the first missing cell.
 """
 
 import hashlib
@@ -71,21 +71,21 @@ def run_experiment(
     """Compute the cells of ``specification`` that the file ``output`` lacks, and return all.
 
     Layers are chosen in one pass and all operators solved from another, or from several where
-    memory has no room for the moments of all. Operators that read the layer before a gap are left
-    out where layer 0 is removed, and a cell whose loss is not finite has no score: records of kind
-    ``"skipped"`` say so.
+    memory has no room for all moments. Operators that read the layer before a gap are left out
+    where layer 0 is removed, and a cell whose loss is not finite has no score: records of kind
+    ``"skipped"`` have the reasons.
 
     Args:
-        output: a results file, made or resumed; several processes may append to one file.
-        model: the dense model that ``specification.load()`` gives, where it is at hand.
-        tokenizer: its tokenizer; given with the model, or not at all.
-        shard: ``"3/8"`` computes the third eighth of the cells, which their content decides, alike
-            in every process; the files of all shards are joined by ``cat``.
+        output: a results file, new or resumed; several processes may append to one file.
+        model: the dense model, as from ``specification.load()``, if it is already loaded.
+        tokenizer: its tokenizer; required with the model.
+        shard: ``"3/8"`` computes the third eighth of the cells, the same in every process; the
+            files of all shards are joined by ``cat``.
 
     Raises:
         ValueError: a file of another specification (the message names the difference), or of other
-            text in a local file of that name, a model without its tokenizer, layers that the model
-            does not have, a shard that is none, and what the steps refuse.
+            text in a local file of that name; a model without its tokenizer; layers that the model
+            does not have; an invalid shard; and errors of the steps.
         OSError: the file cannot be written.
         ConnectionError: a hub corpus or task that cannot be reached.
 
@@ -102,7 +102,7 @@ def run_experiment(
     results = Results(output)
     try:
         results.expect(specification.identity())
-        check_tasks(specification.tasks)  # not after hours
+        check_tasks(specification.tasks)  # before hours of work
         if model is None or tokenizer is None:
             model, tokenizer = specification.load()
         results.begin(specification.identity(model), specification.files())
@@ -114,11 +114,7 @@ def run_experiment(
 
 @checked
 def read_shard(text: str) -> tuple[int, int]:
-    """(3, 8) of ``"3/8"``.
-
-    Raises:
-        ValueError: anything that is not the n-th of so many.
-    """
+    """``(3, 8)`` from ``"3/8"``; `ValueError` unless it is the n-th of that number."""
     index, _, total = text.partition("/")
     if not (index.isdecimal() and total.isdecimal() and 1 <= int(index) <= int(total)):
         raise ValueError(f"shard {text!r} is not of the form 3/8, the third of eight")
@@ -130,105 +126,103 @@ _UNFITTED = (DENSE, PRUNED)
 
 @dataclass
 class _Run:
-    """The cells still to be computed, by model and by what is measured, and what they share."""
+    """The missing cells, by model and measure, and the computations they share."""
 
     specification: Specification
     results: Results
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    todo: dict[tuple[Layers, str], list[tuple[str, str]]] = field(default_factory=dict)
+    missing: dict[tuple[Layers, str], list[tuple[str, str]]] = field(default_factory=dict)
     probes: dict[str, ProbeSet] = field(default_factory=dict)
-    scored: list[tuple[str, Layers, Operators, Tensor]] = field(default_factory=list)
+    cached: list[tuple[str, Layers, Operators, Tensor]] = field(default_factory=list)
 
     def run(self, index: int, total: int) -> None:
         """Choose layers, plan, and compute cell by cell."""
         spec = self.specification
-        drawn: dict[str, Any] = {"seed": spec.seed, "count": spec.probe_items, "strict": True}
-        for name in spec.probes:  # one that cannot be asked is refused before anything is scored
-            self.probes[name] = ProbeSet(self.model, self.tokenizer, [name], **drawn)
+        options: dict[str, Any] = {"seed": spec.seed, "count": spec.probe_items, "strict": True}
+        for name in spec.probes:  # one that cannot be run is refused before anything is scored
+            self.probes[name] = ProbeSet(self.model, self.tokenizer, [name], **options)
         measures = [
-            *product([PERPLEXITY], self.specification.perplexity),
-            *product([ACCURACY], self.specification.tasks),
-            *product([ABILITY], self.specification.probes),
+            *product([PERPLEXITY], spec.perplexity),
+            *product([ACCURACY], spec.tasks),
+            *product([ABILITY], spec.probes),
         ]
-        models = [((), DENSE), *product(self._removed(), self.specification.operators)]
+        models = [((), DENSE), *product(self._layer_sets(), spec.operators)]
         for (layers, operator), (measure, dataset) in product(models, measures):
             name = json.dumps([spell(layers), operator, measure, base_name(dataset)])
             digest = hashlib.sha256(name.encode()).digest()
             if int.from_bytes(digest[:8], "big") % total == index - 1:
                 self._plan(layers, operator, measure, dataset)
         for fits in self._portions():
-            for layers, operator in track(fits.models, "scoring", unit="model"):
+            for model in track(fits.models, "scoring", unit="model"):
                 self.results.refresh()
-                missing = self.todo[layers, operator]
-                if left := [m for m in missing if not self._is_known(layers, operator, *m)]:
-                    self._score(layers, operator, left, fits)
+                if measures := [m for m in self.missing[model] if not self._is_done(*model, *m)]:
+                    self._score(*model, measures, fits)
 
     def _portions(self) -> Iterator["_Fits"]:
-        """What is to be scored, as many sets of layers at a time as memory has room for."""
+        """The models with missing cells, as many sets of layers at a time as memory allows."""
         windows = torch.empty(0, 0)
-        if any(operator not in _UNFITTED for _, operator in self.todo):
+        if any(operator not in _UNFITTED for _, operator in self.missing):
             windows = self._windows
             check_windows(self.model, windows)  # before the first cell is written
         portion = _Fits(self.model, windows, [])
-        for _, models in groupby(self.todo, itemgetter(0)):
-            more = list(models)
-            wider = _Fits(self.model, windows, [*portion.models, *more])
+        for _, group in groupby(self.missing, itemgetter(0)):
+            models = list(group)
+            wider = _Fits(self.model, windows, [*portion.models, *models])
             if portion.models and wider.bytes > available_bytes() // 2:
                 yield portion
-                wider = _Fits(self.model, windows, more)
+                wider = _Fits(self.model, windows, models)
             portion = wider
         yield portion
 
-    def _removed(self) -> list[Layers]:
-        """Every set of layers to remove: those given, and those that criteria choose."""
-        specification, total = self.specification, num_layers(self.model)
-        starts = contiguous(specification.starts, total) if specification.starts else []
-        given = [*specification.layers, *(tuple(gap.removed) for gap in starts)]
-        for layers in given:
-            runs(layers, total)  # refuses what the model does not have
-        asked = list(product(specification.criteria, specification.n))
+    def _layer_sets(self) -> list[Layers]:
+        """Every set of layers to remove: of the specification, and chosen by criteria."""
+        spec, total = self.specification, num_layers(self.model)
+        starts = contiguous(spec.starts, total) if spec.starts else []
+        explicit = [*spec.layers, *(tuple(gap.removed) for gap in starts)]
+        for layers in explicit:
+            runs(layers, total)  # refuses layers that the model does not have
         missing: dict[str, list[int]] = {}
-        for criterion, n in asked:
+        for criterion, n in product(spec.criteria, spec.n):
             contiguous(n, total)
             if not self.results.get("selection", criterion, n):
                 missing.setdefault(criterion, []).append(n)
         self._select(missing)
-        records = [self.results.get("selection", *pair) for pair in asked]
+        records = [self.results.get("selection", *pair) for pair in product(spec.criteria, spec.n)]
         chosen = [read_layers(record["layers"]) for record in records if record]
-        return list(dict.fromkeys([*given, *chosen]))
+        return list(dict.fromkeys([*explicit, *chosen]))
 
     def _select(self, missing: Mapping[str, list[int]]) -> None:
-        """Let criteria choose so many layers each; one pass serves all of them."""
+        """Choose layers by each criterion, for its numbers of layers, from one pass."""
         total = num_layers(self.model)
-        known: Tensor | Calibration | None = None
+        calibration: Tensor | Calibration | None = None
         if boundaries := {b for c, ns in missing.items() for b in needed(c, ns, total)}:
             moments = any("moments" in CRITERIA[c].needs for c in missing)
-            known = calibrate(self.model, self._windows, sorted(boundaries), moments=moments)
+            calibration = calibrate(self.model, self._windows, sorted(boundaries), moments=moments)
         for criterion, ns in track(missing.items(), "selecting", unit="criterion"):
             begin = time.perf_counter()
-            scored = self._selection if "windows" in CRITERIA[criterion].needs else None
-            source = self._windows if known is None else known
-            selected = select_several(self.model, source, ns, criterion, windows=scored)
+            windows = self._selection_windows if "windows" in CRITERIA[criterion].needs else None
+            source = self._windows if calibration is None else calibration
+            selected = select_several(self.model, source, ns, criterion, windows=windows)
             seconds = (time.perf_counter() - begin) / len(searched(criterion, ns))
             for n, layers in selected.items():
                 content = {"criterion": criterion, "n": n, "layers": spell(layers)}
                 self.results.append("selection", **content, seconds=round(seconds, 2))
 
     def _plan(self, layers: Layers, operator: str, measure: str, dataset: str) -> None:
-        """Note what is missing, and record what is left out."""
+        """Note a missing cell, or record why it is left out."""
         fitted = operator not in _UNFITTED and not budget_of(operator)
         if 0 in layers and fitted and family_of(operator).regressor.reads_mlp:
             names = {"layers": spell(layers), "operator": operator, "dataset": ""}
             reason = f"{operator} reads the layer before a gap, and layer 0 is removed"
             self.results.append("skipped", **names, reason=reason)
-        elif not self._is_known(layers, operator, measure, dataset):
-            self.todo.setdefault((layers, operator), []).append((measure, dataset))
+        elif not self._is_done(layers, operator, measure, dataset):
+            self.missing.setdefault((layers, operator), []).append((measure, dataset))
 
-    def _is_known(self, layers: Layers, operator: str, measure: str, dataset: str) -> bool:
-        names = (spell(layers), operator)
-        scored = self.results.get("score", *names, measure, base_name(dataset))
-        return bool(scored or self.results.get("skipped", *names, base_name(dataset)))
+    def _is_done(self, layers: Layers, operator: str, measure: str, dataset: str) -> bool:
+        key, name = (spell(layers), operator), base_name(dataset)
+        score = self.results.get("score", *key, measure, name)
+        return bool(score or self.results.get("skipped", *key, name))
 
     def _score(
         self, layers: Layers, operator: str, measures: list[tuple[str, str]], fits: "_Fits"
@@ -239,13 +233,9 @@ class _Run:
         if choice is not None:
             names = {"layers": spell(layers), "recipe": operator, "operator": choice.repair}
             self.results.append("choice", **names, losses=choice.summary["losses"])
-        takes = {
-            PERPLEXITY: self._perplexity,
-            ACCURACY: self._accuracy,
-            ABILITY: self._ability,
-        }
+        score = {PERPLEXITY: self._perplexity, ACCURACY: self._accuracy, ABILITY: self._ability}
         for measure, dataset in measures:
-            content = takes[measure](dataset, layers, operators)
+            content = score[measure](dataset, layers, operators)
             names = {"layers": spell(layers), "operator": operator, "dataset": base_name(dataset)}
             seconds, begin = time.perf_counter() - begin, time.perf_counter()
             if math.isfinite(content["value"]):
@@ -264,19 +254,19 @@ class _Run:
         low, high = interval if len(losses) > 1 else (None, None)
         count, length = text.windows.shape
         sizes = {"windows": count, "length": length, "tokens": count * (length - 1)}
-        scored = {"split": text.split, **sizes, "bytes": text.bytes, "losses": losses}
+        content = {"split": text.split, **sizes, "bytes": text.bytes, "losses": losses}
         if text.bos is not None:
-            scored["bos"] = text.bos  # which every window begins with
-        return {"value": value, "low": low, "high": high, **scored}
+            content["bos"] = text.bos
+        return {"value": value, "low": low, "high": high, **content}
 
     def _losses(self, corpus: str, layers: Layers, operators: Operators) -> Tensor:
-        """The recipe on a budget often chooses what has been scored under another name."""
-        self.scored = [known for known in self.scored if known[1] == layers]
-        for name, _, others, losses in self.scored:
+        """Losses on a corpus; cached, as the recipe often chooses the same on several budgets."""
+        self.cached = [entry for entry in self.cached if entry[1] == layers]
+        for name, _, others, losses in self.cached:
             if name == corpus and others is operators:
                 return losses
         losses = self._trials[corpus].losses(layers, operators)
-        self.scored.append((corpus, layers, operators, losses))
+        self.cached.append((corpus, layers, operators, losses))
         return losses
 
     def _accuracy(self, task: str, layers: Layers, operators: Operators) -> dict[str, Any]:
@@ -288,7 +278,7 @@ class _Run:
         return {"value": fmean(score["acc"] for score in scores), "scores": scores}
 
     def _ability(self, probe: str, layers: Layers, operators: Operators) -> dict[str, Any]:
-        values = self._asking[probe].abilities(layers, operators)[probe]
+        values = self._probe_trials[probe].abilities(layers, operators)[probe]
         if not np.isfinite(values).all():
             return {"value": math.nan}
         chance = PROBES[probe].chance(text_config(self.model).vocab_size)
@@ -301,7 +291,7 @@ class _Run:
         return self.specification.draw_calibration(self.tokenizer)
 
     @cached_property
-    def _selection(self) -> Tensor:
+    def _selection_windows(self) -> Tensor:
         return self.specification.draw_selection(self.tokenizer)
 
     @cached_property
@@ -311,25 +301,25 @@ class _Run:
 
     @cached_property
     def _trials(self) -> dict[str, Trials]:
-        """What all models have in common on each corpus."""
+        """Shared computations of all models on each corpus."""
         return {c: Trials(self.model, text.windows) for c, text in self._texts.items()}
 
     @cached_property
-    def _asking(self) -> dict[str, Trials]:
-        """What all models have in common on each probe."""
+    def _probe_trials(self) -> dict[str, Trials]:
+        """Shared computations of all models on each probe."""
         return {name: Trials(self.model, None, probes=p) for name, p in self.probes.items()}
 
 
 @dataclass
 class _Fits:
-    """The operators of some models, solved from what is collected once for all of them."""
+    """The operators of some models, solved from statistics that are collected once for all."""
 
     model: PreTrainedModel
     windows: Tensor
     models: list[tuple[Layers, str]]
 
     def of(self, layers: Layers, operator: str) -> tuple[Operators, Choice | None]:
-        """Those of one of the models, and how the recipe chose if it was asked."""
+        """The operators of one model, and the choice of the recipe, if it chose them."""
         if operator in _UNFITTED:
             return {}, None
         if budget := budget_of(operator):
@@ -339,67 +329,66 @@ class _Fits:
         if operator.endswith(SEQUENTIAL) and len(gaps) > 1:
             streams = self._streams
             return fit_sequential(self.model, self.windows, gaps, family, streams=streams), None
-        if self._is_judged(operator):
+        if self._needs_recipe(operator):
             return self._recipe.fit(layers, operator), None
         moments = self._statistics.of(family.regressor)
         return {gap: solve(moments[gap], family) for gap in gaps}, None
 
     @property
     def bytes(self) -> int:
-        """What the moments take."""
+        """Size of all moments, of which the recipe has two: fitted and held out."""
         total = 0
-        for judged, passes in ((True, 2), (False, 1)):  # those of windows kept out, and the rest
-            if asked := self._boundaries(judged):
-                read = self._regressors(judged)
-                total += passes * calibration_bytes(self.model, asked, regressors=read).moments
+        for recipe, copies in ((True, 2), (False, 1)):
+            if gaps := self._boundaries(recipe):
+                regressors = self._regressors(recipe)
+                size = calibration_bytes(self.model, gaps, regressors=regressors)
+                total += copies * size.moments
         return total
 
     def _gaps(self, layers: Layers) -> list[Boundary]:
         return runs(layers, num_layers(self.model))
 
-    def _is_judged(self, operator: str) -> bool:
-        """Whether windows kept out of the fit choose it or its ridge, as in `recover`."""
-        if budget_of(operator):
-            return True
-        return bool(family_of(operator).default) and len(self.windows) > 1
+    def _needs_recipe(self, operator: str) -> bool:
+        """Whether held-out windows choose the operator or its ridge, as in `recover`."""
+        return bool(budget_of(operator)) or (
+            bool(family_of(operator).default) and len(self.windows) > 1
+        )
 
-    def _fitted(self, judged: bool) -> list[tuple[Layers, str]]:
+    def _fitted(self, recipe: bool) -> list[tuple[Layers, str]]:
         fitted = [(layers, op) for layers, op in self.models if op not in _UNFITTED]
-        return [(layers, op) for layers, op in fitted if self._is_judged(op) == judged]
+        return [(layers, op) for layers, op in fitted if self._needs_recipe(op) == recipe]
 
-    def _boundaries(self, judged: bool) -> list[Boundary]:
-        # Also of sequential fits: of one gap they are the teacher's.
-        return sorted({gap for layers, _ in self._fitted(judged) for gap in self._gaps(layers)})
+    def _boundaries(self, recipe: bool) -> list[Boundary]:
+        # Also of sequential fits: with one gap they equal the teacher's.
+        return sorted({gap for layers, _ in self._fitted(recipe) for gap in self._gaps(layers)})
 
-    def _families(self, judged: bool) -> list[str]:
-        operators = dict.fromkeys(operator for _, operator in self._fitted(judged))
-        names: list[str] = []
-        for operator in operators:  # each once, however many sets of layers it is for
+    def _families(self, recipe: bool) -> list[str]:
+        names: dict[str, None] = {}
+        for operator in dict.fromkeys(operator for _, operator in self._fitted(recipe)):
             budget = budget_of(operator)
-            names += affordable(self.model, budget) if budget else [operator]
-        return list(dict.fromkeys(names))
+            names |= dict.fromkeys(affordable(self.model, budget) if budget else [operator])
+        return list(names)
 
-    def _regressors(self, judged: bool) -> set[Regressor]:
-        return {family_of(name).regressor for name in self._families(judged)}
+    def _regressors(self, recipe: bool) -> set[Regressor]:
+        return {family_of(name).regressor for name in self._families(recipe)}
 
     @cached_property
     def _recipe(self) -> Recipe:
-        """All that is chosen by windows kept out of the fit, from the same statistics."""
-        recipe = Recipe(self.model, self.windows, candidates=self._families(judged=True))
-        recipe.collect([layers for layers, _ in self._fitted(judged=True)])
+        """The recipe for all operators that need it, from the same statistics."""
+        recipe = Recipe(self.model, self.windows, candidates=self._families(recipe=True))
+        recipe.collect([layers for layers, _ in self._fitted(recipe=True)])
         return recipe
 
     @cached_property
     def _statistics(self) -> Calibration:
         """Moments that all other operators are solved from, of one pass."""
-        asked = self._boundaries(judged=False)
-        regressors = self._regressors(judged=False)
-        return calibrate(self.model, self.windows, asked, regressors=regressors)
+        gaps, regressors = self._boundaries(recipe=False), self._regressors(recipe=False)
+        return calibrate(self.model, self.windows, gaps, regressors=regressors)
 
     @cached_property
     def _streams(self) -> dict[int, Tensor]:
-        """The dense model's streams that all sequential fits need, of one pass."""
+        """The dense model's streams that all sequential fits need, from one pass."""
         sequential = [layers for layers, op in self.models if op.endswith(SEQUENTIAL)]
-        places = {layers[0] for layers in sequential}
-        places |= {gap.stop for layers in sequential for gap in self._gaps(layers)}
-        return dense_streams(self.model, self.windows, places)
+        indices = {layers[0] for layers in sequential}
+        indices |= {gap.stop for layers in sequential for gap in self._gaps(layers)}
+        return dense_streams(self.model, self.windows, indices)

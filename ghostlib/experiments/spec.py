@@ -1,7 +1,7 @@
-"""The specification of an experiment: which model, which layers, which operators, on which text.
+"""The specification of an experiment: model, layers, operators and text.
 
-Neither torch nor transformers is imported here: the command line, whose options are its
-fields, answers at once.
+Its fields are options of the command line, which starts fast: neither torch nor transformers is
+imported here.
 """
 
 import hashlib
@@ -22,48 +22,50 @@ if TYPE_CHECKING:
     from ghostlib.evaluation.perplexity import ScoredText
     from ghostlib.operators.families import Family
 
-_FEW = 8  # windows of a corpus for which nothing is published
+_TEST_WINDOWS = 8  # of a corpus without a published protocol
 
 
 @dataclass(frozen=True)
 class Specification:
-    """What is compared, and on what; a single value serves for a list of one.
+    """The models that are compared and the texts they are scored on.
+
+    A single value is a list of one.
 
     Attributes:
         model: smollm2 (embedded), a local folder, or a hub id.
         dtype: float32, bfloat16, float16; by default as the model was saved.
         device_map: as for transformers; by default auto where there is a GPU.
-        criteria: ways of choosing layers; by default cosine.
-        n: how many layers to remove, each in turn; by default 7.
+        criteria: criteria that choose layers; by default cosine.
+        n: numbers of layers to remove; by default 7.
         layers: remove these instead of choosing, such as 12-18 or 12-15,17.
         starts: remove every block of this many layers instead.
-        operators: families, regressors such as ``"x, n(x); 1/|y|"``, these with " sequential"
-            behind them; pruned (no repair); auto (the recipe), "auto none" and "auto matrix" (on a
+        operators: families, regressors such as ``"x, n(x); 1/|y|"``, either with " sequential"
+            appended; pruned (no repair); auto (the recipe), "auto none" and "auto matrix" (on a
             budget).
         calibration: corpora that operators are fitted on.
-        split: part of the calibration corpora.
+        split: split of the calibration corpora.
         windows: calibration windows of each corpus.
-        length: tokens of a calibration window.
-        selection_windows: windows of each corpus, behind those, that searches score.
-        selection_length: the first so many tokens of these; by default 1024, or all.
+        length: tokens per calibration window.
+        selection_windows: windows of each corpus, after those, that searches score.
+        selection_length: tokens of these windows, from the first; by default 1024, or all.
         perplexity: corpora that are scored.
-        test_split: part of the scored corpora; by default as published, or test.
+        test_split: split of the scored corpora; by default as published, or test.
         test_windows: scored windows of each corpus; by default as published, or 8.
-        test_length: tokens of a scored window.
+        test_length: tokens per scored window.
         tasks: zero-shot tasks that are scored: embedded, of lm-eval, or .jsonl files.
         probes: abilities that are scored, such as copying.
-        probe_items: items of each probe at most.
+        probe_items: largest number of items of each probe.
         bos: whether every window of a corpus begins with BOS, yes or no; by default as the
             tokenizer does it. Published protocols have none.
-        limit: the first so many items of each task; by default all.
+        limit: items of each task, from the first; by default all.
         batch_size: sequences in a forward pass of a task.
-        seed: which windows are drawn.
+        seed: seed of the windows and the probes.
 
     Raises:
-        ValueError: an unknown name, a count that cannot be, arguments that contradict each other,
-            or nothing to do; the message names the value.
-        FileNotFoundError: a model folder, corpus or task file that is not there.
-        ModuleNotFoundError: tasks of lm-eval, which is not installed.
+        ValueError: an unknown name, an invalid number, contradicting arguments, or nothing to do;
+            the message names the value.
+        FileNotFoundError: a model folder, corpus or task file that does not exist.
+        ModuleNotFoundError: tasks of lm-eval while it is not installed.
     """
 
     model: str = "smollm2"
@@ -100,9 +102,9 @@ class Specification:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(field.default, tuple):
-                several = isinstance(value, Iterable) and not isinstance(value, str)
-                listed = value if several else [value]
-                self._set(field.name, [_READ.get(field.name, str)(each) for each in listed])
+                single = isinstance(value, str) or not isinstance(value, Iterable)
+                values = [value] if single else value
+                self._set(field.name, [_READ.get(field.name, str)(each) for each in values])
             elif "int" in str(field.type) and not (value is None and field.default is None):
                 whole_number(value, field.name, _LEAST.get(field.name, 1))
             elif not fits(value, field.type):
@@ -112,10 +114,10 @@ class Specification:
             self._set("n", self.n or [7])
         elif self.criteria or self.n:
             raise ValueError("give criteria and n, or the layers (layers, starts), and not both")
-        part = self.selection_length or min(1024, self.length)
-        object.__setattr__(self, "selection_length", part)
-        if part > self.length:
-            raise ValueError(f"selection_length = {part}: at most length = {self.length}")
+        length = self.selection_length or min(1024, self.length)
+        object.__setattr__(self, "selection_length", length)
+        if length > self.length:
+            raise ValueError(f"selection_length = {length}: at most length = {self.length}")
         if not isinstance(self.bos, bool | None):
             raise ValueError(f"bos = {self.bos!r}: give True, False, or None for the tokenizer's")
         check_source(self.model, self.dtype, self.device_map)
@@ -129,13 +131,13 @@ class Specification:
         if not (self.perplexity or self.tasks or self.probes or self.criteria):
             raise ValueError("nothing to do: name a corpus, task or probe, or a criterion")
         if any(map(budget_of, self.operators)) and self.windows * len(self.calibration) < 2:
-            raise ValueError(f"windows = {self.windows}: the recipe needs at least 2 in all")
+            raise ValueError(f"windows = {self.windows}: the recipe needs at least 2 in total")
 
     def _set(self, name: str, values: Sequence[Any]) -> None:
-        known = [base_name(value) if isinstance(value, str) else value for value in values]
-        if twice := [value for value in known if known.count(value) > 1]:
+        names = [base_name(value) if isinstance(value, str) else value for value in values]
+        if copies := [value for value in names if names.count(value) > 1]:
             raise ValueError(
-                f"{name} has {twice[0]!r} twice: name each once, and files by different last names"
+                f"{name} has {copies[0]!r} twice: name each once, and files by different last names"
             )
         object.__setattr__(self, name, tuple(values))
 
@@ -145,45 +147,43 @@ class Specification:
 
         from ghostlib.models.loading import load_model
 
-        placed = self.device_map or ("auto" if torch.cuda.is_available() else None)
-        return load_model(self.model, dtype=self.dtype, device_map=placed)
+        device_map = self.device_map or ("auto" if torch.cuda.is_available() else None)
+        return load_model(self.model, dtype=self.dtype, device_map=device_map)
 
     def identity(self, model: "PreTrainedModel | None" = None) -> dict[str, Any]:
-        """Everything that decides the number in a cell, and no path of this machine.
+        """Everything that determines the score of a cell, without paths of this machine.
 
-        Neither what is computed is among it nor the place of the weights. Without the model it is
-        what is known before that is loaded.
+        It leaves out which cells are computed and where the weights are; without the model, also
+        its dtype and fingerprint.
         """
-        apart = {"device_map", "dtype", "criteria", "n", "layers", "starts", "operators"}
-        apart |= {"perplexity", "tasks", "probes", "batch_size"}
-        # files from before there were these resume
-        apart |= {name for name in ("probe_items", "bos") if getattr(self, name) is None}
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
-        known |= {
-            "model": base_name(self.model),
-            "calibration": [*map(base_name, self.calibration)],
-        }
+        omitted = {"device_map", "dtype", "criteria", "n", "layers", "starts", "operators"}
+        omitted |= {"perplexity", "tasks", "probes", "batch_size"}
+        # files that are older than these fields resume
+        omitted |= {name for name in ("probe_items", "bos") if getattr(self, name) is None}
+        identity = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in omitted}
+        identity |= {"model": base_name(self.model)}
+        identity |= {"calibration": [*map(base_name, self.calibration)]}
         if model is not None:
             from ghostlib.models.architectures import fingerprint
 
             dtype = str(model.dtype).removeprefix("torch.")
-            known |= {"fingerprint": fingerprint(model), "dtype": dtype}
-        return known
+            identity |= {"fingerprint": fingerprint(model), "dtype": dtype}
+        return identity
 
     def files(self) -> list[dict[str, str]]:
-        """The local files that are read, by their last names, and digests of what they hold."""
+        """The local files that are read: field, last part of the path, and digest."""
         from ghostlib.text.corpora import CORPORA
         from ghostlib.text.documents import text_files
 
-        read = [("calibration", name) for name in self.calibration if name not in CORPORA]
-        read += [("perplexity", name) for name in self.perplexity if name not in CORPORA]
-        read += [("tasks", name) for name in self.tasks if name.endswith(".jsonl")]
-        found = []
-        for field, name in read:
+        names = [("calibration", name) for name in self.calibration if name not in CORPORA]
+        names += [("perplexity", name) for name in self.perplexity if name not in CORPORA]
+        names += [("tasks", name) for name in self.tasks if name.endswith(".jsonl")]
+        files = []
+        for field, name in names:
             if parts := text_files(Path(name).expanduser()):
                 digest = hashlib.sha256(b"".join(map(_digest, parts))).hexdigest()[:12]
-                found.append({"field": field, "name": base_name(name), "digest": digest})
-        return found
+                files.append({"field": field, "name": base_name(name), "digest": digest})
+        return files
 
     def draw_calibration(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
         """(corpora x windows, length) token ids, corpus after corpus."""
@@ -192,35 +192,32 @@ class Specification:
         return torch.cat([self._draw(c, tokenizer, self.windows) for c in self.calibration])
 
     def draw_selection(self, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
-        """(corpora x selection_windows, selection_length) ids, of windows behind those."""
+        """(corpora x selection_windows, selection_length) ids, of the windows after those."""
         import torch
 
         count = self.windows + self.selection_windows
-        drawn = [self._draw(c, tokenizer, count)[self.windows :] for c in self.calibration]
-        return torch.cat(drawn)[:, : self.selection_length]
+        windows = [self._draw(c, tokenizer, count)[self.windows :] for c in self.calibration]
+        return torch.cat(windows)[:, : self.selection_length]
 
     def _draw(self, corpus: str, tokenizer: "PreTrainedTokenizerBase", count: int) -> "Tensor":
         from ghostlib.text.corpora import token_windows
 
-        drawn: dict[str, Any] = {"split": self.split, "length": self.length, **self._alike}
-        return token_windows(corpus, tokenizer, count=count, **drawn)
+        options: dict[str, Any] = {"split": self.split, "length": self.length}
+        options |= {"count": count, "seed": self.seed, "bos": self.bos}
+        return token_windows(corpus, tokenizer, **options)
 
     def draw_test(self, tokenizer: "PreTrainedTokenizerBase", corpus: str) -> "ScoredText":
         """The held-out windows of a corpus."""
         from ghostlib.evaluation.perplexity import PUBLISHED, scored_text
 
-        count = self.test_windows or (None if corpus in PUBLISHED else _FEW)
-        drawn: dict[str, Any] = {"split": self.test_split, "length": self.test_length}
-        return scored_text(tokenizer, corpus, count=count, **drawn, **self._alike)
-
-    @property
-    def _alike(self) -> dict[str, Any]:
-        """What all windows are drawn with."""
-        return {"seed": self.seed, "bos": self.bos}
+        count = self.test_windows or (None if corpus in PUBLISHED else _TEST_WINDOWS)
+        options: dict[str, Any] = {"split": self.test_split, "length": self.test_length}
+        options |= {"count": count, "seed": self.seed, "bos": self.bos}
+        return scored_text(tokenizer, corpus, **options)
 
 
 def base_name(name: str) -> str:
-    """A local path by its last part, any other name as it is."""
+    """The last part of a local path, any other name unchanged."""
     return Path(name).name if os.path.exists(os.path.expanduser(name)) else name
 
 
@@ -230,18 +227,14 @@ def _digest(file: Path) -> bytes:
 
 
 def whole_number(value: Any, name: str = "n", least: int = 1) -> int:
-    """``value``, if it is a whole number of at least ``least``.
-
-    Raises:
-        ValueError: it is not; the message names both.
-    """
+    """``value`` as an int; `ValueError` unless it is a whole number of at least ``least``."""
     if not whole(value) or value < least:
         raise ValueError(f"{name} = {value!r}: give a whole number of at least {least}")
     return int(value)
 
 
 def budget_of(operator: str) -> str | None:
-    """The budget of the recipe under an operator's name, ``"auto matrix"``; None of any other.
+    """The budget in ``"auto matrix"``; None for operators other than the recipe.
 
     Raises:
         ValueError: an unknown budget.
@@ -257,7 +250,7 @@ def budget_of(operator: str) -> str | None:
 
 
 def family_of(operator: str) -> "Family":
-    """The family behind an operator's name, however it is fitted; `ValueError` if there is none."""
+    """The family of an operator, also of a sequential one; `ValueError` if it is unknown."""
     from ghostlib.operators.families import Family
 
     name = operator.removesuffix(SEQUENTIAL)
@@ -265,18 +258,14 @@ def family_of(operator: str) -> "Family":
 
 
 def canonical(operator: str) -> str:
-    """An operator as results name it, a regressor in its one spelling.
+    """The name of an operator in results, with one spelling for each regressor.
 
     Raises:
-        ValueError: an unknown one, one that needs an option, or a sequential fit of one that reads
-            more than the stream.
+        ValueError: an unknown operator, one that needs an option, or a sequential fit of one that
+            reads more than the stream.
     """
-    import torch
-
     from ghostlib.operators.families import FAMILIES
-    from ghostlib.operators.solve import solve
-    from ghostlib.statistics.features import STREAM
-    from ghostlib.statistics.moments import Moments
+    from ghostlib.operators.solve import check_options
 
     if budget := budget_of(operator):
         return AUTO if budget == "any" else operator
@@ -287,11 +276,9 @@ def canonical(operator: str) -> str:
         raise ValueError(
             f"{operator!r}: {name} reads more than the stream, leave out {SEQUENTIAL!r}"
         )
-    if family.regressor == STREAM:
-        eye = torch.eye(4, dtype=torch.float64)  # one that needs an option says so of any moments
-        solve(Moments(4).update(eye, eye), family)
-    known = name if name in FAMILIES else str(family.regressor)
-    return known + operator.removeprefix(name)
+    check_options(family, {})
+    spelling = name if name in FAMILIES else str(family.regressor)
+    return spelling + operator.removeprefix(name)
 
 
 def _layers(layers: Any) -> tuple[int, ...]:
@@ -299,14 +286,14 @@ def _layers(layers: Any) -> tuple[int, ...]:
 
     if not isinstance(layers, Iterable):
         raise ValueError(f"layers = {layers}: give sets of layers, such as '12-18' or [(12, 13)]")
-    listed = read_layers(layers) if isinstance(layers, str) else layers
-    whole = tuple(sorted(whole_number(layer, "layer", 0) for layer in listed))
-    runs(whole, max(whole, default=0) + 2)  # refuses none, and one named twice
-    return whole
+    indices = read_layers(layers) if isinstance(layers, str) else layers
+    indices = tuple(sorted(whole_number(index, "layer", 0) for index in indices))
+    runs(indices, max(indices, default=0) + 2)  # refuses an empty set and repeated layers
+    return indices
 
 
-def _known(module: str, registry: str, name: str) -> str:
-    """``name``, if a registry has it; its module is imported when it is first asked."""
+def _check_name(module: str, registry: str, name: str) -> str:
+    """``name``, if a registry has it; the module is imported at the first call."""
     getattr(import_module(module), registry)[name]
     return name
 
@@ -314,8 +301,8 @@ def _known(module: str, registry: str, name: str) -> str:
 _READ: dict[str, Callable[[Any], Any]] = {
     "n": whole_number,
     "layers": _layers,
-    "criteria": partial(_known, "ghostlib.selection.criteria", "CRITERIA"),
+    "criteria": partial(_check_name, "ghostlib.selection.criteria", "CRITERIA"),
     "operators": lambda name: canonical(str(name)),
-    "probes": partial(_known, "ghostlib.evaluation.abilities", "PROBES"),
+    "probes": partial(_check_name, "ghostlib.evaluation.abilities", "PROBES"),
 }
 _LEAST = {"test_length": 2, "selection_length": 2, "seed": 0}

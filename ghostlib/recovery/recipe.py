@@ -35,6 +35,7 @@ from ghostlib.surgery.cut import install
 from ghostlib.surgery.installers import check_place, projection_before
 
 Ridge = float | tuple[float, ...]
+Variant = tuple[Layers, str]  # removed layers, and the repair of their gaps
 
 BUDGETS: Registry[tuple[str, ...]] = Registry("budget")
 """Families that the recipe chooses from: ``"none"`` is folded into the stock checkpoint and adds no
@@ -84,10 +85,10 @@ class Choice:
     repair: str
     operators: dict[Boundary, Operator]
     ridges: dict[Boundary, Ridge]
-    losses: dict[tuple[Layers, str], float]
+    losses: dict[Variant, float]
     tokens: int
     keep: str | None = None
-    kept: dict[tuple[Layers, str], float] = field(default_factory=dict)
+    kept: dict[Variant, float] = field(default_factory=dict)
 
     def apply(self, model: PreTrainedModel, *, share: bool = True) -> PreTrainedModel:
         """A copy of the dense ``model`` without the layers and with the operators in place.
@@ -115,7 +116,7 @@ class Choice:
 
     def __str__(self) -> str:
         """The choice explained in one line."""
-        gaps = [f"{spell(gap.removed)} (ridge {spelt_ridge(r)})" for gap, r in self.ridges.items()]
+        gaps = [f"{spell(gap.removed)} (ridge {_ridge_text(r)})" for gap, r in self.ridges.items()]
         losses = sorted(self.rivals.items(), key=itemgetter(1))
         sets = len({layers for layers, _ in self.losses})
         return (
@@ -145,7 +146,7 @@ class Recipe:
 
     Raises:
         ValueError: fewer than two windows; no candidate, or one that is unknown, takes no ridge or
-            does not fit the architecture; a probe that cannot be asked.
+            does not fit the architecture; a probe that cannot be run.
     """
 
     @checked
@@ -186,9 +187,9 @@ class Recipe:
         held_out[[(2 * i + 1) * len(windows) // (2 * count) for i in range(count)]] = True
         self.fitted, self.judges = windows[~held_out], windows[held_out]
         self._statistics: dict[Boundary, tuple[Calibration, Calibration]] = {}
-        self._cached_ridges: dict[tuple[Layers, str], dict[Boundary, Ridge]] = {}
-        self._cached_trials: dict[tuple[Layers, str], tuple[Tensor, float]] = {}
-        self._cached_operators: dict[tuple[Layers, str], dict[Boundary, Operator]] = {}
+        self._cached_ridges: dict[Variant, dict[Boundary, Ridge]] = {}
+        self._cached_trials: dict[Variant, tuple[Tensor, float]] = {}
+        self._cached_operators: dict[Variant, dict[Boundary, Operator]] = {}
 
     @cached_property
     def _trials(self) -> Trials:
@@ -240,15 +241,15 @@ class Recipe:
         families = {name: self.families[name] for name in names}
         sets = [tuple(sorted(layers))] if isinstance(layers, Iterable) else self.shortlist(layers)
         self.collect(sets)
-        keys = [(ls, repair) for ls in sets for repair in (PRUNED, *self._placed(ls, families))]
-        trials = {key: self._try(*key) for key in track(keys, "choosing", unit="repair")}
-        by_window = {key: loss for key, (loss, _) in trials.items()}
-        kept = {key: score for key, (_, score) in trials.items()} if self.keep else {}
-        losses = {key: float(loss.mean()) for key, loss in by_window.items()}
-        totals = {key: loss + self.weight * kept.get(key, 0.0) for key, loss in losses.items()}
-        admitted = [key for key in losses if _is_admissible(key, by_window)]
+        variants = [(ls, name) for ls in sets for name in (PRUNED, *self._placed(ls, families))]
+        trials = {v: self._try(v) for v in track(variants, "choosing", unit="repair")}
+        by_window = {v: loss for v, (loss, _) in trials.items()}
+        kept = {v: score for v, (_, score) in trials.items()} if self.keep else {}
+        losses = {v: float(loss.mean()) for v, loss in by_window.items()}
+        totals = {v: loss + self.weight * kept.get(v, 0.0) for v, loss in losses.items()}
+        admitted = [v for v in variants if _is_admissible(v, by_window)]
         best = min(admitted, key=totals.__getitem__)  # ties: the cheapest, which comes first
-        single = [key for key in admitted if not self._has_several_matrices(key[1])]
+        single = [v for v in admitted if not self._has_several_matrices(v[1])]
         best_single = min(single, key=totals.__getitem__)
         if totals[best] > totals[best_single] - _MIN_GAIN:
             best = best_single
@@ -257,10 +258,8 @@ class Recipe:
                 "the pruned model and every repair of the recipe give NaN or an infinite loss: "
                 "try a wider dtype (bfloat16 or float32), or other windows"
             )
-        layers, repair = best
-        operators, ridges = self._final(layers, repair), self._ridges(layers, repair)
-        tokens = self.judges.numel()
-        return Choice(layers, repair, operators, ridges, losses, tokens, self.keep, kept)
+        operators, ridges, tokens = self._final(best), self._ridges(best), self.judges.numel()
+        return Choice(*best, operators, ridges, losses, tokens, self.keep, kept)
 
     @checked
     def fit(self, layers: Iterable[int], repair: str) -> dict[Boundary, Operator]:
@@ -275,40 +274,39 @@ class Recipe:
         family, removed = self.families[repair], tuple(sorted(layers))
         check_place(self.model, runs(removed, self.total), family)
         self.collect([removed])
-        fitted = {gap: fit for gap, (fit, _) in self._moments(removed, repair).items()}
+        fitted = {gap: fit for gap, (fit, _) in self._moments((removed, repair)).items()}
         warn_of_massive_activations(fitted, family)
-        return self._final(removed, repair)
+        return self._final((removed, repair))
 
-    def _ridges(self, layers: Layers, repair: str) -> dict[Boundary, Ridge]:
+    def _ridges(self, variant: Variant) -> dict[Boundary, Ridge]:
         """The ridge of each gap that fits the held-out windows best."""
-        key = layers, repair
-        if key not in self._cached_ridges:
-            moments = track(self._moments(*key).items(), "choosing ridges")
-            self._cached_ridges[key] = {gap: _choose_ridge(*pair) for gap, pair in moments}
-        return self._cached_ridges[key]
+        if variant not in self._cached_ridges:
+            moments = track(self._moments(variant).items(), "choosing ridges")
+            self._cached_ridges[variant] = {gap: _choose_ridge(*pair) for gap, pair in moments}
+        return self._cached_ridges[variant]
 
-    def _try(self, layers: Layers, repair: str) -> tuple[Tensor, float]:
+    def _try(self, variant: Variant) -> tuple[Tensor, float]:
         """Losses on the held-out windows of a repair solved without them, and the probe's score."""
-        key = layers, repair
-        if key not in self._cached_trials:
-            moments = {gap: fit for gap, (fit, _) in self._moments(*key).items()}
-            operators = self._solve(moments, *key)
+        if variant not in self._cached_trials:
+            layers, moments = variant[0], self._moments(variant)
+            operators = self._solve(variant, {gap: fit for gap, (fit, _) in moments.items()})
             losses, score = self._trials.losses(layers, operators).nan_to_num(math.inf), math.nan
             if self.keep is not None:
                 score = float(self._trials.abilities(layers, operators)[self.keep].mean())
                 score = score if math.isfinite(score) else math.inf
-            self._cached_trials[key] = losses, score
-        return self._cached_trials[key]
+            self._cached_trials[variant] = losses, score
+        return self._cached_trials[variant]
 
-    def _final(self, layers: Layers, repair: str) -> dict[Boundary, Operator]:
+    def _final(self, variant: Variant) -> dict[Boundary, Operator]:
         """Operators solved from all windows; cached for the last set of layers."""
-        key = layers, repair
         cached = self._cached_operators
-        self._cached_operators = {k: ops for k, ops in cached.items() if k[0] == layers}
-        if key not in self._cached_operators:
-            moments = {gap: fit + held_out for gap, (fit, held_out) in self._moments(*key).items()}
-            self._cached_operators[key] = self._solve(moments, *key)
-        return self._cached_operators[key]
+        self._cached_operators = {v: ops for v, ops in cached.items() if v[0] == variant[0]}
+        if variant not in self._cached_operators:
+            moments = {
+                gap: fit + held_out for gap, (fit, held_out) in self._moments(variant).items()
+            }
+            self._cached_operators[variant] = self._solve(variant, moments)
+        return self._cached_operators[variant]
 
     def _has_several_matrices(self, repair: str) -> bool:
         """Whether the repair multiplies several features of the stream at the boundary."""
@@ -320,8 +318,9 @@ class Recipe:
         starts = [gap.start for gap in runs(layers, self.total)]
         return [n for n, f in families.items() if all(has_place(self.model, f, s) for s in starts)]
 
-    def _moments(self, layers: Layers, repair: str) -> dict[Boundary, tuple[Moments, Moments]]:
-        """Moments that ``repair`` is solved from, of the fitted and of the held-out windows."""
+    def _moments(self, variant: Variant) -> dict[Boundary, tuple[Moments, Moments]]:
+        """Moments that a repair is solved from, of the fitted and of the held-out windows."""
+        layers, repair = variant
         if repair == PRUNED:
             return {}
         regressor, moments = self.families[repair].regressor, {}
@@ -331,11 +330,11 @@ class Recipe:
         return moments
 
     def _solve(
-        self, moments: Mapping[Boundary, Moments], layers: Layers, repair: str
+        self, variant: Variant, moments: Mapping[Boundary, Moments]
     ) -> dict[Boundary, Operator]:
-        ridges = self._ridges(layers, repair)
+        ridges, name = self._ridges(variant), variant[1]
         return {
-            gap: solve(m, self.families[repair], relative_ridge=ridges[gap])
+            gap: solve(m, self.families[name], relative_ridge=ridges[gap])
             for gap, m in moments.items()
         }
 
@@ -347,14 +346,15 @@ def _choose_ridge(fit: Moments, held_out: Moments) -> Ridge:
     return choose_ridge(fit, held_out=held_out)
 
 
-def _is_admissible(key: tuple[Layers, str], by_window: Mapping[tuple[Layers, str], Tensor]) -> bool:
+def _is_admissible(variant: Variant, by_window: Mapping[Variant, Tensor]) -> bool:
     """Whether a repair harms no held-out window, compared with the better of the safe ones.
 
     The mean over windows alone would let a gain on one kind of text pay for a loss on another.
     """
-    layers, repair = key
+    layers, repair = variant
     safe = [loss for (ls, name), loss in by_window.items() if ls == layers and name in _SAFE]
-    return repair in _SAFE or bool((by_window[key] <= torch.stack(safe).amin(0) + _MARGIN).all())
+    limit = torch.stack(safe).amin(0) + _MARGIN
+    return repair in _SAFE or bool((by_window[variant] <= limit).all())
 
 
 def shortlisted(keep: str | None) -> tuple[str, ...]:
@@ -362,7 +362,7 @@ def shortlisted(keep: str | None) -> tuple[str, ...]:
     return SHORTLIST if keep is None else (*SHORTLIST, "abilities")
 
 
-def spelt_ridge(ridge: Ridge) -> str:
+def _ridge_text(ridge: Ridge) -> str:
     """A ridge, or one for each feature, as text."""
     return "/".join(f"{r:.0e}" for r in (ridge if isinstance(ridge, tuple) else (ridge,)))
 

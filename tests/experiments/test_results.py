@@ -1,4 +1,4 @@
-"""A results file survives kills, full disks, damage and company, and keeps finite JSON alone."""
+"""A results file survives kills, full disks, damage and other writers, and keeps finite JSON."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def one_environment(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
         monkeypatch.setattr(module, "environment", lambda: {"versions": {}})
 
 
-def opened(path: Path, **changes: Any) -> Results:
+def begin(path: Path, **changes: Any) -> Results:
     results = Results(path)
     results.begin(SPECIFICATION | changes)
     return results
@@ -48,29 +48,32 @@ def cells(results: Results) -> dict[str, Any]:
 
 
 def fill(path: Path, count: int = 12) -> None:
-    results = opened(path)
+    results = begin(path)
     for cell in range(count):
         put(results, cell)
     results.close()
 
 
-WHOLE = {str(cell): math.sqrt(cell) for cell in range(12)}
+COMPLETE = {str(cell): math.sqrt(cell) for cell in range(12)}
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """The wait status of a process that does ``work``."""
-    if child := os.fork():
-        return os.waitpid(child, 0)[1]
-    try:
-        work()
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
+def in_children(work: Callable[[], object], count: int = 1) -> list[int]:
+    """The wait statuses of processes that do ``work`` at the same time."""
+    children = []
+    for _ in range(count):
+        if not (child := os.fork()):
+            try:
+                work()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return [os.waitpid(child, 0)[1] for child in children]
 
 
-def test_a_file_is_made_by_the_first_record_and_says_what_it_is_of(tmp_path: Path) -> None:
+def test_the_first_record_creates_a_file_with_its_specification(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.jsonl"
-    results = opened(path)
+    results = begin(path)
     assert not list(tmp_path.iterdir())
     put(results, 2)
     results.close()
@@ -78,8 +81,8 @@ def test_a_file_is_made_by_the_first_record_and_says_what_it_is_of(tmp_path: Pat
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
     assert kinds == ["specification", "environment", "score"]
     assert read_results(path).of("specification")[0].items() >= SPECIFICATION.items()
-    put(opened(path), 2, "another value")
-    assert cells(read_results(path)) == {"2": math.sqrt(2)}, "a cell that is there is not written"
+    put(begin(path), 2, "another value")
+    assert cells(read_results(path)) == {"2": math.sqrt(2)}, "a finished cell is not written"
 
 
 @pytest.mark.thorough
@@ -87,12 +90,12 @@ def test_a_file_is_made_by_the_first_record_and_says_what_it_is_of(tmp_path: Pat
 def test_killed_at_any_moment_and_resumed(tmp_path: Path, seed: int) -> None:
     """With nothing, a part or all of the line that is being written."""
     path, rng = tmp_path / "a.jsonl", random.Random(seed)
-    moment, part, write = rng.randrange(12), rng.random(), os.write
+    moment, share, write = rng.randrange(12), rng.random(), os.write
 
     def killed(file: int, data: bytes) -> int:
         nonlocal moment
         if (moment := moment - 1) < 0:
-            write(file, data[: round(part * len(data))])
+            write(file, data[: round(share * len(data))])
             os.kill(os.getpid(), signal.SIGKILL)
         return write(file, data)
 
@@ -100,46 +103,37 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path, seed: int) -> None:
         os.write = killed
         fill(path)
 
-    assert os.WTERMSIG(in_child(work)) == signal.SIGKILL
+    assert [os.WTERMSIG(status) for status in in_children(work)] == [signal.SIGKILL]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         fill(path)
-        assert cells(read_results(path)) == WHOLE
+        assert cells(read_results(path)) == COMPLETE
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_three_writers_lose_nothing_and_write_nothing_twice(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    children = []
-    for _ in range(3):
-        if not (child := os.fork()):
-            try:
-                fill(path, 60)
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert in_children(lambda: fill(path, 60), 3) == [0, 0, 0]
     lines = path.read_text().splitlines()
     assert len(lines) == len(set(lines)) == 2 + 60
     assert cells(read_results(path)) == {str(cell): math.sqrt(cell) for cell in range(60)}
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_what_another_run_appends_is_seen(tmp_path: Path) -> None:
-    one, two = opened(tmp_path / "a.jsonl"), opened(tmp_path / "a.jsonl")
-    put(one, 1)
-    two.refresh()
-    assert two.get("score", "1", "ghost", "perplexity", "wiki") and cells(two) == {"1": 1.0}
-    put(two, 4)
-    put(one, 4, "another value")
-    assert cells(one) == cells(two) == {"1": 1.0, "4": 2.0}
+def test_records_of_another_run_are_read(tmp_path: Path) -> None:
+    first, second = begin(tmp_path / "a.jsonl"), begin(tmp_path / "a.jsonl")
+    put(first, 1)
+    second.refresh()
+    assert second.get("score", "1", "ghost", "perplexity", "wiki") and cells(second) == {"1": 1.0}
+    put(second, 4)
+    put(first, 4, "another value")
+    assert cells(first) == cells(second) == {"1": 1.0, "4": 2.0}
 
 
 @pytest.mark.parametrize("size", [0, 10, 150, 400])
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, size: int) -> None:
     path = tmp_path / "a.jsonl"
-    results = opened(path)
+    results = begin(path)
     put(results, 1)
     before = path.read_bytes()
 
@@ -149,9 +143,9 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, size: int) -> Non
         with pytest.raises(OSError, match=r"a\.jsonl could not be written and stays as it was; ma"):
             put(results, 2, "x" * 1000)
 
-    assert in_child(work) == 0
+    assert in_children(work) == [0]
     assert path.read_bytes() == before
-    put(results, 2, 3.0)  # with room again, the run goes on
+    put(results, 2, 3.0)  # with room again, the run continues
     assert cells(read_results(path)) == {"1": 1.0, "2": 3.0}
 
 
@@ -166,7 +160,7 @@ def test_a_torn_last_line_is_named_and_its_cell_written_again(tmp_path: Path) ->
         fill(path)
     assert path.read_bytes().startswith(torn + b"\n")
     with pytest.warns(UserWarning, match="line 14 is damaged"):
-        assert cells(read_results(path)) == WHOLE
+        assert cells(read_results(path)) == COMPLETE
 
 
 @pytest.mark.parametrize("number", range(1, 15))
@@ -180,9 +174,9 @@ def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, number: int, damag
     with pytest.warns(UserWarning, match=f"line {number} is damaged"):
         fill(path)
     with pytest.warns(UserWarning, match=f"line {number} is damaged"):
-        again = read_results(path)
-    assert cells(again) == WHOLE
-    assert len(again.of("specification")) == 1, "a damaged header is written again"
+        results = read_results(path)
+    assert cells(results) == COMPLETE
+    assert len(results.of("specification")) == 1, "a damaged header is written again"
 
 
 @given(st.binary(max_size=300))
@@ -194,14 +188,13 @@ def test_any_bytes_are_results_or_refused_in_one_line(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            opened(path)
+            results = begin(path)
         except ValueError as error:
             assert "\n" not in str(error) and "a.jsonl is no results file" in str(error)
+            assert path.read_bytes() == data
         else:
-            put(opened(path), 4)
+            put(results, 4)
             assert cells(read_results(path)) == {"4": 2.0}
-            return
-    assert path.read_bytes() == data
 
 
 def finite(value: Any) -> bool:
@@ -223,22 +216,22 @@ def test_every_finite_value_survives_and_no_other_is_kept(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
 ) -> None:
     path = tmp_path_factory.mktemp("results") / "a.jsonl"
-    results, kept = opened(path), {}
+    results, expected = begin(path), {}
     for cell, value in values.items():
         if finite(value):
             put(results, cell, value)
-            kept[cell] = value
+            expected[cell] = value
         else:
             with pytest.raises(ValueError, match="must be finite numbers and text"):
                 put(results, cell, value)
-    if kept:
-        assert cells(read_results(path)) == cells(results) == kept
+    if expected:
+        assert cells(read_results(path)) == cells(results) == expected
     else:
         assert not path.exists()
 
 
-def test_arrays_are_kept_as_lists(tmp_path: Path) -> None:
-    results = opened(tmp_path / "a.jsonl")
+def test_arrays_are_stored_as_lists(tmp_path: Path) -> None:
+    results = begin(tmp_path / "a.jsonl")
     put(results, "numpy", {"mean": np.float32(0.25), "all": np.arange(3), "pair": (1, 2)})
     put(results, "torch", torch.tensor([[1.0, 2.0]]))
     expected = {"numpy": {"mean": 0.25, "all": [0, 1, 2], "pair": [1, 2]}, "torch": [[1.0, 2.0]]}
@@ -252,105 +245,91 @@ def test_another_specification_is_refused_by_its_first_difference(tmp_path: Path
     path = tmp_path / "a.jsonl"
     fill(path)
     before = path.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"another specification: windows = \[3, 5\] there, 7 now; "
-    ):
-        opened(path, windows=7)
-    with pytest.raises(
-        ValueError, match="model = 'tiny' there, 'big' now and 2 more; name another"
-    ):
-        opened(path, model="big", windows=1, seed=2)
-    Results(path).expect({"seed": 0})  # as far as it is known
+    with pytest.raises(ValueError, match=r"another specification: windows = \[3, 5\] there, 7 now"):
+        begin(path, windows=7)
+    with pytest.raises(ValueError, match=r"model = 'tiny' there, 'big' now and 2 more; name anot"):
+        begin(path, model="big", windows=1, seed=2)
+    Results(path).expect({"seed": 0})  # a part of the specification
     assert path.read_bytes() == before
 
 
 def test_files_of_several_specifications_are_joined(tmp_path: Path) -> None:
     paths = [tmp_path / f"{seed}.jsonl" for seed in range(3)]
     for seed, path in enumerate(paths):
-        put(opened(path, seed=seed), 4)
+        put(begin(path, seed=seed), 4)
     joined = tmp_path / "joined.jsonl"
     joined.write_bytes(b"".join(path.read_bytes() for path in paths))
     parts = [read_results(path).records for path in paths]
     assert read_results(joined).records == parts[0] | parts[1] | parts[2]
     assert len(read_results(joined).of("score")) == 3
-    put(opened(joined, seed=1), 9)
+    put(begin(joined, seed=1), 9)
     assert len(read_results(joined).of("score")) == 4
     with pytest.raises(ValueError, match="seed = 0 there, 3 now"):
-        opened(joined, seed=3)
+        begin(joined, seed=3)
 
 
 def test_a_file_that_changed_is_refused_by_its_name(tmp_path: Path) -> None:
-    def begun(name: str, digest: str) -> Results:
+    def of_file(name: str, digest: str) -> Results:
         results = Results(tmp_path / name)
         results.begin(SPECIFICATION, [{"field": "perplexity", "name": "x.jsonl", "digest": digest}])
         return results
 
-    put(opened(tmp_path / "a.jsonl"), 1)  # as before there were such records
+    put(begin(tmp_path / "a.jsonl"), 1)  # older files have no such records
     for cell in (2, 3):
-        put(begun("a.jsonl", "one"), cell)
-    put(begun("b.jsonl", "one"), 4)
-    put(begun("c.jsonl", "two"), 5)
+        put(of_file("a.jsonl", "one"), cell)
+    put(of_file("b.jsonl", "one"), 4)
+    put(of_file("c.jsonl", "two"), 5)
     before = (tmp_path / "a.jsonl").read_text()
     assert before.count('"kind":"file"') == 1
-    with pytest.raises(
-        ValueError, match=r"results of another perplexity file 'x\.jsonl': give the"
-    ):
-        begun("a.jsonl", "two")
+    with pytest.raises(ValueError, match=r"results of another perplexity file 'x\.jsonl': give"):
+        of_file("a.jsonl", "two")
     assert (tmp_path / "a.jsonl").read_text() == before
     (tmp_path / "a.jsonl").write_text(before + (tmp_path / "b.jsonl").read_text())
-    assert cells(begun("a.jsonl", "one")).keys() == {"1", "2", "3", "4"}
+    assert cells(of_file("a.jsonl", "one")).keys() == {"1", "2", "3", "4"}
     (tmp_path / "b.jsonl").write_text(before + (tmp_path / "c.jsonl").read_text())
     for digest in ("one", "two"):  # parts of different text
         with pytest.raises(ValueError, match="results of another perplexity file"):
-            begun("b.jsonl", digest)
+            of_file("b.jsonl", digest)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"format": "another"}', "notes\n"])
-def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path, text: str) -> None:
+def test_a_file_of_another_kind_is_refused_unchanged(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(text)
-    for read in (opened, read_results):
+    for read in (begin, read_results):
         with pytest.raises(ValueError, match=r"notes\.txt is no results file: name another"):
             read(path)
     assert path.read_text() == text
 
 
-@pytest.fixture
-def unwritable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that nobody may write to, root included."""
-    folder = tmp_path / "fixed"
-    folder.mkdir()
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != folder and access(p, mode))
-    return folder
-
-
-def test_a_place_that_cannot_be_written_is_refused_at_once(
-    tmp_path: Path, unwritable: Path
+def test_a_path_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder, access = tmp_path / "fixed", os.access
+    folder.mkdir()
+    # not even by root, who runs the tests
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != folder and access(p, mode))
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match=r"a\.jsonl cannot be written \(.*fixed\)"):
-        opened(unwritable / "a.jsonl")
+        begin(folder / "a.jsonl")
     with pytest.raises(PermissionError, match=r"a\.jsonl cannot be written \(.*file\)"):
-        opened(tmp_path / "file" / "a.jsonl")
+        begin(tmp_path / "file" / "a.jsonl")
     with pytest.raises(PermissionError, match=r"fixed cannot be written .*: name another file"):
-        opened(unwritable)
+        begin(folder)
     with pytest.raises(FileNotFoundError):
         read_results(tmp_path / "none.jsonl")
 
 
-def test_the_environment_is_recorded_once_for_each_kind_of_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_environment_is_recorded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     for cell in (1, 2):
-        put(opened(path), cell)
+        put(begin(path), cell)
     (first,) = read_results(path).of("environment")
     assert first["versions"]["torch"] == torch.__version__
     assert first["versions"].keys() >= {"python", "transformers", "ghostlib"}
     assert first["hardware"]["cores"] == os.cpu_count()
     monkeypatch.setattr(module, "_commit", lambda: "0" * 40)
-    put(opened(path), 3)
+    put(begin(path), 3)
     results = read_results(path)
     by_id = {record["id"]: record["commit"] for record in results.of("environment")}
     commits = [by_id[record["environment"]] for record in results.of("score")]
@@ -359,8 +338,8 @@ def test_the_environment_is_recorded_once_for_each_kind_of_run(
 
 def test_the_commit_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
-        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *author, *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     file = tmp_path / "results.py"

@@ -1,4 +1,4 @@
-"""A specification refuses what cannot be before any model is loaded, and names its windows."""
+"""A specification refuses invalid values before any model is loaded, and draws its windows."""
 
 import re
 import shlex
@@ -32,22 +32,14 @@ def test_a_single_value_serves_for_a_list(text: str) -> None:
     one = gl.Specification(n=3, operators="ghost", calibration=Path(text), perplexity=text)
     many = gl.Specification(n=[3], operators=["ghost"], calibration=[text], perplexity=(text,))
     assert one == many and one.criteria == ("cosine",) and one.calibration == (text,)
-    given = gl.Specification(layers=["17,12-14", (3, 2)])
-    assert given.layers == ((12, 13, 14, 17), (2, 3)) and given.criteria == given.n == ()
+    several = gl.Specification(layers=["17,12-14", (3, 2)])
+    assert several.layers == ((12, 13, 14, 17), (2, 3)) and several.criteria == several.n == ()
     assert gl.Specification(layers="12-14").layers == ((12, 13, 14),)
 
 
 def test_operators_have_one_spelling() -> None:
-    names = [
-        "ghost sequential",
-        "two-branch",
-        "x, n(x); 1/|y|",
-        "n(x)",
-        "auto",
-        "auto none",
-        "pruned",
-    ]
-    assert gl.Specification(operators=names).operators == tuple(names)
+    names = ["ghost sequential", "two-branch", "x, n(x); 1/|y|", "n(x)", "auto", "auto none"]
+    assert gl.Specification(operators=[*names, "pruned"]).operators == (*names, "pruned")
     with pytest.raises(ValueError, match="operators has 'x, n\\(x\\)' twice"):
         gl.Specification(operators=["x, n(x)", "x, n(x); 1"])
 
@@ -84,7 +76,7 @@ def test_operators_have_one_spelling() -> None:
         ({"operators": "low-rank"}, "rank"),
         ({"operators": "replaceme sequential"}, "replaceme reads more than the stream"),
         ({"operators": ["ghost", "ghost"]}, "operators has 'ghost' twice"),
-        ({"operators": "auto", "calibration": "wiki", "windows": 1}, "needs at least 2 in all"),
+        ({"operators": "auto", "calibration": "wiki", "windows": 1}, "needs at least 2 in total"),
         ({"operators": "auto free"}, "unknown budget 'free'. Known: none, matrix"),
         ({"calibration": "wikki"}, "unknown corpus 'wikki'; did you mean 'wiki'"),
         ({"calibration": []}, "at least one calibration corpus"),
@@ -99,20 +91,17 @@ def test_operators_have_one_spelling() -> None:
             marks=pytest.mark.thorough,  # it asks the harness for all of its tasks
         ),
         ({"selection_length": 1}, "selection_length = 1: give a whole number of at least 2"),
-        (
-            {"length": 512, "selection_length": 1024},
-            "selection_length = 1024: at most length = 512",
-        ),
+        ({"length": 512, "selection_length": 1024}, "length = 1024: at most length = 512"),
         ({"seed": -1}, "seed = -1: give a whole number of at least 0"),
     ],
 )
-def test_what_cannot_be_is_named_in_one_line(changes: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_named_in_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
         gl.Specification(**changes)
     assert "\n" not in str(raised.value)
 
 
-def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_and_invalid_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such task file: quiz\.jsonl"):
         gl.Specification(tasks="quiz.jsonl")
     with pytest.raises(FileNotFoundError, match=r"none\.txt"):
@@ -125,7 +114,7 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["calibration", "perplexity", "tasks"])
 def test_two_files_of_one_name_are_refused(tmp_path: Path, field: str) -> None:
-    # Results know a file by its last name: only one of the two would be reported.
+    # Results name a file by its last name: only one of the two would be reported.
     paths = [tmp_path / folder / "x.jsonl" for folder in "ab"]
     for path in paths:
         path.parent.mkdir()
@@ -135,46 +124,47 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path, field: str) -> None:
         gl.Specification(**{field: paths})
 
 
-def test_local_files_are_known_by_what_they_hold(text: str, tmp_path: Path) -> None:
+def test_local_files_are_identified_by_their_content(text: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("one.txt", "two.txt", "notes.md"):
         (folder / name).write_text(name)
-    plan = gl.Specification(calibration=[text, "wiki"], perplexity=["wiki", folder], layers="2")
-    first, second = plan.files()
+    spec = gl.Specification(calibration=[text, "wiki"], perplexity=["wiki", folder], layers="2")
+    first, second = spec.files()
     assert [first["field"], first["name"]] == ["calibration", "text.txt"]
     assert [second["field"], second["name"]] == ["perplexity", "folder"]
     (folder / "notes.md").write_text("which is not read")
-    assert plan.files() == [first, second]
+    assert spec.files() == [first, second]
     (folder / "two.txt").write_text("more")
     Path(text).write_text("other")
-    assert {f["digest"] for f in plan.files()}.isdisjoint((first["digest"], second["digest"]))
+    assert {f["digest"] for f in spec.files()}.isdisjoint((first["digest"], second["digest"]))
 
 
 def test_windows_are_disjoint_and_ordered(text: str) -> None:
-    plan = gl.Specification(
+    spec = gl.Specification(
         calibration=text, windows=3, length=24, selection_windows=2, selection_length=16,
         perplexity=text, test_windows=2, test_length=16,
     )  # fmt: skip
-    calib, searched = plan.draw_calibration(TOKENIZER), plan.draw_selection(TOKENIZER)
-    assert calib.shape == (3, 24) and searched.shape == (2, 16)
+    calib, selection = spec.draw_calibration(TOKENIZER), spec.draw_selection(TOKENIZER)
+    assert calib.shape == (3, 24) and selection.shape == (2, 16)
     longer = gl.token_windows(text, TOKENIZER, length=24, count=5)
     assert torch.equal(longer[:3], calib)
-    assert torch.equal(longer[3:, :16], searched), "of windows behind those of calibration"
-    test = plan.draw_test(TOKENIZER, text)
+    assert torch.equal(longer[3:, :16], selection), "the windows after those of calibration"
+    test = spec.draw_test(TOKENIZER, text)
     assert test.windows.shape == (2, 16) and (test.corpus, test.split) == ("text.txt", "test")
-    again = gl.Specification(**{**vars(plan), "seed": 1, "test_split": "all"})
-    assert again.draw_test(TOKENIZER, text).split == "all"
+    other = gl.Specification(**{**vars(spec), "seed": 1, "test_split": "all"})
+    assert other.draw_test(TOKENIZER, text).split == "all"
 
 
-def test_the_identity_is_what_decides_the_numbers(text: str) -> None:
-    plan = gl.Specification(calibration=text, layers="2", dtype="float32", batch_size=4)
-    known = plan.identity()
-    assert known["calibration"] == ["text.txt"] and not {"layers", "batch_size"} & known.keys()
-    more = gl.Specification(calibration=text, n=5, operators="scalar", perplexity=[])
-    assert more.identity() == known
+def test_the_identity_determines_the_scores(text: str) -> None:
+    spec = gl.Specification(calibration=text, layers="2", dtype="float32", batch_size=4)
+    identity = spec.identity()
+    assert identity["calibration"] == ["text.txt"]
+    assert not {"layers", "batch_size"} & identity.keys()
+    other = gl.Specification(calibration=text, n=5, operators="scalar", perplexity=[])
+    assert other.identity() == identity
     for name, value in {"seed": 1, "limit": 3, "test_length": 16, "split": "all"}.items():
-        assert gl.Specification(**{"calibration": text, name: value}).identity() != known
+        assert gl.Specification(**{"calibration": text, name: value}).identity() != identity
 
 
 def test_every_field_is_described_once() -> None:
@@ -192,16 +182,16 @@ def documented(name: str) -> list[str]:
     return [block.replace("\\\n", " ") for block in blocks]
 
 
-def of_command(line: str) -> gl.Specification:
+def parsed(line: str) -> gl.Specification:
     options = vars(parser().parse_args(shlex.split(line, comments=True)[1:]))
     return gl.Specification(**{f.name: options[f.name] for f in fields(gl.Specification)})
 
 
 def test_notebook_10_has_every_field_as_a_parameter_of_papermill():
-    apart = {"layers", "starts", "probes", "probe_items"}
-    names = {field.name for field in fields(gl.Specification)} - apart
-    found = inspect_notebook(str(NOTEBOOKS / "10_full_model_evaluation.ipynb"))
-    assert set(found) == names | {"output"}
+    names = {field.name for field in fields(gl.Specification)}
+    parameters = inspect_notebook(str(NOTEBOOKS / "10_full_model_evaluation.ipynb"))
+    others = {"layers", "starts", "probes", "probe_items"}
+    assert set(parameters) == names - others | {"output"}
 
 
 def test_the_commands_of_notebook_10_are_of_the_papers_settings():
@@ -211,13 +201,13 @@ def test_the_commands_of_notebook_10_are_of_the_papers_settings():
     assert len(models.split()) == 3 and "for windows in 32 128;" in by_cli
     (line,) = re.findall(r"ghostlib experiment .*", by_cli)
     line = line.replace("$(basename $model)", "some")
-    first = of_command(line.replace("$model", models.split()[1]).replace("$windows", "32"))
-    (parameters,) = re.findall(r"-y '(\{.*\})'", by_papermill, re.DOTALL)
-    given = yaml.safe_load(parameters)
+    first = parsed(line.replace("$model", models.split()[1]).replace("$windows", "32"))
+    (text,) = re.findall(r"-y '(\{.*\})'", by_papermill, re.DOTALL)
+    values = yaml.safe_load(text)
     parameters = inspect_notebook(str(NOTEBOOKS / "10_full_model_evaluation.ipynb"))
-    assert given.keys() <= parameters.keys()
-    second = gl.Specification(**{name: value for name, value in given.items() if name != "output"})
-    assert first == second
+    assert values.keys() <= parameters.keys()
+    values.pop("output", None)
+    assert first == gl.Specification(**values)
     assert first.tasks == PAPER_TASKS and first.n == (7, 11)
     assert (first.windows, first.length, first.calibration) == (32, 2048, ("c4",))
     assert (first.test_windows, first.perplexity) == (None, ("wikitext2", "ptb", "c4"))
@@ -229,12 +219,12 @@ def test_the_commands_of_notebooks_are_of_the_stored_results():
     commands += [line for line in of_seeds if "seeds-0.jsonl" in line]
     names = ("grid", "ablation", "recipe", "seeds", "seeds")
     for line, name in zip(commands, names, strict=True):
-        for file, known in (("c4.sample.jsonl", "c4"), ("wikitext2.valid.raw", "wikitext2")):
-            line = line.replace(file, known)  # files that are not in this repository
-        found = of_command(line).identity()
+        for file, corpus in (("c4.sample.jsonl", "c4"), ("wikitext2.valid.raw", "wikitext2")):
+            line = line.replace(file, corpus)  # files that are not in this repository
+        identity = parsed(line).identity()
         record = stored(name).of("specification")[0]
-        # C4 and WikiText-2 were read from files.
-        apart = {"calibration"} if name == "ablation" else set()
-        for field in found.keys() - apart:
-            value = list(found[field]) if isinstance(found[field], tuple) else found[field]
-            assert record[field] == value, (name, field)
+        if name == "ablation":  # C4 and WikiText-2 were read from files
+            del identity["calibration"]
+        for field, value in identity.items():
+            stored_value = tuple(record[field]) if isinstance(value, tuple) else record[field]
+            assert stored_value == value, (name, field)

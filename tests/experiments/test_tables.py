@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from ghostlib.experiments.tables import (
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
     monkeypatch.setattr(module, "environment", lambda: {"versions": {}})
-    made = Results(tmp_path / "a.jsonl")
-    made.begin({"model": "tiny", "seed": 0})
-    return made
+    results = Results(tmp_path / "a.jsonl")
+    results.begin({"model": "tiny", "seed": 0})
+    return results
 
 
 def perplexity(results: Results, operator: str, on: str, losses: Any, layers: str = "2–3") -> None:
@@ -42,25 +43,19 @@ def perplexity(results: Results, operator: str, on: str, losses: Any, layers: st
 
 
 def quiz(results: Results, operator: str, parts: dict[str, tuple[list[int], Any]]) -> None:
-    def error(hits: list[int]) -> float:
-        return float(np.std(hits, ddof=1) / len(hits) ** 0.5)
+    def mean(hits: Any) -> Any:
+        return None if hits is None else float(np.mean(hits))
 
-    made = [
-        {
-            "task": task,
-            "acc": float(np.mean(hits)),
-            "acc_se": error(hits),
-            "acc_norm": None if norm is None else float(np.mean(norm)),
-            "acc_norm_se": None if norm is None else error(norm),
-            "correct": hits,
-            "correct_norm": norm,
-            "items": task,
-        }
+    def error(hits: Any) -> Any:
+        return None if hits is None else float(np.std(hits, ddof=1) / len(hits) ** 0.5)
+
+    scores = [
+        asdict(Score(task, mean(hits), error(hits), mean(norm), error(norm), hits, norm, task))
         for task, (hits, norm) in parts.items()
     ]
     names = {"layers": "" if operator == "dense" else "2–3", "operator": operator}
-    on = ", ".join(parts)
-    results.append("score", **names, measure="accuracy", dataset=on, value=0.5, scores=made)
+    names |= {"measure": "accuracy", "dataset": ", ".join(parts)}
+    results.append("score", **names, value=0.5, scores=scores)
 
 
 def test_ratios_are_paired_by_window(results: Results) -> None:
@@ -72,9 +67,8 @@ def test_ratios_are_paired_by_window(results: Results) -> None:
     row = scores(results).query("operator == 'ghost'").iloc[0]
     half = 2.306 * noise.std(ddof=1) / 3  # Student's t with 8 degrees of freedom
     assert row.relative == pytest.approx(math.exp(0.5))
-    assert (row.relative_low, row.relative_high) == pytest.approx(
-        (math.exp(0.5 - half), math.exp(0.5 + half)), rel=1e-4
-    )
+    interval = math.exp(0.5 - half), math.exp(0.5 + half)
+    assert (row.relative_low, row.relative_high) == pytest.approx(interval, rel=1e-4)
     assert row.dense == pytest.approx(math.exp(1.5)) and (row.n, row.layers) == (2, "2–3")
     assert row.bits_per_byte == pytest.approx(2.0 / math.log(2) * 100 / 300)
     assert value_text(row) == f"{math.exp(2):.2f} (0.962)"
@@ -136,16 +130,12 @@ def test_the_items_of_all_tasks_are_those_of_one(results: Results) -> None:
     quiz(results, "ghost", {"a": ([0, 0], None)})
     quiz(results, "pruned", {"a": ([1, 0], None), "b": ([1, 0, 1], None)})
     rows = scores(results)
-    every = pooled(rows, "ghost")
-    assert (every.correct, every.acc, every.task, every.acc_se) == (
-        [0, 0, 1, 0, 1],
-        0.4,
-        "all",
-        None,
-    )
-    by = paired(every, pooled(rows, "pruned"))
-    assert (by.first_only, by.second_only, by.n) == (0, 1, 5)
-    assert every.correct_norm is None  # one task is scored without
+    score = pooled(rows, "ghost")
+    assert score.correct == [0, 0, 1, 0, 1]
+    assert (score.acc, score.task, score.acc_se) == (0.4, "all", None)
+    result = paired(score, pooled(rows, "pruned"))
+    assert (result.first_only, result.second_only, result.n) == (0, 1, 5)
+    assert score.correct_norm is None  # the tasks have no acc_norm
     for wrong in (rows, pd.concat([rows, rows])):
         with pytest.raises(ValueError, match="must have one accuracy for each task"):
             pooled(wrong, "dense" if wrong is rows else "ghost")
@@ -154,10 +144,10 @@ def test_the_items_of_all_tasks_are_those_of_one(results: Results) -> None:
 def test_the_items_of_all_tasks_keep_the_normed_answers(results: Results) -> None:
     quiz(results, "ghost", {"b": ([1, 0, 1], [0, 0, 1]), "a": ([0, 0], [1, 0])})
     quiz(results, "pruned", {"b": ([1, 0, 1], [0, 0, 0]), "a": ([0, 1], [0, 0])})
-    every, other = (pooled(scores(results), name) for name in ("ghost", "pruned"))
-    assert every.correct_norm == [1, 0, 0, 0, 1]
-    by = paired(every, other, normed=True)
-    assert (by.first_only, by.second_only, by.n) == (2, 0, 5)
+    ghost, pruned = (pooled(scores(results), name) for name in ("ghost", "pruned"))
+    assert ghost.correct_norm == [1, 0, 0, 0, 1]
+    result = paired(ghost, pruned, normed=True)
+    assert (result.first_only, result.second_only, result.n) == (2, 0, 5)
 
 
 def test_a_model_that_is_not_scored_everywhere_has_no_mean(results: Results) -> None:
@@ -182,12 +172,12 @@ def test_wide_tables_name_what_differs(results: Results) -> None:
         perplexity(results, "dense", on, [1.0, 2.0])
         for layers in ("2–3", "4–5", "4"):
             perplexity(results, "ghost", on, [1.5, 2.5], layers)
-    shown = wide(scores(results).query("layers != '4–5'"), value_text)
-    assert list(shown.columns) == ["one", "two"]
-    assert shown.index.tolist() == [(0, "dense"), (1, "ghost"), (2, "ghost")]
-    shown = wide(with_means(scores(results)), value_text)
-    assert list(shown.columns) == ["one", "two", "mean"]
-    assert ("4–5", 2, "ghost") in shown.index
+    table = wide(scores(results).query("layers != '4–5'"), value_text)
+    assert list(table.columns) == ["one", "two"]
+    assert table.index.tolist() == [(0, "dense"), (1, "ghost"), (2, "ghost")]
+    table = wide(with_means(scores(results)), value_text)
+    assert list(table.columns) == ["one", "two", "mean"]
+    assert ("4–5", 2, "ghost") in table.index
     for criterion, layers in {"cosine": "2–3", "residual": "4–5", "angular": "2–3"}.items():
         results.append("selection", criterion=criterion, n=2, layers=layers)
     rows = selections(results).merge(scores(results))
@@ -197,11 +187,9 @@ def test_wide_tables_name_what_differs(results: Results) -> None:
     assert "ghost, n = 2, cosine" in text and "cosine, n = 2: 2–3" in text
 
 
-def test_what_was_chosen_and_left_out_is_told(results: Results) -> None:
+def test_choices_and_skipped_cells_are_reported(results: Results) -> None:
     losses = {"pruned": 2.0, "ghost": 1.5}
-    results.append(
-        "choice", recipe="auto", layers="2–3", operator="ghost", losses=losses, tokens=48
-    )
+    results.append("choice", recipe="auto", layers="2–3", operator="ghost", losses=losses)
     names = {"layers": "0–1", "operator": "replaceme", "dataset": ""}
     results.append("skipped", **names, reason="layer 0 is removed")
     row = choices(results).iloc[0]
@@ -219,7 +207,7 @@ def test_empty_tables_have_their_columns(results: Results) -> None:
 
 
 def test_ratio_over_windows_and_over_seeds() -> None:
-    """Against the definition: log ratios, by corpus, by seed; Student's t over what is drawn."""
+    """Against the definition: log ratios, by corpus, by seed; Student's t over seeds or windows."""
     rng = np.random.default_rng(0)
     rows = pd.DataFrame(
         [(seed, on, rng.normal(3, 1, 4).tolist()) for seed in range(3) for on in ("one", "two")],
@@ -227,17 +215,15 @@ def test_ratio_over_windows_and_over_seeds() -> None:
     )
     other = rows.assign(evidence=[[x + 0.5 for x in losses] for losses in rows["evidence"]])
     other.at[0, "evidence"] = rows["evidence"][0]
-    found = ratio(rows, other.sample(frac=1, random_state=0))
-    by_seed = [-0.25, -0.5, -0.5]
-    middle, low, high = mean_interval(by_seed)
-    assert found.estimate == pytest.approx(middle) and found.seeds == 3 and found.windows == 24
-    assert (found.low, found.high) == pytest.approx((low, high))
-    one = ratio(rows[rows.seed == 0], other[other.seed == 0])
-    assert (one.low, one.high) == pytest.approx(mean_interval([0.0] * 4 + [-0.5] * 4)[1:])
-    assert (one.seeds, one.windows) == (1, 8)
+    over_seeds = ratio(rows, other.sample(frac=1, random_state=0))
+    assert over_seeds[:3] == pytest.approx(mean_interval([-0.25, -0.5, -0.5]))
+    assert over_seeds[3:] == (3, 24)
+    over_windows = ratio(rows[rows.seed == 0], other[other.seed == 0])
+    assert over_windows[1:3] == pytest.approx(mean_interval([0.0] * 4 + [-0.5] * 4)[1:])
+    assert over_windows[3:] == (1, 8)
 
 
-def test_ratio_wants_one_model_each_on_the_same_text() -> None:
+def test_ratio_needs_one_model_each_on_the_same_text() -> None:
     rows = pd.DataFrame({"seed": [0, 0], "dataset": ["a", "b"], "evidence": [[1.0], [2.0]]})
     for wrong in (rows[:1], pd.concat([rows, rows])):
         with pytest.raises(ValueError, match="one model each, on the same seeds and corpora"):
@@ -247,17 +233,17 @@ def test_ratio_wants_one_model_each_on_the_same_text() -> None:
 
 
 def test_a_ratio_and_its_interval_weigh_alike() -> None:
-    # Two windows that are much worse beside a hundred alike: 1.74 [0.99, 1.06] came of them.
+    # Two windows that are much worse and a hundred that are equal gave 1.74 [0.99, 1.06].
     rows = pd.DataFrame({"seed": 0, "dataset": ["a", "b"], "evidence": [[1.0, 1.2], [0.0] * 100]})
     other = rows.assign(evidence=[[0.0] * 2, [0.0] * 100])
     with pytest.raises(ValueError, match=r"corpora of \[2, 100\] windows: .*each corpus alone"):
         ratio(rows, other)
     assert ratio(rows[:1], other[:1]).estimate == pytest.approx(math.exp(1.1))
     first, second = (pd.concat([r.assign(seed=s) for s in range(3)]) for r in (rows, other))
-    assert ratio(first, second).seeds == 3, "three seeds decide, and weigh as the estimate"
-    odd = first.assign(evidence=[[0.0, 1.0]] * 6)[:3]  # a seed of two corpora, and one of one
+    assert ratio(first, second).seeds == 3, "an interval over seeds weighs as the estimate"
+    uneven = first.assign(evidence=[[0.0, 1.0]] * 6)[:3]  # a seed of two corpora, and one of one
     with pytest.raises(ValueError, match="compare each corpus alone"):
-        ratio(odd, odd)
+        ratio(uneven, uneven)
 
 
 def test_files_of_two_specifications_are_reported_together(
@@ -265,15 +251,15 @@ def test_files_of_two_specifications_are_reported_together(
 ) -> None:
     other = Results(tmp_path / "b.jsonl")
     other.begin({"model": "tiny", "seed": 0, "windows": 6})
-    for made in (results, other):
-        for operator, more in (("dense", 0.0), ("ghost", 0.5)):
-            perplexity(made, operator, "text", [1.0 + more, 2.0 + more])
-        made.append("selection", criterion="cosine", n=2, layers="2–3")
+    for part in (results, other):
+        for operator, loss in (("dense", 1.0), ("ghost", 1.5)):
+            perplexity(part, operator, "text", [loss, loss + 1])
+        part.append("selection", criterion="cosine", n=2, layers="2–3")
     joined = Results(tmp_path / "joined.jsonl")
     joined.read(results.path.read_bytes() + other.path.read_bytes())
     ids = [record["id"] for record in joined.of("specification")]
-    shown = wide(scores(joined), value_text)
-    assert len(shown) == 4 and set(shown.index.get_level_values("specification")) == set(ids)
+    table = wide(scores(joined), value_text)
+    assert len(table) == 4 and set(table.index.get_level_values("specification")) == set(ids)
     text = report(joined)
     for name in ids:
         assert len(re.findall(f"^ghost, n = 2, 2–3, {name} ", text, re.M)) == 2  # and ÷ dense
