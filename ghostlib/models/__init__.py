@@ -1,5 +1,5 @@
-"""Models: where a causal language model keeps its layers, norms and projections.
+"""Models: the layers, norms and projections of a causal language model.
 
-In come a name, a folder or a model; out come its parts, found by structure, the streams of a pass,
-and a model of fewer layers whose configuration agrees. No other room knows a path in a model.
+Input: a name, a folder or a model. Output: its parts, located by structure, the streams of a pass,
+and a model of fewer layers with a configuration that agrees. No other room uses paths of modules.
 """

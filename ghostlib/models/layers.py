@@ -1,12 +1,12 @@
-"""What a layer does with the stream, tried on a few random tokens instead of known by its name.
+"""Properties of a layer, measured on a few random tokens instead of looked up by its type.
 
-A repair that goes into existing weights needs to know which modules write into the stream, whether
-anything follows them, and whether what reads the stream takes its scale away. One layer, as an
-excerpt of its model, answers that by what it returns when one of them returns something else.
+A repair in existing weights needs to know which modules write into the stream, whether their
+outputs are changed before that, and whether a norm removes the scale of the stream when it is read.
+A single layer, as an excerpt of its model, shows that by its response to changed outputs.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,13 +35,13 @@ _NAMED = re.compile(r"Linear(\d+bit\w*|_\w+)?$")  # Linear4bit, WQLinear_GEMM; n
 
 
 class Facts(NamedTuple):
-    """What was found out about one layer.
+    """Measured properties of one layer.
 
     Attributes:
         writers: paths of the modules whose outputs are added to the stream, in order.
-        last: path of the linear map that is the last to write, or "" where there is none.
-        norm: ``"rms"`` or ``"layer"``, the norm that all read the stream through, or "".
-        scales: whether scaling the stream and all writers does no more than scale what leaves it.
+        last: path of the last linear map that writes into the stream, or "".
+        norm: ``"rms"`` or ``"layer"``, the norm through which the layer reads the stream, or "".
+        scales: whether scaling the stream and all writers scales the output, and nothing else.
     """
 
     writers: tuple[str, ...]
@@ -50,189 +50,177 @@ class Facts(NamedTuple):
     scales: bool
 
 
-# Copies of a model share its tensors, and what is known of a layer goes with them.
+# By a weight of the layer, which copies of a model share.
 _FACTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def facts(model: PreTrainedModel, index: int) -> Facts:
-    """What layer ``index`` does, found out once."""
+    """The `Facts` of layer ``index``, measured once."""
     key = next(decoder_layers(model)[index].parameters())
     if key not in _FACTS:
-        _FACTS[key] = _find_out(model, index)
-    found: Facts = _FACTS[key]
-    return found
+        _FACTS[key] = _measure(model, index)
+    result: Facts = _FACTS[key]
+    return result
 
 
-Change = Callable[[Tensor], Tensor]
+_Change = Callable[[Tensor], Tensor]
+# Path, first input and output of every module called in a pass.
+_Calls = list[tuple[str, Tensor | None, Tensor]]
 
 
 class _Bench:
-    """One layer on its own, that can be run on a stream while some of its modules are changed."""
+    """A single layer, to run on a stream with changed outputs of its modules."""
 
     def __init__(self, model: PreTrainedModel, index: int) -> None:
         self.part = excerpt(model, index, index + 1)
-        for module in self.part.modules():  # a pass of the model may be watched meanwhile
+        for module in self.part.modules():  # hooks of a pass in another thread
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
-        self.layer = decoder_layers(self.part)[0]
-        self.width = hidden_size(model)
-        generator = torch.Generator().manual_seed(0)
-        weight = next(p for p in self.layer.parameters() if p.is_floating_point())
-        shape = (1, _TOKENS, self.width)
-        device, self.dtype = compute_device(self.layer), weight.dtype
-        self.stream = torch.randn(shape, generator=generator).to(device, self.dtype)
-        self.nudge = torch.randn(shape, generator=generator).to(device, self.dtype)
+        layer = decoder_layers(self.part)[0]
+        self.modules = dict(layer.named_modules())
+        weight = next(p for p in layer.parameters() if p.is_floating_point())
+        shape, generator = (2, 1, _TOKENS, hidden_size(model)), torch.Generator().manual_seed(0)
+        random = torch.randn(shape, generator=generator).to(compute_device(layer), weight.dtype)
+        self.stream, self.nudge = random
         self.ids = torch.arange(3, 3 + _TOKENS, device=input_device(model))[None]
 
     def run(
-        self, stream: Tensor | None = None, change: dict[str, Change] | None = None
-    ) -> tuple[Tensor, list[tuple[str, Tensor | None, Tensor]]]:
-        """What the layer returns, and every module's first input and output, in order."""
-        seen: list[tuple[str, Tensor | None, Tensor]] = []
-        left: list[Tensor] = []
-        change = change or {}
+        self, stream: Tensor | None = None, changes: dict[str, _Change] | None = None
+    ) -> tuple[Tensor, _Calls]:
+        """The output of the layer, and the calls of its modules in order."""
+        calls: _Calls = []
+        outputs: list[Tensor] = []
+        changes = changes or {}
 
-        def hook(path: str) -> Callable[..., Any]:
-            def after(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-            ) -> Any:
-                first = args[0] if args else kwargs.get("hidden_states")
-                values = output[0] if isinstance(output, tuple) else output
-                if not isinstance(values, Tensor):
-                    return None
-                if path in change:
-                    values = change[path](values)
-                seen.append((path, first if isinstance(first, Tensor) else None, values))
-                if path not in change:
-                    return None
-                return (values, *output[1:]) if isinstance(output, tuple) else values
-
-            return after
+        def hook(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            first = args[0] if args else kwargs.get("hidden_states")
+            values = output[0] if isinstance(output, tuple) else output
+            if not isinstance(values, Tensor):
+                return None
+            if path in changes:
+                values = changes[path](values)
+            calls.append((path, first if isinstance(first, Tensor) else None, values))
+            if path not in changes:
+                return None
+            return (values, *output[1:]) if isinstance(output, tuple) else values
 
         with ExitStack() as stack:
-            for path, module in self.layer.named_modules():
+            for path, module in self.modules.items():
                 if path:
-                    handle = module.register_forward_hook(hook(path), with_kwargs=True)
-                    stack.callback(handle.remove)
+                    handle = module.register_forward_hook(partial(hook, path), with_kwargs=True)
+                    stack.enter_context(handle)
             stack.enter_context(feed(self.part, self.stream if stream is None else stream))
-            run = stack.enter_context(tap(self.part, [1], lambda _, hidden: left.append(hidden)))
+            run = stack.enter_context(tap(self.part, [1], lambda _, hidden: outputs.append(hidden)))
             run(input_ids=self.ids)
-        return left[0].clone(), seen
+        return outputs[0].clone(), calls
 
 
-def _find_out(model: PreTrainedModel, index: int) -> Facts:
-    if looks_back(model):  # no layer of it can be tried alone
+def _measure(model: PreTrainedModel, index: int) -> Facts:
+    if looks_back(model):  # a layer cannot run alone
         return Facts((), "", "", False)
     bench = _Bench(model, index)
-    modules = dict(bench.layer.named_modules())
-    before, seen = bench.run()
-    streams = bench.stream.shape
-
-    def norm_like(path: str) -> bool:
-        return "norm" in type(modules[path]).__name__.lower()
-
+    modules, stream = bench.modules, bench.stream
+    output, calls = bench.run()
     candidates = {
         path: None
-        for path, _, output in seen
-        if output.numel() == bench.stream.numel()
-        and output.shape[-1] == bench.width
-        and (_is_linear(modules[path]) or norm_like(path))
+        for path, _, values in calls
+        if values.numel() == stream.numel()
+        and values.shape[-1] == stream.shape[-1]
+        and (_is_linear(modules[path]) or _is_norm(modules[path]))
     }
     writers, linear = [], []
-    for path in candidates:
-        if any(path.startswith(f"{outer}.") for outer in candidates):
-            continue  # a part of a projection, such as the base layer of an adapter
-        nudged = {path: lambda values: values + bench.nudge.view_as(values)}
-        after, again = bench.run(change=nudged)
-        if _added(bench, path, seen, again, before, after, norm_like):
+    # A part of a projection, such as the base layer of an adapter, does not write itself.
+    for path in _outermost(candidates):
+        nudge = {path: lambda values: values + bench.nudge.view_as(values)}
+        nudged, nudged_calls = bench.run(changes=nudge)
+        direct = _close(bench.nudge, nudged - output)
+        if _is_added(bench, path, calls, nudged_calls, direct):
             writers.append(path)
-        if _is_linear(modules[path]) and _close(bench.nudge, after - before):
+        if direct and _is_linear(modules[path]):
             linear.append(path)
     outside = [path for path in linear if not _in_attention(modules, path)]
     last = (outside or linear or [""])[-1]
 
-    readers = [
-        path
-        for path, first, _ in seen
-        if first is not None and first.shape == streams and torch.equal(first, bench.stream)
-    ]
-    outer = [p for p in readers if not any(p.startswith(f"{o}.") for o in readers)]
-    kinds = {_norm_kind(modules[path], bench.stream) for path in outer if path not in writers}
+    readers = {
+        path: None
+        for path, first, _ in calls
+        if first is not None and first.shape == stream.shape and torch.equal(first, stream)
+    }
+    kinds = {_norm_kind(modules[p], stream) for p in _outermost(readers) if p not in writers}
     norm = kinds.pop() if len(kinds) == 1 else ""
-    grown: dict[str, Change] = dict.fromkeys(writers, lambda values: values * _FACTOR)
-    scaled, _ = bench.run(bench.stream * _FACTOR, grown)
-    scales = bool(writers) and _close(before * _FACTOR, scaled)
+    scaling: dict[str, _Change] = dict.fromkeys(writers, lambda values: values * _FACTOR)
+    scaled, _ = bench.run(stream * _FACTOR, scaling)
+    scales = bool(writers) and _close(output * _FACTOR, scaled)
     return Facts(tuple(writers), last, norm, scales)
+
+
+def _outermost(paths: Collection[str]) -> list[str]:
+    return [path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether it is a projection, quantised and adapted ones included (see `present`)."""
     if type(module).forward in _LINEAR or hasattr(module, "base_layer"):
         return True
-    made_of_others = any(type(part).forward in _LINEAR for part in module.modules())
-    return bool(_NAMED.search(type(module).__name__)) and not made_of_others
+    composite = any(type(part).forward in _LINEAR for part in module.modules())
+    return bool(_NAMED.search(type(module).__name__)) and not composite
 
 
-def _added(
-    bench: _Bench,
-    path: str,
-    seen: list[tuple[str, Tensor | None, Tensor]],
-    again: list[tuple[str, Tensor | None, Tensor]],
-    before: Tensor,
-    after: Tensor,
-    norm_like: Callable[[str], bool],
-) -> bool:
-    """Whether a nudge to what ``path`` returns arrives as it is where the stream is read next."""
-    place = max(i for i, (name, *_) in enumerate(seen) if name == path)
-    own = seen[place][2].reshape(bench.stream.shape)
-    for (name, first, _), (_, changed, _) in zip(
-        seen[place + 1 :], again[place + 1 :], strict=False
-    ):
-        if first is None or changed is None or first.numel() != bench.stream.numel():
+def _is_added(bench: _Bench, path: str, calls: _Calls, nudged: _Calls, direct: bool) -> bool:
+    """Whether a nudge to the output of ``path`` is added to the input of the next norm.
+
+    ``direct`` says whether it is added to the output of the layer, for a module without next norm.
+    """
+    place = max(i for i, (name, *_) in enumerate(calls) if name == path)
+    own = calls[place][2].reshape(bench.stream.shape)
+    for (name, before, _), (_, after, _) in list(zip(calls, nudged, strict=False))[place + 1 :]:
+        if before is None or after is None or before.numel() != own.numel():
             continue
-        if norm_like(name):
-            if _close(own, first.reshape(own.shape)):
-                return False  # what it returns is normalised before it is added
-            if torch.equal(first, changed):
-                continue  # a norm beside it
-            return _close(bench.nudge, (changed - first).reshape(own.shape))
-    return _close(bench.nudge, after - before)
+        if _is_norm(bench.modules[name]):
+            if _close(own, before.reshape(own.shape)):
+                return False  # the output is normalised before it is added
+            if not torch.equal(before, after):  # otherwise a parallel norm
+                return _close(bench.nudge, (after - before).reshape(own.shape))
+    return direct
 
 
 def _in_attention(modules: dict[str, nn.Module], path: str) -> bool:
-    """Whether a module belongs to what has a place in the cache."""
+    """Whether ``path`` belongs to a module with a place in the cache."""
     names = path.split(".")
-    above = (modules[".".join(names[:n])] for n in range(1, len(names) + 1))
-    return any(hasattr(module, "layer_idx") for module in above)
+    ancestors = (modules[".".join(names[:n])] for n in range(1, len(names) + 1))
+    return any(hasattr(module, "layer_idx") for module in ancestors)
 
 
 def _norm_kind(module: nn.Module, stream: Tensor) -> str:
-    """``"rms"`` or ``"layer"`` for a module that takes the scale of ``stream`` away, or nothing."""
+    """``"rms"`` or ``"layer"`` for a module that removes the scale of ``stream``, or ""."""
     with torch.no_grad():
         try:
-            plain, grown, moved = (module(x) for x in (stream, stream * _FACTOR, stream + 1))
+            plain, scaled, shifted = (module(x) for x in (stream, stream * _FACTOR, stream + 1))
         except (TypeError, ValueError, RuntimeError):
             return ""
-    if not isinstance(plain, Tensor) or not _close(plain, grown):
+    if not isinstance(plain, Tensor) or not _close(plain, scaled):
         return ""
-    return "layer" if _close(plain, moved) else "rms"
+    return "layer" if _close(plain, shifted) else "rms"
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    """Equal up to the rounding of the dtype, and to what a norm adds to the variance."""
+    """Equal up to the rounding of the dtype, and to the epsilon in the variance of a norm."""
     error = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-12)
     return bool(error < max(1e-3, 30 * torch.finfo(one.dtype).eps))
 
 
 def down_projection(model: PreTrainedModel, index: int) -> nn.Module:
-    """The linear map through which layer ``index`` writes into the stream last, that of its MLP.
+    """The last linear map of layer ``index`` that writes into the stream, that of its MLP.
 
-    A `torch.nn.Linear`, which keeps ``(width, I)``, or a `Conv1D` of transformers, which keeps
-    ``(I, width)``. What it returns is added to the stream as it is.
+    A `torch.nn.Linear`, with weights ``(width, I)``, or a `Conv1D` of transformers, with weights
+    ``(I, width)``. Its output is added to the stream unchanged.
 
     Raises:
-        ValueError: there is none, because what the MLP returns is normalised, scaled or routed
-            before it is added.
+        ValueError: the output of the MLP is normalised, scaled or routed before it is added.
     """
     last = facts(model, index).last
     if not last:
@@ -245,7 +233,7 @@ def down_projection(model: PreTrainedModel, index: int) -> nn.Module:
 
 
 def intermediate_size(model: PreTrainedModel, index: int) -> int:
-    """Width of what `down_projection` of layer ``index`` reads.
+    """Width of the input of `down_projection` of layer ``index``.
 
     Raises:
         ValueError: as `down_projection`.
@@ -268,23 +256,23 @@ def writers(model: PreTrainedModel, index: int) -> list[nn.Module]:
     """The modules of layer ``index`` whose outputs are added to the stream.
 
     Raises:
-        ValueError: scaling them and the stream does more than scaling what leaves the layer.
+        ValueError: scaling them and the stream does more than scale the output of the layer.
     """
-    found = facts(model, index)
-    if not found.scales:
+    layer = facts(model, index)
+    if not layer.scales:
         raise ValueError(
             f"layer {index} of this {model_type(model)} reads its stream without a norm, or writes "
             "into it by more than single modules: scaling the stream would change what the layer "
             "computes; use an operator at the gap, such as scalar or ghost"
         )
-    return [decoder_layers(model)[index].get_submodule(path) for path in found.writers]
+    return [decoder_layers(model)[index].get_submodule(path) for path in layer.writers]
 
 
 def stream_norm(model: PreTrainedModel) -> str:
-    """``"rms"`` or ``"layer"``: the norm through which layers read the stream.
+    """The norm through which layers read the stream, ``"rms"`` or ``"layer"``.
 
     Raises:
-        ValueError: the first layer reads the stream itself.
+        ValueError: the first layer reads the stream without a norm.
     """
     norm = facts(model, 0).norm
     if not norm:
@@ -296,21 +284,22 @@ def stream_norm(model: PreTrainedModel) -> str:
 
 
 def embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules whose outputs make up the stream that enters the first layer.
+    """The embeddings whose sum is the stream that enters the first layer.
 
     Raises:
-        ValueError: scaling what they return does more than scaling the stream, or what receives the
-            stream after the last layer is no norm.
+        ValueError: scaling their outputs does more than scale the stream, or no norm with weights
+            receives the stream after the last layer.
     """
     inside = set(decoder_layers(model).modules())
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    found: list[nn.Module] = [table for table in tables if table not in inside]
+    tables: list[nn.Module] = [
+        m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside
+    ]
     ids = torch.arange(3, 3 + _TOKENS, device=input_device(model))[None]
-    plain = _entering(model, ids, [])
-    if not found or not _close(plain * _FACTOR, _entering(model, ids, found)):
+    plain = _first_stream(model, ids, [])
+    if not tables or not _close(plain * _FACTOR, _first_stream(model, ids, tables)):
         raise ValueError(
-            f"what enters the first layer of a {model_type(model)} is more than a sum of "
-            "embeddings, so that it cannot be scaled in them; use an operator at the gap, such as "
+            f"the stream that enters the first layer of a {model_type(model)} is more than a sum "
+            "of embeddings and cannot be scaled in them; use an operator at the gap, such as "
             "scalar or ghost"
         )
     last: Any = receiver(model, num_layers(model)) if structure(model).receiver else None
@@ -323,38 +312,38 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
             f"a {model_type(model)} has no norm with weights after its last layer, so that scaling "
             "its stream would scale its logits; use an operator at the gap, such as scalar or ghost"
         )
-    return found
+    return tables
 
 
-def _entering(model: PreTrainedModel, ids: Tensor, scaled: Iterable[nn.Module]) -> Tensor:
-    """The stream that enters the first layer while the outputs of ``scaled`` are multiplied."""
-    left: list[Tensor] = []
+def _first_stream(model: PreTrainedModel, ids: Tensor, scaled: Iterable[nn.Module]) -> Tensor:
+    """The stream that enters the first layer, with the outputs of ``scaled`` multiplied."""
+    streams: list[Tensor] = []
     with ExitStack() as stack:
         for module in scaled:
             stack.enter_context(leaving(module, lambda args, output: output * _FACTOR))
-        run = stack.enter_context(tap(model, [0], lambda _, hidden: left.append(hidden)))
+        run = stack.enter_context(tap(model, [0], lambda _, hidden: streams.append(hidden)))
         run(input_ids=ids)
-    return left[0].clone()
+    return streams[0].clone()
 
 
 def scale_output(module: nn.Module, factor: float) -> None:
-    """Multiply what ``module`` (a projection, an embedding or a norm) returns, by new weights.
+    """Multiply the output of ``module`` (a projection, an embedding or a norm) by new weights.
 
-    The old parameters, which other models may share, stay as they are.
+    The old parameters, which other models may share, are not changed.
 
     Raises:
         ValueError: as `present`.
     """
     present(module)
-    projects = isinstance(module, nn.Linear | nn.Embedding | Conv1D)
-    offset = 0.0 if projects else norm_offset(module)
+    is_matrix = isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+    offset = 0.0 if is_matrix else norm_offset(module)
     for name, parameter in list(module.named_parameters(recurse=False)):
         shift = offset if name == "weight" else 0.0
         setattr(module, name, nn.Parameter((parameter + shift) * factor - shift))
 
 
 def norm_offset(module: nn.Module) -> float:
-    """What a norm adds to its weight before it multiplies (Gemma: 1), tried on one token."""
+    """The constant that a norm adds to its weight (Gemma: 1), measured on one token."""
     weight: Any = module.get_parameter("weight")
     token = torch.ones(1, 1, weight.numel(), dtype=weight.dtype, device=weight.device)
     token[..., ::2] = -1.0
@@ -370,13 +359,13 @@ def norm_offset(module: nn.Module) -> float:
 
 
 def present(module: nn.Module) -> nn.Module:
-    """``module``, if its weights can be folded into.
+    """Return ``module`` if its weights can be changed.
 
     Raises:
-        ValueError: they are offloaded or quantised, or an adapter sits on them.
+        ValueError: they are offloaded or quantised, or have an adapter.
     """
     reason, remedy = "", ""
-    if hasattr(module, "base_layer"):  # as PEFT wraps what it adapts
+    if hasattr(module, "base_layer"):  # wrapped by PEFT
         reason, remedy = "have an adapter on them", "merge it (merge_and_unload)"
     elif any(p.device.type == "meta" for p in module.parameters(recurse=False)):
         reason, remedy = "are offloaded", "load the model without offloading"
@@ -391,7 +380,7 @@ def present(module: nn.Module) -> nn.Module:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether its weight is a floating-point tensor of 16 bits or more, used as it is."""
+    """Whether its weight is a floating-point tensor of 16 bits or more, used without scaling."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.itemsize == 1:
         return False
@@ -406,15 +395,15 @@ def _is_plain(module: Any) -> bool:
 def listen(
     model: PreTrainedModel, starts: Iterable[int], on_mlp: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Watch the last down-projection before each of ``starts``: ``on_mlp(start, read, returned)``.
+    """Observe the last down-projection before each of ``starts``: ``on_mlp(start, x, output)``.
 
-    ``read`` (…, intermediate) is its input, ``returned`` (…, width) what it adds to the stream, in
-    the passes that this thread makes.
+    ``x`` (…, intermediate) is its input, ``output`` (…, width) is added to the stream, in the
+    passes of this thread.
     """
+    # `down_projection` makes passes of its own, so all are located before the first hook is set.
+    modules = {start: down_projection(model, start - 1) for start in starts}
     with ExitStack() as stack:
-        # All are found before the first is watched.
-        modules = {start: down_projection(model, start - 1) for start in starts}
         for start, module in modules.items():
-            seen = partial(lambda start, args, output: on_mlp(start, args[0], output), start)
-            stack.enter_context(leaving(module, seen))
+            hook = partial(lambda start, args, output: on_mlp(start, args[0], output), start)
+            stack.enter_context(leaving(module, hook))
         yield

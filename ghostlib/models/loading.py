@@ -1,4 +1,4 @@
-"""Loading: a model and its tokenizer, the embedded one or any other by its name."""
+"""Loading: a model and its tokenizer, embedded or by name."""
 
 import os
 import re
@@ -32,34 +32,33 @@ def check_source(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | dict[str, Any] | None = None,
 ) -> str:
-    """Refuse what `load_model` cannot load, before it is tried; ``device`` may be a ``device_map``.
+    """Check the arguments of `load_model` before loading; ``device`` may be a ``device_map``.
 
     Returns:
-        ``name``, with the home folder for ``~``.
+        ``name``, with ``~`` expanded.
 
     Raises:
-        FileNotFoundError: a name that is spelt as a path, and no such folder.
-        ValueError: a name that is neither a path nor a hub's, a dtype that no weights have, or a
-            device that is not there.
+        FileNotFoundError: ``name`` is spelt as a path, and there is no such folder.
+        ValueError: ``name`` is neither a path nor a hub id, or the dtype or device is unknown.
     """
-    text, found = one_line(name), os.path.expanduser(name)
-    here = os.path.isdir(found)
-    if not here and (isinstance(name, Path) or name.startswith((".", "/", "~", "\\"))):
-        raise FileNotFoundError(f"no such model folder: {text}")
-    if not here and not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", str(name)):
-        raise ValueError(f"model {text!r} is neither a folder nor an id of the hub (org/name)")
+    text, folder = one_line(name), os.path.expanduser(name)
+    if not os.path.isdir(folder):
+        if isinstance(name, Path) or name.startswith((".", "/", "~", "\\")):
+            raise FileNotFoundError(f"no such model folder: {text}")
+        if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name):
+            raise ValueError(f"model {text!r} is neither a folder nor an id of the hub (org/name)")
     if isinstance(dtype, str) and dtype not in (*DTYPES, "auto"):
         raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
     if isinstance(device, str) and device not in STRATEGIES:
         check_device(device)
-    return str(found)
+    return str(folder)
 
 
 def check_reachable(name: str) -> None:
-    """Refuse a hub id that is not in the cache where there is no hub, without a minute of retries.
+    """Raise early if ``name`` is a hub id that is not in the cache and the hub is unreachable.
 
     Raises:
-        ConnectionError: the hub cannot be reached.
+        ConnectionError: the hub cannot be reached; without a minute of retries.
     """
     if name == EMBEDDED or os.path.isdir(name) or try_to_load_from_cache(name, CONFIG_NAME):
         return
@@ -82,18 +81,17 @@ def load_model(
 
     Args:
         name: ``"smollm2"`` for the embedded SmolLM2-135M-Instruct (float32, fetched once and
-            checked), a local folder, or any causal-LM id of the Hugging Face hub.
-        dtype: weights' data type; by default float32 for the embedded model and the type the
-            checkpoint was saved in for any other.
-        device: where to put the model; by default where ``from_pretrained`` leaves it.
+            verified), a local folder, or any causal-LM id of the Hugging Face hub.
+        dtype: data type of the weights; by default that of the checkpoint (float32 for the
+            embedded model).
+        device: device of the model; by default that chosen by ``from_pretrained``.
         options: passed on to ``AutoModelForCausalLM.from_pretrained`` (``device_map``, …).
 
     Raises:
-        ValueError: the architecture is not supported (the message lists those that are), a dtype
-            that no weights have, or a device that is not there.
-        OSError: nothing was found under that name.
-        ConnectionError: a hub id that is not in the cache, and no hub.
-        FileNotFoundError: a path, and there is no such folder.
+        ValueError: the architecture is not supported, or the dtype or device is unknown.
+        OSError: there is no model of that name.
+        ConnectionError: a hub id that is not in the cache, and the hub cannot be reached.
+        FileNotFoundError: there is no such folder.
     """
     name = check_source(name, dtype, options.get("device_map") if device is None else device)
     check_reachable(name)

@@ -1,7 +1,7 @@
-"""Where accelerate has put a model: every module may compute on a device of its own.
+"""Placement by accelerate, which may give every module a device of its own.
 
-Offloaded weights stand in the model as empty "meta" tensors; each forward pass of their module
-loads them onto its execution device and drops them again.
+Offloaded weights are empty "meta" tensors in the model; each forward pass of their module loads
+them onto its execution device and drops them again.
 """
 
 from collections.abc import Iterator
@@ -14,30 +14,30 @@ from transformers import PreTrainedModel
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: the device on which the model's embeddings are looked up."""
+    """The device of token ids, on which the embeddings are looked up."""
     return compute_device(model.get_input_embeddings())
 
 
 def check_device(device: Any) -> None:
-    """Refuse a device that is not there.
+    """Raise unless ``device`` is available.
 
     Raises:
-        ValueError: such a device, and what torch says of it.
+        ValueError: it is not; the message quotes torch.
     """
     try:
         if device is None:
             raise TypeError("None")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # without it built in: the second
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: not built in
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used ({reason}): name another") from None
 
 
 def compute_device(module: nn.Module) -> torch.device:
-    """The device ``module`` computes on: that of its first weight, wherever that is offloaded to.
+    """The device on which ``module`` computes: that of its first weight once it is loaded.
 
     Raises:
-        ValueError: it has no weights in memory and no accelerate hook that loads them.
+        ValueError: its weights are neither in memory nor loaded by an accelerate hook.
     """
     device = next(module.parameters()).device
     if device.type != "meta":
@@ -49,10 +49,10 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 def loaded_parameters(module: nn.Module) -> Iterator[Tensor]:
-    """The parameters of ``module`` as `nn.Module.parameters` orders them, offloaded ones loaded.
+    """The parameters of ``module`` in the order of `nn.Module.parameters`, loaded if offloaded.
 
     Raises:
-        ValueError: a weight is nowhere, or offloaded with its whole block
+        ValueError: a weight has no values, or is offloaded with its block
             (``preload_module_classes``).
     """
     for part in module.modules():
@@ -64,7 +64,7 @@ def loaded_parameters(module: nn.Module) -> Iterator[Tensor]:
 
 
 def offload_stores(model: PreTrainedModel) -> Iterator[Any]:
-    """What hooks keep of the model's weights outside of it; a copy of the model can share them."""
+    """The stores of offloaded weights in the hooks, which a copy of the model can share."""
     for hook in _hooks(model):
         yield from (hook.weights_map, hook.tied_params_map)
 
@@ -83,9 +83,9 @@ _EMPTY = (
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """Accelerate's placement hooks in ``module`` and all its parts."""
+    """Placement hooks of accelerate on ``module`` and its submodules."""
     for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for single in getattr(hook, "hooks", (hook,)):
-            if hasattr(single, "weights_map"):
-                yield single
+        chain = getattr(part, "_hf_hook", None)
+        for hook in getattr(chain, "hooks", (chain,)):
+            if hasattr(hook, "weights_map"):
+                yield hook

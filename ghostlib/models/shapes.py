@@ -1,4 +1,4 @@
-"""Shapes: a pass without weights, which computes nothing and shows how large everything is."""
+"""Shapes: a pass without weights, which computes nothing but the shapes of tensors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +12,12 @@ from ghostlib.models.configuration import twin
 
 
 def without_weights(model: PreTrainedModel) -> Any:
-    """A model of the same modules and dtype, all on the meta device, in plain matrix products."""
+    """A model of the same modules and dtype on the meta device, with plain matrix products."""
     copied: Any = twin(model)
-    # Some models look for padding among the ids; some configurations refuse None for it.
+    # Some models search the ids for padding; some configurations refuse None for it.
     vars(copied.config)["pad_token_id"] = None
-    copied.set_attn_implementation("eager")  # the counter does not look into fused kernels
-    copied.set_experts_implementation("batched_mm")  # one product a token and expert
+    copied.set_attn_implementation("eager")  # fused kernels are not counted
+    copied.set_experts_implementation("batched_mm")  # a product per token and expert
     return copied.eval()
 
 
@@ -25,11 +25,11 @@ def without_weights(model: PreTrainedModel) -> Any:
 def read(
     copied: PreTrainedModel, tokens: int, cache: DynamicCache, *, batch_size: int = 1, logits: int
 ) -> None:
-    """Extend ``cache`` by ``tokens`` tokens, with the logits of the last ``logits``.
+    """Extend ``cache`` by ``tokens`` tokens and compute the logits of the last ``logits``.
 
     Raises:
-        ValueError: what the model does depends on values (which experts a token goes to), or it
-            keeps what it has read in a cache of its own.
+        ValueError: the pass depends on values (as of a router of experts), or the model has a
+            cache of its own.
     """
     ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")
     try:
@@ -44,23 +44,23 @@ def read(
 
 
 def held(model: PreTrainedModel, tokens: int, batch_size: int = 1) -> list[list[Tensor]]:
-    """What a cache keeps after ``tokens`` tokens: of each layer, and of all boundaries at the end.
+    """Tensors in a cache after ``tokens`` tokens: of each layer, then of all boundaries.
 
-    Keys and values, what indexes them, and the states of convolutions and recurrences.
+    Keys and values, their indices, and the states of convolutions and recurrences.
 
     Raises:
-        ValueError: as `read`, and of a model that keeps nothing in the cache.
+        ValueError: as `read`, or the cache stays empty.
     """
     cache: Any = DynamicCache(config=model.config)
     read(without_weights(model), tokens, cache, batch_size=batch_size, logits=1)
-    kept = [list(_tensors(part)) for part in (*cache.layers, cache)]
-    if not any(kept):
+    tensors = [list(_tensors(part)) for part in (*cache.layers, cache)]
+    if not any(tensors):
         raise ValueError(f"a {model_type(model)} keeps nothing in the cache of transformers")
-    return kept
+    return tensors
 
 
 def _tensors(part: Any) -> Iterator[Tensor]:
     for value in vars(part).values():
-        for each in value.values() if isinstance(value, dict) else (value,):
-            if isinstance(each, Tensor) and each.is_floating_point():
-                yield each
+        for item in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(item, Tensor) and item.is_floating_point():
+                yield item

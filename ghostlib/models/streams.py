@@ -53,11 +53,10 @@ _LOCK = threading.Lock()
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) inside the context; the last to exit restores the modes."""
     with _LOCK:
-        count, training = _EVALUATING.get(model, (0, []))
-        if count == 0:
-            training = [module for module in model.modules() if module.training]
-            for module in training:
-                module.training = False
+        new = (0, [module for module in model.modules() if module.training])
+        count, training = _EVALUATING.get(model, new)
+        for module in training:
+            module.training = False
         _EVALUATING[model] = (count + 1, training)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Tiny models: a configuration of any type with every size made small and every kind kept.
+"""Tiny models: a configuration of any type with small sizes and all kinds of layers.
 
-What a type of model does with its modules does not depend on how large they are, so it can be tried
-on one of six layers and a few thousand random parameters.
+The structure of a type does not depend on its sizes, so six layers and a few thousand random
+parameters are enough to test it.
 """
 
 import re
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 LAYERS, WIDTH, VOCABULARY = 6, 32, 97
 
-# A size is known by the name of its setting; the first pattern that fits all of it decides.
+# Sizes by the name of their setting; the first pattern that matches the full name applies.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r".*_token_(id|index)", -1),
     (r".*vocab(ulary)?_size(_per_layer_input)?|n_words|encoder_hash_byte_group_vocab", VOCABULARY),
@@ -64,7 +64,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
 _TEXT = ("text_config", "decoder", "decoder_config", "llm_config")
 _ALTERNATING = ["linear_attention", "full_attention"] * (LAYERS // 2)
 _NEMOTRON = ["linear_attention", "full_attention", "moe", "mlp", "full_attention", "moe"]
-# What a type needs that its own default settings leave out or contradict when they are small.
+# Settings that a type needs where its defaults are missing or do not fit small sizes.
 _NEEDS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
     "bamba": {"attn_layer_indices": [1, 4]},
@@ -135,17 +135,17 @@ _NEEDS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
-    """``config`` with small sizes; kinds of layers, norms, biases and the like stay.
+    """``config`` with small sizes, and the same kinds of layers, norms, biases and so on.
 
     Args:
         config: of any causal language model; it is not changed.
-        changes: settings of the result, by name; of its text model, where there are several.
+        changes: settings of the result, or of its text model if there are several.
     """
     return type(config)(**_shrink(config.to_dict(), changes))
 
 
 def tiny_model(config: PretrainedConfig, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A model of `tiny_config`, with random weights so large that every layer matters."""
+    """A model of `tiny_config`, with random weights large enough for every layer to matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(config, **changes)).eval()
@@ -181,8 +181,8 @@ def _shrink(settings: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, A
             small[name] = value
     if settings.get("qk_rope_head_dim"):  # latent attention: every head has keys of its own
         small |= {"num_key_value_heads": 4, "head_dim": small["qk_rope_head_dim"]}
-    for drop in ("transformers_version", "architectures", "dtype", "torch_dtype"):
-        small.pop(drop, None)
+    for name in ("transformers_version", "architectures", "dtype", "torch_dtype"):
+        small.pop(name, None)
     if "is_decoder" in small:
         small["is_decoder"] = True
     small |= _NEEDS.get(settings.get("model_type", ""), {})
@@ -190,14 +190,14 @@ def _shrink(settings: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, A
 
 
 def _shrink_layer(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One layer's own settings."""
+    """Settings of a single layer."""
     small = {k: _small(k, v) if type(v) is int else v for k, v in settings.items()}
     if "qk_nope_head_dim" in small:
         small |= {"head_dim": 12, "num_key_value_heads": 4}
     return small
 
 
-# What stands for a size that its default leaves to another.
+# Sizes whose default of None is derived from others.
 _UNSET = {"head_dim": 8, "num_key_value_heads": 2}
 
 
@@ -211,7 +211,7 @@ def _small(name: str, value: int) -> int:
 
 
 def _plain_rope(value: Any) -> Any:
-    """Rotary settings without lists whose length is that of a head."""
+    """Rotary settings without lists that depend on the width of a head."""
     if not isinstance(value, Mapping):
         return value
     if any(isinstance(inner, Mapping) for inner in value.values()):
