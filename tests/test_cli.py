@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import ghostlib as gl
 from ghostlib import common
-from ghostlib.cli import main
+from ghostlib.cli import main, parser
 from ghostlib.experiments.tables import scores
 from ghostlib.recovery.recipe import BUDGETS
 from ghostlib.text import assets
@@ -26,7 +26,7 @@ TOKENIZER = tiny_tokenizer()
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A tiny model with its tokenizer, and a text."""
+    """Folder with a tiny model, its tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("cli")
     tiny_model("llama", vocab_size=len(TOKENIZER)).save_pretrained(folder / "tiny")
     TOKENIZER.save_pretrained(folder / "tiny")
@@ -38,11 +38,11 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture
 def recover(tiny, tmp_path):
     """``ghostlib recover`` into a new folder, with few and short windows."""
-    usual = ["--corpus", str(tiny / "text.txt"), "--windows", "4", "--length", "32"]
-    usual += ["--test-windows", "2", "--dtype", "float32"]
+    defaults = ["--corpus", str(tiny / "text.txt"), "--windows", "4", "--length", "32"]
+    defaults += ["--test-windows", "2", "--dtype", "float32"]
 
     def run(*options: str) -> int:
-        return main(["recover", str(tiny / "tiny"), str(tmp_path / "out"), *usual, *options])
+        return main(["recover", str(tiny / "tiny"), str(tmp_path / "out"), *defaults, *options])
 
     return run
 
@@ -58,10 +58,10 @@ def test_recover_saves_a_model_that_loads(recover, tmp_path, capsys):
         assert float(table[f"held-out perplexity, {name}"]) > 1
     assert {"parameters", "gap closed", "time", "peak memory", "saved to"} <= set(table)
     assert re.search(r"^copying +nats per token", printed, re.MULTILINE)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert again.config.num_hidden_layers == LAYERS - 2
-    assert again.config.ghost[0]["operator"] == "ghost"
-    assert again.config.recovery["removed"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.num_hidden_layers == LAYERS - 2
+    assert loaded.config.ghost[0]["operator"] == "ghost"
+    assert loaded.config.recovery["removed"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "held-out perplexity" in card and "| brackets |" in card
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -72,12 +72,12 @@ def test_recover_saves_a_model_that_loads(recover, tmp_path, capsys):
     [(["--n", "2"], 2), (["--layers", "1", "3"], [1, 3]), (["--layers", "2-3"], [2, 3])],
 )
 def test_recover_by_the_recipe(tiny, recover, tmp_path, capsys, options, layers):
-    """Without layers or a criterion it chooses the layers as well."""
+    """Without layers or a criterion the recipe chooses the layers as well."""
     assert recover("--operator", "auto", *options) == 0
     printed = capsys.readouterr().out
     (line,) = re.findall(r"^chosen +(.+)$", printed, re.M)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert again.config.num_hidden_layers == LAYERS - 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.num_hidden_layers == LAYERS - 2
     model, tokenizer = gl.load_model(str(tiny / "tiny"))
     calib = gl.token_windows(tiny / "text.txt", tokenizer, length=32, count=4)
     choice = gl.Recipe(model, calib).choose(layers)
@@ -87,32 +87,32 @@ def test_recover_by_the_recipe(tiny, recover, tmp_path, capsys, options, layers)
     ids = tiny_windows(2, 16)
     with torch.no_grad():
         expected = choice.apply(model)(ids).logits
-        torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_recover_as_json(recover, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GHOSTLIB_PROGRESS", "1")
     assert recover("--layers", "2-3", "--json") == 0
     printed = capsys.readouterr()
-    found = json.loads(printed.out)
-    assert found["layers"] == [2, 3] and found["folder"] == str(tmp_path / "out")
-    dense, pruned, repaired = (found["perplexity"][k] for k in ("dense", "pruned", "ghost"))
-    if found["gap_closed"] is not None:
-        assert found["gap_closed"] == pytest.approx(gl.gap_closed(dense, pruned, repaired))
-    assert found["parameters"]["dense"] > found["parameters"]["recovered"]
-    assert found["peak_memory"] > 1e8 and found["seconds"] > 0
+    record = json.loads(printed.out)
+    assert record["layers"] == [2, 3] and record["folder"] == str(tmp_path / "out")
+    dense, pruned, repaired = (record["perplexity"][k] for k in ("dense", "pruned", "ghost"))
+    if record["gap_closed"] is not None:
+        assert record["gap_closed"] == pytest.approx(gl.gap_closed(dense, pruned, repaired))
+    assert record["parameters"]["dense"] > record["parameters"]["recovered"]
+    assert record["peak_memory"] > 1e8 and record["seconds"] > 0
     for step in ("loading", "choosing layers", "calibrating", "scoring"):
         assert re.search(rf"(?:^|\r){step}; about .+ left$", printed.err, re.M), step
 
 
-def test_a_dry_run_says_what_it_takes_and_does_nothing(recover, tiny, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_does_nothing(recover, tiny, tmp_path, capsys):
     assert recover("--n", "2", "--dry-run", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    record = json.loads(capsys.readouterr().out)
     model, _ = gl.load_model(str(tiny / "tiny"))
-    assert found["memory"]["weights"] == gl.weight_bytes(model)
-    assert found["parameters"] == gl.count_parameters(model)
-    assert found["download"] == 0 and found["removed"] == 2
-    assert sum(found["seconds"].values()) > 0
+    assert record["memory"]["weights"] == gl.weight_bytes(model)
+    assert record["parameters"] == gl.count_parameters(model)
+    assert record["download"] == 0 and record["removed"] == 2
+    assert sum(record["seconds"].values()) > 0
     assert recover("--n", "2", "--dry-run", "--operator", "auto") == 0
     printed = capsys.readouterr().out
     assert re.search(r"^to download +nothing$", printed, re.M) and "memory on cpu" in printed
@@ -124,7 +124,7 @@ def test_an_ability_to_keep_is_planned_and_checked_beforehand(recover, capsys):
     for keep in ([], ["--keep", "copying-16"]):
         assert recover("--n", "2", "--operator", "auto", *keep, "--dry-run", "--json") == 0
         plans.append(json.loads(capsys.readouterr().out))
-    first, second = (made["memory"]["calibration"] for made in plans)
+    first, second = (plan["memory"]["calibration"] for plan in plans)
     assert first < second
     assert recover("--n", "2", "--operator", "auto", "--keep", "copyin", "--dry-run") == 2
     assert "unknown probe 'copyin'; did you mean 'copying'" in one_line(capsys)
@@ -145,9 +145,9 @@ def test_a_repair_is_saved_whatever_the_others_score(
 
     monkeypatch.setattr(module, "window_losses", broken)
     assert recover("--layers", "2", "--json") == 0
-    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert found["perplexity"][failing] is None and found["perplexity"]["ghost"] > 1
-    assert found["gap_closed"] is None and (tmp_path / "out" / "README.md").exists()
+    record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert record["perplexity"][failing] is None and record["perplexity"]["ghost"] > 1
+    assert record["gap_closed"] is None and (tmp_path / "out" / "README.md").exists()
 
 
 def test_a_repair_that_is_not_finite_is_not_saved(recover, tmp_path, capsys, monkeypatch):
@@ -160,7 +160,7 @@ def test_a_repair_that_is_not_finite_is_not_saved(recover, tmp_path, capsys, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_perplexities_beyond_all_numbers_are_told_and_saved(tiny, tmp_path, capsys):
+def test_infinite_perplexities_are_printed_and_saved(tiny, tmp_path, capsys):
     model = tiny_model("llama", vocab_size=len(TOKENIZER))
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
@@ -175,7 +175,9 @@ def test_perplexities_beyond_all_numbers_are_told_and_saved(tiny, tmp_path, caps
     assert "| dense | inf |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_what_cannot_fit_is_refused_with_both_numbers(recover, tmp_path, capsys, monkeypatch):
+def test_a_model_that_does_not_fit_is_refused_with_both_numbers(
+    recover, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("ghostlib.recovery.plan.available_bytes", lambda: 5_000_000)
     assert recover("--n", "2", "--dry-run") == 3
     error = capsys.readouterr().err
@@ -198,24 +200,24 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_abilities_of_a_model_and_of_one_made_from_it(tiny, recover, tmp_path, capsys):
+def test_abilities_of_a_model_and_of_its_repair(tiny, recover, tmp_path, capsys):
     assert recover("--layers", "2", "--relative-ridge", "1e-2") == 0
     capsys.readouterr()
-    asked = ["abilities", str(tmp_path / "out"), "--reference", str(tiny / "tiny")]
-    assert main([*asked, "--probes", "copying-16", "brackets", "copying-256"]) == 0
+    command = ["abilities", str(tmp_path / "out"), "--reference", str(tiny / "tiny")]
+    assert main([*command, "--probes", "copying-16", "brackets", "copying-256"]) == 0
     printed = capsys.readouterr().out
     assert "copying-16" in printed and "dense" in printed
     assert "left out copying-256: it takes 512 tokens, and the model knows 128" in printed
-    assert main([*asked, "--probes", "brackets", "--json", "--seed", "3"]) == 0
-    read = json.loads(capsys.readouterr().out)
-    assert read["seed"] == 3 and len(read["abilities"]["brackets"]["values"]) == 60
-    assert main([*asked, "--probes", "name"]) == 2
+    assert main([*command, "--probes", "brackets", "--json", "--seed", "3"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["seed"] == 3 and len(record["abilities"]["brackets"]["values"]) == 60
+    assert main([*command, "--probes", "name"]) == 2
     assert "unknown probe 'name'; did you mean 'names'" in one_line(capsys)
     assert main(["abilities", "./nope"]) == 2
     assert "no such model folder: ./nope" in one_line(capsys)
 
 
-def test_what_recover_lost_stands_in_its_output_and_card(recover, tmp_path, capsys, monkeypatch):
+def test_lost_abilities_are_in_the_output_and_the_card(recover, tmp_path, capsys, monkeypatch):
     line = "lost copying: 2.60 -> 11.9 nats per token"
     monkeypatch.setattr(gl.Profile, "lost", [line])
     assert recover("--layers", "2") == 0
@@ -230,7 +232,7 @@ def test_a_gpu_that_is_not_there_is_named(recover, capsys):
     assert "device 'cuda' cannot be used" in one_line(capsys)
 
 
-def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+def test_an_unusable_output_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     for output, message in (
         (tmp_path, "is not empty: name a new one"),
@@ -267,28 +269,19 @@ def test_a_hub_that_is_not_there_is_named_at_once(tmp_path, capsys, monkeypatch,
 def experiment(tiny, tmp_path):
     """``ghostlib experiment`` on few and short windows of a local text."""
     text = str(tiny / "text.txt")
-    usual = ["--model", str(tiny / "tiny"), "--calibration", text, "--perplexity", text]
-    usual += ["--windows", "2", "--length", "32", "--test-windows", "2", "--test-length", "16"]
+    defaults = ["--model", str(tiny / "tiny"), "--calibration", text, "--perplexity", text]
+    defaults += ["--windows", "2", "--length", "32", "--test-windows", "2", "--test-length", "16"]
 
     def run(*options: str) -> int:
-        return main(["experiment", str(tmp_path / "a.jsonl"), *usual, *options])
+        return main(["experiment", str(tmp_path / "a.jsonl"), *defaults, *options])
 
     return run
 
 
 def test_an_experiment_prints_its_tables_and_resumes(experiment, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    options = [
-        "--n",
-        "1",
-        "2",
-        "--criteria",
-        "cosine",
-        "residual",
-        "--operators",
-        "pruned",
-        "scalar",
-    ]
+    options = ["--n", "1", "2", "--criteria", "cosine", "residual"]
+    options += ["--operators", "pruned", "scalar"]
     assert experiment(*options) == 0
     printed = capsys.readouterr().out
     for part in ("bits per byte", "÷ dense", "scalar, n = 2, cosine", "residual, n = 1: "):
@@ -323,20 +316,22 @@ def test_another_specification_is_refused(experiment, tmp_path, capsys):
     assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
-def test_an_error_under_a_progress_bar_leaves_one_line(experiment, capsys, monkeypatch, error):
+@pytest.mark.parametrize(("kind", "status"), [(ValueError, 2), (RuntimeError, 1)])
+def test_an_error_under_a_progress_bar_leaves_one_line(
+    experiment, capsys, monkeypatch, kind, status
+):
     from ghostlib.experiments import run
 
     def failing(*_):
         for _ in common.track(range(3), "inner"):
-            raise error("went wrong\nand more of it")
+            raise kind("went wrong\nand more of it")
 
     monkeypatch.setattr(common, "shown", lambda: True)
     monkeypatch.setattr(run._Run, "_score", failing)
-    assert experiment("--n", "1", "--operators", "pruned") == (2 if error is ValueError else 1)
-    shown = capsys.readouterr().err
-    last = re.split(r"[\r\n]", shown.rstrip("\n"))[-1]
-    assert last == "ghostlib: went wrong" and "and more of it" not in shown
+    assert experiment("--n", "1", "--operators", "pruned") == status
+    error = capsys.readouterr().err
+    last = re.split(r"[\r\n]", error.rstrip("\n"))[-1]
+    assert last == "ghostlib: went wrong" and "and more of it" not in error
 
 
 def test_an_interrupt_ends_in_one_line(experiment, capsys, monkeypatch):
@@ -354,18 +349,16 @@ def test_fetch_names_the_files(capsys, monkeypatch, tmp_path):
     assert "wiki.json" in capsys.readouterr().out
 
 
-def test_names_lists_what_options_may_name(capsys):
+def test_names_lists_the_values_of_options(capsys):
     assert main(["names"]) == 0
     printed = capsys.readouterr().out
-    known = (*gl.OPERATORS, *gl.CRITERIA, *BUDGETS, *gl.CORPORA, *gl.PROBES)
-    for name in (*known, "wiki-topic", "arc_easy"):
+    registries = (*gl.OPERATORS, *gl.CRITERIA, *BUDGETS, *gl.CORPORA, *gl.PROBES)
+    for name in (*registries, "wiki-topic", "arc_easy"):
         assert re.search(rf"^\w+ +{re.escape(name)}\b", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", ["fetch", "names", "abilities", "recover", "experiment"])
-def test_help_has_three_examples_that_can_be_read(capsys, command):
-    from ghostlib.cli import parser
-
+def test_help_has_three_valid_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
@@ -373,15 +366,15 @@ def test_help_has_three_examples_that_can_be_read(capsys, command):
     lines = [line for line in examples.splitlines() if line.startswith("  ")]
     assert len(lines) == 3
     for line in lines:
-        found = re.search(r"ghostlib (.+?)(?:   .*| \|.*)?$", line)
-        assert parser().parse_args(found[1].split()).command == command
+        match = re.search(r"ghostlib (.+?)(?:   .*| \|.*)?$", line)
+        assert parser().parse_args(match[1].split()).command == command
 
 
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["recover", "a", "b", "--oper"], ["grid"]]
 )
-def test_help_version_and_typing_errors_need_no_torch(arguments):
-    """Importing it takes seconds, and these answer at once."""
+def test_help_version_and_usage_errors_need_no_torch(arguments):
+    """Importing it takes seconds."""
     code = (
         "import sys; from ghostlib.cli import main\n"
         "try: status = main(sys.argv[1:])\n"
@@ -404,7 +397,7 @@ def test_json_is_finite(experiment, tmp_path):
 
 
 @pytest.mark.embedded
-def test_inspect_says_what_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_a_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "smollm2"]) == 0
     out = capsys.readouterr().out
     assert "30 layers, stream of 576" in out and "ghost-refit" in out

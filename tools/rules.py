@@ -18,7 +18,7 @@ ENDING = ["What we saw", "Exercises", "Further reading"]
 ABSOLUTE = re.compile(r"(?<![\w.~:/\\-])/(?:home|tmp|work|root|Users|private)\b[\w./-]*")
 VOLATILE = re.compile(r"\b20\d\d-\d\d-\d\d[ T]\d\d:\d\d|\bat 0x[0-9a-f]{6,}")
 
-# Numbers in prose, see `unsupported`. Ignored: code, addresses, commas and thin spaces inside
+# Numbers in prose, see `numbers`. Ignored: code, addresses, commas and thin spaces inside
 # numbers, LaTeX's backslash before %.
 SKIPPED = re.compile(
     r"`(?!\d\d`)[^`]*`|\]\((?!\d\d_)[^)]*\)|(?:https?|doi):\S+|(?<=\d),(?=\d{3})|\\(,|(?=%))"
@@ -46,8 +46,10 @@ def opening(nb: Notebook, path: Path) -> Iterator[str]:
         yield "the first cell does not say how many minutes and how much memory it takes"
 
 
-def ending(nb: Notebook, path: Path) -> Iterator[str]:
-    """The last sections are a summary, exercises, and further reading with links on and back."""
+def structure(nb: Notebook, path: Path) -> Iterator[str]:
+    """A prediction before a result; at the end a summary, exercises and further reading."""
+    if "**What do you expect?**" not in prose(nb):
+        yield "no line “**What do you expect?**” before a result"
     sections = re.split(r"^## +(?=\S)", prose(nb), flags=re.MULTILINE)
     if [section.partition("\n")[0].strip() for section in sections[-3:]] != ENDING:
         yield f"the last sections are not {', '.join(ENDING)} (as ## headings)"
@@ -75,14 +77,6 @@ def exercises(nb: Notebook, path: Path) -> Iterator[str]:
             yield f"solutions: no cell, tagged check, is {cell.source.splitlines()[:1]}"
     for rule in BASIC:
         yield from (f"solutions: {problem}" for problem in rule(answers, solved))
-
-
-def teaching(nb: Notebook, path: Path) -> Iterator[str]:
-    """The reader predicts before a result; numbers in prose have support."""
-    if "**What do you expect?**" not in prose(nb):
-        yield "no line “**What do you expect?**” before a result"
-    for place, words in unsupported(nb):
-        yield f"cell {place}: {words!r} is in no stored output, without a source, not exempted"
 
 
 def code(nb: Notebook, path: Path) -> Iterator[str]:
@@ -127,8 +121,8 @@ def executed(nb: Notebook, path: Path) -> Iterator[str]:
         yield "execution counts, outputs or metadata are not clean: run `make notebooks`"
 
 
-def unsupported(nb: Notebook) -> Iterator[tuple[int, str]]:
-    """(number of the cell, the words) of every number in prose without support.
+def numbers(nb: Notebook, path: Path) -> Iterator[str]:
+    """Numbers in prose have support.
 
     A number with a decimal, a per cent sign or "times" counts. It is supported by a stored output
     of the notebook that rounds to it: 0.72 by 0.72 or 0.7213, 96 % by 96% or 96.4%; "ten times" by
@@ -154,7 +148,9 @@ def unsupported(nb: Notebook) -> Iterator[tuple[int, str]]:
                     if len(other.partition(".")[2]) >= digits
                 ):
                     words.append(match[0])
-            yield from ((place, word) for word in words if word not in exempt)
+            for word in words:
+                if word not in exempt:
+                    yield f"cell {place}: {word!r} is in no stored output, has no source, no reason"
 
 
 def prose(nb: Notebook) -> str:
@@ -163,7 +159,7 @@ def prose(nb: Notebook) -> str:
 
 
 BASIC = (code, one_machine, links, executed)  # solutions keep these, and the explorer
-RULES = (opening, ending, exercises, teaching, *BASIC)
+RULES = (opening, structure, exercises, numbers, *BASIC)
 
 
 def check(root: Path, paths: list[Path]) -> list[str]:

@@ -365,10 +365,10 @@ def test_next_and_back_are_links_to_the_neighbours(root):
     paths = [put(root, nb, f"{name}.ipynb") for name in ("00_toy", "01_game", "02_end")]
     neighbours = [["Next"], ["Back", "Next"], ["Back"]]
     for path, words in zip(paths, neighbours, strict=True):
-        missing = list(rules.ending(nb, path))
+        missing = list(rules.structure(nb, path))
         assert [problem.split("“")[1].split(":")[0] for problem in missing] == words
     nb.cells[-1].source += "\nBack: [toy](00_toy.ipynb) · Next: [the end](02_end.ipynb)"
-    assert not list(rules.ending(nb, paths[1]))
+    assert not list(rules.structure(nb, paths[1]))
 
 
 PRINTED = "error 0.7213, gap 63.4%, 165.2 times, 18,060 tokens, step 3"
@@ -395,11 +395,12 @@ PRINTED = "error 0.7213, gap 63.4%, 165.2 times, 18,060 tokens, step 3"
         ("A setting of 0.5.", []),
     ],
 )
-def test_a_number_in_prose_needs_support(sentence, unsupported):
+def test_a_number_in_prose_needs_support(root, sentence, unsupported):
     exempt = {"numbers": {"0.5": "a setting"}}
     nb = executed(good(new_markdown_cell(sentence, metadata=exempt)))
     nb.cells[-8].outputs[0].text = PRINTED
-    assert [words for _, words in rules.unsupported(nb)] == unsupported
+    problems = rules.numbers(nb, root)
+    assert [problem.split("'")[1] for problem in problems] == unsupported
 
 
 @pytest.mark.parametrize(
