@@ -673,10 +673,3 @@ def test_embedded_weights_are_those_of_the_gguf() -> None:
             tensor = packed[f"{theirs}.weight"]
             expected = gguf.dequantize(tensor.data, tensor.tensor_type)
             np.testing.assert_array_equal(weights.get_tensor(f"{ours}.weight").numpy(), expected)
-
-
-@pytest.mark.embedded
-def test_wiki_has_its_articles() -> None:
-    entries = json.loads(asset("wiki").read_text(encoding="utf-8"))
-    assert len(entries) == 10_033
-    assert {"title", "extract", "description", "topic"} <= set(entries["Academy Awards"])

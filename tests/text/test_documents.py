@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from ghostlib.text import documents as splits
 from ghostlib.text.corpora import documents, token_windows
-from ghostlib.text.documents import one_line
 
 TOKENIZER = tiny_tokenizer(bos=True)
 
@@ -218,20 +217,6 @@ def test_any_bytes_give_windows_or_one_clear_error(
         assert path.name in str(error) and "\n" not in str(error)
     else:
         assert windows.shape[1] == 4 and len(windows)
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("a file.txt", "a file.txt"),
-        ("<script>'\"", "<script>'\""),
-        ("two\nlines", r"'two\nlines'"),
-        ("\x1b[31mred", r"'\x1b[31mred'"),
-        ("x" * 10_000, "x" * 300 + "… (10,000 characters)"),
-    ],
-)
-def test_a_name_in_a_message_is_one_short_line(name: str, shown: str) -> None:
-    assert one_line(name) == shown
 
 
 # ---- hub ----
