@@ -1,8 +1,8 @@
-"""The site, for Sphinx. `make site` builds it from a copy of the pages under build/site-source.
+"""Sphinx configuration. `make site` builds the site from a copy of the pages in build/site-source.
 
 The copy has the repository's layout, so that relative links lead to the same files on the site as
-in a clone. What is added to it: the landing page (the README, with the course as a table of
-contents), the API by room, and the tables of results. Notebooks keep their stored outputs.
+in a clone. It has in addition the landing page (the README with a table of contents), the API by
+subpackage, and the tables of results. Notebooks keep their stored outputs.
 """
 
 import html
@@ -86,11 +86,11 @@ ANCHOR = re.compile(r'^<a id="([\w-]+)"></a>\s*', re.MULTILINE)  # as GitHub and
 LINK = re.compile(r"\]\(([\w./-]+)\.(?:md|ipynb)(#[\w-]+)?\)")
 NEIGHBOUR = re.compile(r"\]\((?=\d\d_\w+\.ipynb)")  # a link to another notebook
 COURSE = """\
-The pages show the notebooks with the outputs they were stored with. To run and change them, open
-them in JupyterLab (`make lab`). **Learn** derives the method, **Use** takes it to your own models,
-**Beyond** shows where it fails and what does better.
+The pages show the notebooks with their stored outputs. To run and change them, open them in
+JupyterLab (`make lab`). **Learn** derives the method, **Use** applies it to your own models,
+**Beyond** shows where it fails and what works better.
 """
-# the pages written by hand, in order; others in docs/ follow under Reference
+# Hand-written pages, in order; other pages in docs/ follow under Reference.
 PRACTICE = ["docs/recipes/index", "docs/models", "docs/teachers", "docs/maintainers"]
 REFERENCE = [
     "docs/claims",
@@ -105,13 +105,13 @@ REFERENCE = [
 
 
 def toctree(pages: list[str], caption: str = "", *, hidden: bool = False) -> str:
-    """A part of the table of contents, of pages counted from the root."""
+    """A part of the table of contents; pages are paths from the root."""
     options = [f":caption: {caption}"] * bool(caption) + [":hidden:"] * hidden
     return "\n".join(["```{toctree}", ":maxdepth: 1", *options, "", *pages, "```", ""])
 
 
 def contents(course: dict[str, dict[Path, str]]) -> dict[str, str]:
-    """{page: text}: the README as landing page, and the three pages of its navigation."""
+    """{page: text} of the landing page (the README) and the three pages of its navigation."""
     parts = [
         toctree([f"{title} <{path.stem}>" for path, title in titles.items()], part)
         for part, titles in course.items()
@@ -134,27 +134,27 @@ def contents(course: dict[str, dict[Path, str]]) -> dict[str, str]:
 
 
 def exists(page: str) -> bool:
-    """Whether a page is written by hand, or by this file."""
+    """Whether a page is hand-written or generated here."""
     return page in ("docs/results", "docs/api/index") or (ROOT / f"{page}.md").exists()
 
 
 def goals(read: dict[Path, notebooks.Notebook]) -> str:
-    """What each notebook says that one learns."""
+    """Table of the learning goals of each notebook."""
     lines = ["| notebook | what you'll learn |", "|---|---|"]
     for titles in fill.course(read).values():
         for path, title in titles.items():
             text = read[path].cells[0].source.replace("\u2019", "'")
-            learnt = text.partition("What you'll learn")[2].partition("\n\n")[0]
-            learnt = " ".join(learnt.strip(" :*.").split()).replace("|", "\\|")
-            learnt = NEIGHBOUR.sub("](../notebooks/", learnt)
-            lines.append(f"| [{title}](../notebooks/{path.name}) | {learnt} |")
+            goal = text.partition("What you'll learn")[2].partition("\n\n")[0]
+            goal = " ".join(goal.strip(" :*.").split()).replace("|", "\\|")
+            goal = NEIGHBOUR.sub("](../notebooks/", goal)
+            lines.append(f"| [{title}](../notebooks/{path.name}) | {goal} |")
     return "\n".join(lines)
 
 
 def table(frame: pd.DataFrame, caption: str) -> str:
-    """A table whose columns sort, as HTML."""
-    made = frame.to_html(index=False, border=0, classes="sortable", na_rep="", float_format="%.4g")
-    return made.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1)
+    """A table with sortable columns, as HTML."""
+    text = frame.to_html(index=False, border=0, classes="sortable", na_rep="", float_format="%.4g")
+    return text.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1)
 
 
 def results() -> str:
@@ -163,9 +163,9 @@ def results() -> str:
     columns += ["bits_per_byte", "relative", "relative_low", "relative_high"]
     text = [
         "# Results\n",
-        "Click a column's head to sort by it. `value` is the perplexity, with its 95 % interval; "
-        "`relative` is its ratio to the dense model's on the same windows, with the interval of "
-        "the paired difference.\n",
+        "Click the head of a column to sort by it. `value` is the perplexity, with its 95 % "
+        "interval; `relative` is its ratio to that of the dense model on the same windows, with "
+        "the interval of the paired difference.\n",
     ]
     titles = {
         "grid": "Criteria, repairs and depths",
@@ -174,9 +174,9 @@ def results() -> str:
         "ablation": "Features and weights, three seeds",
     }
     for name, title in titles.items():
-        kept = scores(stored(name))
-        caption = f"SmolLM2-135M: {len(kept)} scores"
-        text += [f"## {title}\n", table(kept[[*columns, "seed"]], caption), ""]
+        frame = scores(stored(name))
+        caption = f"SmolLM2-135M: {len(frame)} scores"
+        text += [f"## {title}\n", table(frame[[*columns, "seed"]], caption), ""]
     published = gl.published()
     caption = f"{len(published)} numbers of the paper and of the works it compares with"
     text += ["## Published\n", table(published, caption), ""]
@@ -184,13 +184,12 @@ def results() -> str:
 
 
 def registries() -> Iterator[str]:
-    """What may be named: operators, criteria, corpora."""
-    families = gl.OPERATORS.values()
-    named = [{"operator": f.name, "set searched": f.searches} for f in families]
-    yield "## Operators\n\n" + table(pd.DataFrame(named), f"{len(named)} families")
+    """Names that options accept: operators, criteria, corpora."""
+    families = [{"operator": f.name, "set searched": f.searches} for f in gl.OPERATORS.values()]
+    yield "## Operators\n\n" + table(pd.DataFrame(families), f"{len(families)} families")
     yield "\n## Criteria\n\n" + ", ".join(f"`{name}`" for name in gl.CRITERIA)
-    texts = [{"corpus": name, "source": c.description} for name, c in gl.CORPORA.items()]
-    yield "\n## Corpora\n\n" + table(pd.DataFrame(texts), f"{len(texts)} corpora by name")
+    corpora = [{"corpus": name, "source": c.description} for name, c in gl.CORPORA.items()]
+    yield "\n## Corpora\n\n" + table(pd.DataFrame(corpora), f"{len(corpora)} corpora by name")
 
 
 def described(module: str, name: str) -> str:
@@ -204,7 +203,7 @@ def described(module: str, name: str) -> str:
 
 
 def api() -> dict[str, str]:
-    """{page: text}: every public name on the page of its room."""
+    """{page: text} with every public name on the page of its subpackage."""
     origins = gl._origins()
     pages = {}
     for room, title in ROOMS.items():
@@ -214,19 +213,16 @@ def api() -> dict[str, str]:
         if room == "tutorial":
             parts += [described("ghostlib.tutorial.claims", "record")]
         pages[room] = f"# {title}\n\n```{{eval-rst}}\n{intro}\n```\n\n" + "\n".join(parts)
-    named = {n: v for n, v in vars(plotting).items() if callable(v) or isinstance(v, Registry)}
-    figures = "\n".join(described("ghostlib.plotting", name) for name in sorted(named))
+    names = [n for n, v in vars(plotting).items() if callable(v) or isinstance(v, Registry)]
+    figures = "\n".join(described("ghostlib.plotting", name) for name in sorted(names))
     pages["plotting"] = f"# Figures\n\n{figures}"
     pages["names"] = "# Names of operators, criteria and corpora\n\n" + "\n".join(registries())
-    listed = toctree(list(pages))
-    pages["index"] = (
-        f"# The API\n\n`import ghostlib as gl`; every name below is `gl.NAME`.\n\n{listed}"
-    )
-    return pages
+    intro = "# The API\n\n`import ghostlib as gl`; names are `gl.NAME` unless spelt out.\n\n"
+    return pages | {"index": intro + toctree(list(pages))}
 
 
 def prepared(path: Path) -> str:
-    """A notebook whose cells say what their figures show, as MyST-NB wants to be told."""
+    """A notebook with the alternative texts of figures where MyST-NB reads them."""
     nb = nbformat.read(path, as_version=4)
     for cell in notebooks.code_cells(nb, "setup"):
         cell.metadata["tags"].append("remove-cell")
@@ -235,8 +231,8 @@ def prepared(path: Path) -> str:
         for output in cell.get("outputs", []):
             texts += [output.get("metadata", {}).get("image/png", {}).get("alt", "")]
             data = output.get("data", {})
-            data.pop(claims.MIME, None)  # for `make fill`, not for readers
-            if "text/markdown" in data:  # Sphinx resolves links of pages, not of outputs
+            data.pop(claims.MIME, None)  # for `make fill`
+            if "text/markdown" in data:  # Sphinx resolves links in pages, not in outputs
                 data["text/markdown"] = LINK.sub(r"](\1.html\2)", data["text/markdown"])
         if any(texts):
             cell.metadata["mystnb"] = {"image": {"alt": " ".join(filter(None, texts))}}
@@ -244,7 +240,7 @@ def prepared(path: Path) -> str:
 
 
 def stage() -> None:
-    """Write all pages into the folder that Sphinx reads; what has not changed keeps its date."""
+    """Write all pages into the folder that Sphinx reads; unchanged files keep their date."""
     read = {path: notebooks.read(path) for path in notebooks.suite(ROOT)}
     pages = contents(fill.course(read)) | {"docs/results.md": results()}
     pages |= {f"docs/api/{name}.md": text for name, text in api().items()}
@@ -256,9 +252,9 @@ def stage() -> None:
         if ".ipynb_checkpoints" not in path.parts:
             pages[str(path.relative_to(ROOT))] = prepared(path)
     copied = [*(ROOT / "docs").glob("*.png"), ROOT / "LICENSE", ROOT / "CITATION.cff"]
-    wanted = {SOURCE / name for name in pages} | {SOURCE / p.relative_to(ROOT) for p in copied}
-    for old in [path for path in SOURCE.rglob("*") if path.is_file() and path not in wanted]:
-        old.unlink()
+    current = {SOURCE / name for name in pages} | {SOURCE / p.relative_to(ROOT) for p in copied}
+    for stale in [path for path in SOURCE.rglob("*") if path.is_file() and path not in current]:
+        stale.unlink()
     for name, text in pages.items():
         path = SOURCE / name
         path.parent.mkdir(parents=True, exist_ok=True)
