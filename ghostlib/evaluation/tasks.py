@@ -132,15 +132,8 @@ def paired(
 
 
 PAPER_TASKS = (
-    "arc_easy",
-    "arc_challenge",
-    "hellaswag",
-    "winogrande",
-    "boolq",
-    "openbookqa",
-    "rte",
-    "copa",
-    "race",
+    *("arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq"),
+    *("openbookqa", "rte", "copa", "race"),
 )
 EMBEDDED: Registry[Callable[[], list[Item]]] = Registry("embedded task")
 EMBEDDED["wiki-description"] = descriptions
@@ -209,9 +202,7 @@ def zero_shot(
             task_manager=_manager(False),
             limit=limit,
             # nothing is random: the harness must not set the caller's random state
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
+            **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed")),
         )
     return {task: _score(task, results) for task in results["samples"]}
 

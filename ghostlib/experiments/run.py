@@ -34,14 +34,7 @@ from ghostlib.experiments.results import Results
 from ghostlib.experiments.spec import Specification, base_name, budget_of, family_of
 from ghostlib.experiments.tables import ABILITY, ACCURACY, PERPLEXITY, mean_interval
 from ghostlib.models.architectures import check_model, num_layers, text_config
-from ghostlib.models.boundaries import (
-    Boundary,
-    contiguous,
-    gaps_without,
-    read_layers,
-    runs,
-    spell,
-)
+from ghostlib.models.boundaries import Boundary, contiguous, gaps_without, read_layers, runs, spell
 from ghostlib.models.streams import check_windows
 from ghostlib.operators.solve import Operators, solve
 from ghostlib.recovery.recipe import Choice, Recipe, affordable

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -87,12 +86,9 @@ def _parts(record: Record, normed: bool) -> list[Record]:
 
 
 def selections(results: Results) -> pd.DataFrame:
-    """The layers that each criterion removes.
+    """The layers each criterion removes: ``specification, model, seed, layers, n, criterion``.
 
     ``selections(results).merge(scores(results))`` is the grid of criteria and operators.
-
-    Returns:
-        Columns ``specification, model, seed, layers, n, criterion``.
     """
     return _frame(results, results.of("selection"), {**_MODEL, "criterion": str})
 
@@ -100,9 +96,8 @@ def selections(results: Results) -> pd.DataFrame:
 def choices(results: Results) -> pd.DataFrame:
     """The choice of the recipe for each set of layers and budget.
 
-    Returns:
-        Columns ``specification, model, seed, layers, n, recipe, operator``, and ``losses`` of all
-        candidates, in nats per held-out calibration token.
+    Columns ``specification, model, seed, layers, n, recipe, operator``, and the ``losses`` of all
+    candidates in nats per held-out calibration token.
     """
     columns = {**_MODEL, "recipe": str, "operator": str, "losses": object}
     return _frame(results, results.of("choice"), columns)
@@ -219,17 +214,9 @@ def pooled(rows: pd.DataFrame, operator: str) -> Score:
     parts: list[Score] = own.sort_values("dataset")["evidence"].tolist()
     correct = [answer for part in parts for answer in part.correct]
     normed = [answer for part in parts for answer in part.correct_norm or ()]
-    return replace(
-        parts[0],
-        task="all",
-        acc=sum(correct) / len(correct),
-        acc_se=None,
-        acc_norm=None,
-        acc_norm_se=None,
-        correct=correct,
-        correct_norm=normed if len(normed) == len(correct) else None,  # a task may have none
-        items=" ".join(part.items for part in parts),
-    )
+    correct_norm = normed if len(normed) == len(correct) else None  # a task may have none
+    acc, items = sum(correct) / len(correct), " ".join(part.items for part in parts)
+    return Score("all", acc, None, None, None, correct, correct_norm, items)
 
 
 def wide(rows: pd.DataFrame, form: Callable[[Any], str]) -> pd.DataFrame:

@@ -227,7 +227,7 @@ class Recipe:
 
     @checked
     def choose(self, layers: Iterable[int] | int, *, among: Iterable[str] | None = None) -> Choice:
-        """The best candidate for ``layers``, or for so many layers of the `shortlist`.
+        """The best candidate for ``layers``; given their number, for the sets of the `shortlist`.
 
         Args:
             layers: layers to remove, or their number.
@@ -340,7 +340,7 @@ class Recipe:
 
 
 def _choose_ridge(fit: Moments, held_out: Moments) -> Ridge:
-    """A ridge for all features; one for each where they are of the stream and of the MLP."""
+    """One ridge for all features; one for each if they are of the stream and of the MLP."""
     if len(fit.regressor.sources) > 1:
         return choose_ridges(fit, held_out)
     return choose_ridge(fit, held_out=held_out)
@@ -385,7 +385,7 @@ def check_architecture(model: PreTrainedModel, family: Family) -> None:
 
 
 def has_place(model: PreTrainedModel, family: Family, start: int) -> bool:
-    """Whether a gap at layer ``start`` can take the family's repair, as layers may differ."""
+    """Whether a gap at layer ``start`` can take the family's repair; layers may differ."""
     with suppress(ValueError):
         check_place(model, [Boundary(start, start + 1)], family)
         return True

@@ -14,7 +14,7 @@ from conftest import tiny_tokenizer
 from papermill import inspect_notebook
 
 import ghostlib as gl
-from ghostlib.cli import _described, parser
+from ghostlib.cli import _descriptions, parser
 from ghostlib.evaluation.tasks import PAPER_TASKS
 from ghostlib.tutorial.stored import stored
 
@@ -47,25 +47,12 @@ def test_operators_have_one_spelling() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "./nope"}, r"no such model folder: \./nope"),
-        ({"model": "/nope"}, "no such model folder: /nope"),
-        ({"dtype": "float33"}, "unknown dtype 'float33': use float32, bfloat16"),
-        ({"dtype": "nn"}, "unknown dtype 'nn'"),
-        ({"device_map": "tpu9"}, "device 'tpu9' cannot be used"),
-        ({"criteria": "cosin"}, "unknown criterion 'cosin'; did you mean 'cosine'"),
-        ({"n": 0}, "n = 0: give a whole number of at least 1"),
-        ({"n": [2, 2]}, "n has 2 twice"),
-        ({"layers": 12}, "layers = 12: give sets of layers"),
         ({"layers": [12, 13]}, "layers = 12: give sets of layers"),
         ({"layers": "a-b"}, "layers 'a-b' are not of the form"),
-        ({"layers": [(1, 1)]}, "named more than once"),
-        ({"layers": [(-1,)]}, "layer = -1"),
-        ({"layers": [()]}, "no layer to remove"),
         ({"layers": ["1-2", (2, 1)]}, r"layers has \(1, 2\) twice"),
         ({"layers": "12", "n": 7}, "give criteria and n, or the layers"),
         ({"layers": "12", "criteria": "cosine"}, "give criteria and n, or the layers"),
         ({"starts": 7, "n": 7}, "give criteria and n, or the layers"),
-        ({"operators": "gost"}, "unknown operator 'gost'; did you mean 'ghost'"),
         ({"operators": "gost sequential"}, "did you mean 'ghost'"),
         ({"operators": "auto sequential"}, "unknown operator 'auto sequential'"),
         ({"operators": "pruned sequential"}, "unknown operator 'pruned sequential'"),
@@ -73,15 +60,10 @@ def test_operators_have_one_spelling() -> None:
         ({"operators": "none"}, "unknown operator 'none'"),
         ({"operators": "x, n(y)"}, "unknown feature 'n\\(y\\)'"),
         ({"operators": "x; 1/|z|"}, "unknown weight '1/\\|z\\|'"),
-        ({"operators": "low-rank"}, "rank"),
         ({"operators": "replaceme sequential"}, "replaceme reads more than the stream"),
-        ({"operators": ["ghost", "ghost"]}, "operators has 'ghost' twice"),
         ({"operators": "auto", "calibration": "wiki", "windows": 1}, "needs at least 2 in total"),
         ({"operators": "auto free"}, "unknown budget 'free'. Known: none, matrix"),
-        ({"calibration": "wikki"}, "unknown corpus 'wikki'; did you mean 'wiki'"),
         ({"calibration": []}, "at least one calibration corpus"),
-        ({"calibration": ["wiki", "wiki"]}, "calibration has 'wiki' twice"),
-        ({"perplexity": "wikki"}, "unknown corpus 'wikki'"),
         ({"perplexity": [], "layers": "2"}, "nothing to do"),
         ({"split": "tests"}, "unknown split 'tests' of corpus wiki"),
         ({"test_split": "tests"}, "unknown split 'tests' of corpus wiki"),
@@ -90,9 +72,7 @@ def test_operators_have_one_spelling() -> None:
             "unknown task 'wiki-topics'; near are wiki-topic",
             marks=pytest.mark.thorough,  # it asks the harness for all of its tasks
         ),
-        ({"selection_length": 1}, "selection_length = 1: give a whole number of at least 2"),
         ({"length": 512, "selection_length": 1024}, "length = 1024: at most length = 512"),
-        ({"seed": -1}, "seed = -1: give a whole number of at least 0"),
     ],
 )
 def test_invalid_values_are_named_in_one_line(changes: dict[str, Any], message: str) -> None:
@@ -101,11 +81,7 @@ def test_invalid_values_are_named_in_one_line(changes: dict[str, Any], message: 
     assert "\n" not in str(raised.value)
 
 
-def test_missing_and_invalid_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such task file: quiz\.jsonl"):
-        gl.Specification(tasks="quiz.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
-        gl.Specification(calibration="none.txt")
+def test_an_invalid_task_file_is_named(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": 1}')
     with pytest.raises(ValueError, match="line 1: no key 'choices'"):
@@ -167,9 +143,8 @@ def test_the_identity_determines_the_scores(text: str) -> None:
         assert gl.Specification(**{"calibration": text, name: value}).identity() != identity
 
 
-def test_every_field_is_described_once() -> None:
-    names = [name for name, _ in _described()]
-    assert names == [field.name for field in fields(gl.Specification)]
+def test_every_field_is_described() -> None:
+    assert list(_descriptions()) == [field.name for field in fields(gl.Specification)]
 
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"

@@ -118,6 +118,7 @@ def test_too_few_tokens_are_reported(model: PreTrainedModel) -> None:
 
 MASK = torch.ones(4, 24)
 MOMENTS = {gap: gl.Moments(WIDTH) for gap in GAPS}
+PASS = {"attention_mask": MASK, "skip_leading": 5, "batch_size": -3, "fit": "sequential"}
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers of a type that is not a whole number": (
@@ -125,31 +126,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"layers must be a list \(each a whole number\) or .*, got a Tensor of torch\.bool",
     ),
     "only padding": ({"attention_mask": MASK * 0}, "leave no token"),
-    "another family's option": (
-        {"operator": "scalar", "ridge": 1.0},
-        "scalar has no option 'ridge'",
-    ),
     "a recipe's option": ({"budget": "any"}, "ghost has no option 'budget'"),
-    "a mask without effect": (
-        {"calibration": MOMENTS, "attention_mask": MASK},
-        "'attention_mask' belongs to a pass over windows",
-    ),
-    "a skip without effect": (
-        {"calibration": MOMENTS, "skip_leading": 5},
-        "'skip_leading' belongs to a pass over windows",
-    ),
-    "a batch without effect": (
-        {"calibration": MOMENTS, "batch_size": -3},
-        "'batch_size' belongs to a pass over windows",
-    ),
-    "a fit without effect": (
-        {"calibration": MOMENTS, "fit": "sequential"},
-        "'fit' belongs to a pass over windows",
-    ),
-    "auto: an operator's option": (
-        {"operator": "auto", "relative_ridge": 1e9},
-        "operator='auto' has no option 'relative_ridge': the recipe takes .*budget",
-    ),
+    **{
+        f"{name} without effect": (
+            {"calibration": MOMENTS, name: value},
+            f"'{name}' belongs to a pass over windows",
+        )
+        for name, value in PASS.items()
+    },
     "no tokens": ({"calibration": MOMENTS}, "these moments hold no tokens"),
     "no layer before the gap": (
         {"layers": [0, 3], "operator": "replaceme"},
