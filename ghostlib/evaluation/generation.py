@@ -39,9 +39,8 @@ def generate(
             becomes a user message.
 
     Raises:
-        ValueError: no prompt, ``chat`` without a chat template, messages without ``chat``,
-            ``max_new_tokens`` below 1, a prompt without tokens, or a tokenizer that has nothing to
-            pad with.
+        ValueError: no prompt, or one without tokens; ``chat`` without a chat template, or messages
+            without ``chat``; ``max_new_tokens`` below 1; a tokenizer that has nothing to pad with.
     """
     check_model(model)
     texts: Any = [prompts] if isinstance(prompts, str) else list(prompts)
