@@ -192,8 +192,8 @@ def registries() -> Iterator[str]:
     yield "\n## Corpora\n\n" + table(pd.DataFrame(corpora), f"{len(corpora)} corpora by name")
 
 
-def described(module: str, name: str) -> str:
-    """The directive that documents one public name."""
+def directive(module: str, name: str) -> str:
+    """The Sphinx directive that documents one public name."""
     value = getattr(import_module(module), name)
     if not callable(value):
         text = f"Each {value.kind} by its name; :doc:`names` lists them."
@@ -209,12 +209,12 @@ def api() -> dict[str, str]:
     for room, title in ROOMS.items():
         names = [n for n in gl.__all__ if origins[n].split(".")[1] == room]
         intro = (import_module(f"ghostlib.{room}").__doc__ or "").strip()
-        parts = [described("ghostlib", name) for name in names]
+        parts = [directive("ghostlib", name) for name in names]
         if room == "tutorial":
-            parts += [described("ghostlib.tutorial.claims", "record")]
+            parts += [directive("ghostlib.tutorial.claims", "record")]
         pages[room] = f"# {title}\n\n```{{eval-rst}}\n{intro}\n```\n\n" + "\n".join(parts)
     names = [n for n, v in vars(plotting).items() if callable(v) or isinstance(v, Registry)]
-    figures = "\n".join(described("ghostlib.plotting", name) for name in sorted(names))
+    figures = "\n".join(directive("ghostlib.plotting", name) for name in sorted(names))
     pages["plotting"] = f"# Figures\n\n{figures}"
     pages["names"] = "# Names of operators, criteria and corpora\n\n" + "\n".join(registries())
     intro = "# The API\n\n`import ghostlib as gl`; names are `gl.NAME` unless spelt out.\n\n"
