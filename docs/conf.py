@@ -80,7 +80,7 @@ ROOMS = {
     "recovery": "Recovery in one call",
     "evaluation": "Evaluation and cost",
     "experiments": "Experiments",
-    "tutorial": "What the notebooks use",
+    "tutorial": "Tutorial: helpers of the notebooks",
 }
 ANCHOR = re.compile(r'^<a id="([\w-]+)"></a>\s*', re.MULTILINE)  # as GitHub and Jupyter read it
 LINK = re.compile(r"\]\(([\w./-]+)\.(?:md|ipynb)(#[\w-]+)?\)")
