@@ -31,12 +31,12 @@ def repeated(windows: Tensor) -> Tensor:
 
 def weights(ids: Tensor) -> Tensor:
     """(length,) `REPEATS` where the next token completes a pair seen before, 1 elsewhere."""
-    seen, weights = set(), torch.ones(len(ids))
+    seen, values = set(), torch.ones(len(ids))
     for place, pair in enumerate(pairwise(ids.tolist())):
         if pair in seen:
-            weights[place] = REPEATS
+            values[place] = REPEATS
         seen.add(pair)
-    return weights
+    return values
 
 
 def compare(model: PreTrainedModel, windows: Tensor, score: Scorer, seed: int) -> None:

@@ -203,7 +203,7 @@ def by_start(
         most: upper end of the axis; triangles mark values above, the legend gives the highest.
         ylabel: another score, on a linear axis.
     """
-    ax = ax or plt.gca()
+    ax, ranges = ax or plt.gca(), ranges or {}
     for name, curve in curves.items():
         starts = sorted(curve)
         line = style(name)
@@ -211,10 +211,10 @@ def by_start(
             line |= {"markersize": 13, "markeredgewidth": 1.8, "markerfacecolor": "none"}
             line["zorder"] = 1
         ax.plot(starts, [curve[start] for start in starts], **line, label=name)
-        if over_seeds := (ranges or {}).get(name):
-            lows, highs = zip(*(over_seeds[start] for start in sorted(over_seeds)), strict=True)
-            shade: dict[str, Any] = {"color": color(name), "alpha": 0.2, "linewidth": 0}
-            ax.fill_between(sorted(over_seeds), lows, highs, **shade)
+        if name in ranges:
+            starts = sorted(ranges[name])
+            lows, highs = zip(*(ranges[name][start] for start in starts), strict=True)
+            ax.fill_between(starts, lows, highs, color=color(name), alpha=0.2, linewidth=0)
     if ylabel == PERPLEXITY:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -226,9 +226,9 @@ def by_start(
     ax.legend(**_OUTSIDE)
     texts = []
     for name, curve in curves.items():
-        low, high = min(curve, key=curve.__getitem__), max(curve, key=curve.__getitem__)
-        ends = f"{short(curve[low])} at start {low} to {short(curve[high])} at start {high}"
-        widest = max((top - base for base, top in (ranges or {}).get(name, {}).values()), default=0)
+        best, worst = min(curve, key=curve.__getitem__), max(curve, key=curve.__getitem__)
+        ends = f"{short(curve[best])} at start {best} to {short(curve[worst])} at start {worst}"
+        widest = max((high - low for low, high in ranges.get(name, {}).values()), default=0)
         texts.append(f"{name} from {ends}" + f", seeds up to {short(widest)} apart" * (widest > 0))
     measured = "Perplexity" if ylabel == PERPLEXITY else ylabel
     better = ", lower is better" if ylabel == PERPLEXITY else ""
