@@ -103,7 +103,7 @@ def survey(folder: str, sample: int | None) -> None:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     random.Random(0).shuffle(every)
-    programs = itertools.chain.from_iterable(itertools.starmap(mutate, every))
+    programs = (mutant for place in every for mutant in mutate(*place))
     chosen = list(itertools.islice(programs, sample))
     survivors = 0
     with fork.Pool(maxtasksperchild=1) as pool:

@@ -41,26 +41,26 @@ def tracked() -> list[Path]:
     names = listing.stdout.split("\0") if listing.returncode == 0 else []
     if not names:
         skip = {".git", ".venv", "build", "dist"}
-        found = (p for p in ROOT.rglob("*") if not skip & set(p.relative_to(ROOT).parts))
-        names = [str(p.relative_to(ROOT)) for p in found if "__pycache__" not in p.parts]
+        paths = (p for p in ROOT.rglob("*") if not skip & set(p.relative_to(ROOT).parts))
+        names = [str(p.relative_to(ROOT)) for p in paths if "__pycache__" not in p.parts]
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 
 def conda(path: str) -> tuple[dict[str, Requirement], list[str]]:
     """(conda packages, pip lines) of an environment file."""
-    listed = yaml.safe_load((ROOT / path).read_text())["dependencies"]
-    names = [re.sub(r"(?<![<>=!])=(?!=)", "==", d) for d in listed if isinstance(d, str)]
-    pip = [line for d in listed if isinstance(d, dict) for line in d["pip"]]
+    entries = yaml.safe_load((ROOT / path).read_text())["dependencies"]
+    names = [re.sub(r"(?<![<>=!])=(?!=)", "==", d) for d in entries if isinstance(d, str)]
+    pip = [line for d in entries if isinstance(d, dict) for line in d["pip"]]
     return {r.name: r for r in map(Requirement, names)}, pip
 
 
 def targets() -> set[str]:
-    """What `make` alone lists, run as a person would: without what an outer make hands down."""
+    """Targets that `make` alone lists, without the environment of an outer make."""
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
     command = ["make", "--no-print-directory"]
-    listed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert listed.returncode == 0, listed.stderr
-    return set(re.findall(r"^  make ([a-z-]+) ", listed.stdout, re.MULTILINE))
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(re.findall(r"^  make ([a-z-]+) ", result.stdout, re.MULTILINE))
 
 
 # ---------------------------------------------------------------- versions
@@ -97,11 +97,11 @@ def test_pip_can_fetch_the_embedded_wheels():
 def test_every_import_of_the_package_is_a_dependency():
     own = {"ghostlib", "pydoc_data"}
     names = {"IPython": "ipython", "huggingface_hub": "huggingface-hub", "lm_eval": "lm-eval"}
-    known = set(RANGES) | {requirement.name for requirement in EXTRAS}
+    dependencies = set(RANGES) | {requirement.name for requirement in EXTRAS}
     for path in (ROOT / "ghostlib").rglob("*.py"):
         for module in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE):
             if module not in sys.stdlib_module_names and module not in own:
-                assert names.get(module, module) in known, f"{path.name} imports {module}"
+                assert names.get(module, module) in dependencies, f"{path.name} imports {module}"
 
 
 def test_conda_environment_installs_the_one_list():
@@ -125,7 +125,7 @@ def test_binder_installs_the_one_list():
     assert {p.name for p in script.parent.iterdir()} == {"environment.yml", "postBuild"}
 
 
-def test_version_stands_once_and_all_follow_it():
+def test_the_version_is_set_once():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == PROJECT["version"]
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[:2] == ["Unreleased", PROJECT["version"]]
@@ -133,7 +133,7 @@ def test_version_stands_once_and_all_follow_it():
         assert PROJECT["version"] not in re.findall(r"[\d.]+", path.read_text()), path.name
 
 
-def test_licence_is_stated_alike():
+def test_the_licence_is_the_same_everywhere():
     assert PROJECT["license"] == "Apache-2.0"
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["license"] == "Apache-2.0"
     text = (ROOT / "LICENSE").read_text()
@@ -156,7 +156,7 @@ def test_house_rules_and_generated_parts():
 
 
 @pytest.mark.thorough
-def test_setting_the_address_brings_all_that_needs_it_and_taking_it_back_takes_it(tmp_path):
+def test_the_address_can_be_set_and_removed(tmp_path):
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     for name in (*fill.FILLED, "pyproject.toml"):
@@ -227,7 +227,7 @@ def test_the_readme_is_short_and_its_links_are_alive():
 
 
 @needs_make
-def test_commands_that_are_written_down_are_targets():
+def test_documented_commands_are_targets():
     commands = [(ROOT / "README.md").read_text(), (ROOT / "CONTRIBUTING.md").read_text()]
     mentioned = set(re.findall(r"`make ([a-z-]+)", "\n".join(commands)))
     assert {"run", "site", "fill"} <= mentioned <= targets()
@@ -253,16 +253,16 @@ COMMANDS = re.compile(r"^(?:ghostlib) (?:recover|experiment|inspect|fetch|names)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_commands_of_the_pages_are_understood():
+def test_commands_of_the_pages_are_valid():
     text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
-    found = COMMANDS.findall(text) + re.findall(r"`(ghostlib experiment [^`]+)`", text)
-    assert len(found) > 8
-    for line in found:
+    commands = COMMANDS.findall(text) + re.findall(r"`(ghostlib experiment [^`]+)`", text)
+    assert len(commands) > 8
+    for line in commands:
         words = shlex.split(line.replace("$SLURM_ARRAY_TASK_ID", "1"), comments=True)
         options = cli.parser().parse_args(words[1:])
-        for kind, known in (("criteria", gl.CRITERIA), ("operators", gl.OPERATORS)):
+        for kind, registry in (("criteria", gl.CRITERIA), ("operators", gl.OPERATORS)):
             for name in getattr(options, kind, ()):
-                assert name in known or name in ("pruned", "auto"), line
+                assert name in registry or name in ("pruned", "auto"), line
 
 
 def test_the_commands_for_the_published_tables_score_all_that_the_paper_scores():
@@ -342,20 +342,20 @@ print(gl.__file__, len(stored("grid").records), sep="\\n")
 
 @pytest.mark.thorough
 def test_the_setup_cell_installs_the_wheel_as_on_colab(tmp_path):
-    """PyTorch is there and stays, the folder has only the notebook's wheel, no index is asked."""
+    """PyTorch stays as it is, the folder has only the notebook's wheel, no index is used."""
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
     wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", f"--wheel-dir={tmp_path}"]
     subprocess.run([*wheel, ROOT], check=True, cwd=tmp_path)
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     (packages,) = environment.glob("lib/*/site-packages")
-    # of what this environment has, all but the editable project: that is a .pth of its own
+    # this environment without the editable project, which is a .pth of its own
     (packages / "dependencies.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
     (cell,) = (c.source for c in fill.read(SUITE[0]).cells if "setup" in c.metadata.get("tags", []))
     command = [environment / "bin" / "python", "-c", SETUP, cell]
-    ran = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    *_, file, records = ran.stdout.split()
+    result = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    *_, file, records = result.stdout.split()
     assert Path(file).parent == packages / "ghostlib" and int(records) > 100
     own = {path.name for path in packages.iterdir()}
     version = PROJECT["version"]
@@ -367,7 +367,7 @@ def test_the_setup_cell_installs_the_wheel_as_on_colab(tmp_path):
 
 @pytest.fixture(scope="module")
 def site() -> dict[str, object]:
-    """The site's configuration, once it has written the pages that Sphinx reads."""
+    """The site's configuration, after it has written the pages for Sphinx."""
     return runpy.run_path(str(ROOT / "docs" / "conf.py"))
 
 
@@ -393,13 +393,13 @@ def test_figures_of_the_site_have_the_stored_alternative_texts(site):
     for path in SUITE:
         cells = fill.read(site["SOURCE"] / "notebooks" / path.name).cells
         for cell in cells:
-            shown = [
+            texts = [
                 o.metadata["image/png"]["alt"]
                 for o in cell.get("outputs", [])
                 if "image/png" in o.get("data", {})
             ]
-            if shown:
-                assert cell.metadata["mystnb"]["image"]["alt"] == " ".join(shown), path.name
+            if texts:
+                assert cell.metadata["mystnb"]["image"]["alt"] == " ".join(texts), path.name
 
 
 @pytest.mark.thorough
