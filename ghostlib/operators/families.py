@@ -332,8 +332,8 @@ def joint_least_squares(
         ridges = options.get("relative_ridge")
         raised = [10 * r for r in as_list(_SMALLEST_RIDGE if ridges is None else ridges)]
         warn(
-            f"I + M has condition number {condition:.1e}, too close to singular to fold what the "
-            f"MLP takes in float32: solved with relative_ridge={raised} instead",
+            f"I + M has condition number {condition:.1e}, too close to singular to fold in "
+            f"float32: solved with relative_ridge={raised} instead",
             SingularGramWarning,
         )
         options = {"relative_ridge": raised}

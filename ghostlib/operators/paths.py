@@ -253,11 +253,7 @@ def rank_path(train: Moments, held_out: Moments, **options: Unpack[Regularisatio
 
 @checked
 def choose_rank(
-    train: Moments,
-    held_out: Moments,
-    *,
-    tolerance: float = 0.0,
-    **options: Unpack[Regularisation],
+    train: Moments, held_out: Moments, *, tolerance: float = 0.0, **options: Unpack[Regularisation]
 ) -> int:
     """The smallest rank whose held-out error is within ``tolerance`` of the best.
 

@@ -197,8 +197,8 @@ def check_options(family: Family, options: Mapping[str, Any], width: int | None 
         width: of the stream, the largest rank, if known.
     """
     if unknown := [name for name in options if name not in family.options]:
-        known = ", ".join(family.options) or "none"
-        raise ValueError(f"{family} has no option {unknown[0]!r}: it takes {known}")
+        names = ", ".join(family.options) or "none"
+        raise ValueError(f"{family} has no option {unknown[0]!r}: it takes {names}")
     inverse = {n: v for n, v in options.items() if n in Regularisation.__annotations__}
     features = len(family.regressor.features)
     if family is FAMILIES["branches"]:  # any number of features

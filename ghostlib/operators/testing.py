@@ -81,20 +81,20 @@ class Trial:
         """Width of the MLP."""
         return self.width + 2
 
-    def sequences(self, count: int = 3, tokens: int = 24) -> list[Tokens]:
-        """Random sequences, determined by the seed."""
+    def sequences(self, count: int = 3) -> list[Tokens]:
+        """Random sequences of 24 tokens, determined by the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         normal = partial(torch.randn, generator=generator, dtype=torch.float64)
         mix, change, normalised = (normal(self.width, self.width) for _ in range(3))
         down, mean, shift = normal(self.hidden, self.width), normal(self.width), normal(self.width)
         sequences = []
         for _ in range(count):
-            hidden = normal(tokens, self.hidden)
+            hidden = normal(24, self.hidden)
             output = hidden @ down / self.hidden
-            x = normal(tokens, self.width) @ mix + mean + output
+            x = normal(24, self.width) @ mix + mean + output
             x[0] *= 20
             n = x / x.square().mean(1, keepdim=True).sqrt()
-            y = x + (x @ change + n @ normalised + shift) / 2 + normal(tokens, self.width)
+            y = x + (x @ change + n @ normalised + shift) / 2 + normal(24, self.width)
             sequences.append(Tokens(x, y, hidden, output).map(lambda part: part.to(self.device)))
         return sequences
 

@@ -182,7 +182,7 @@ def _check_plans(plans: list[tuple[str, str | None]]) -> None:
     for rank, (plan, digest) in enumerate(plans):
         if plan != plans[0][0]:
             raise ValueError(
-                f"processes 0 and {rank} were asked for different things: "
+                f"processes 0 and {rank} were called with different arguments: "
                 f"{plans[0][0]} and {plan}; call with the same boundaries and options"
             )
         if digest == "":

@@ -378,7 +378,7 @@ class Moments:
         narrow = Regressor.parse(regressor)
         if not self.regressor.contains(narrow):
             raise ValueError(
-                f"moments of {self.regressor} do not hold those of {narrow}: collect these"
+                f"moments of {self.regressor} do not hold those of {narrow}: collect them"
             )
         indices = torch.arange(len(self.G)).split(list(self.blocks))
         block_of = dict(zip(self.regressor.features, indices, strict=True))

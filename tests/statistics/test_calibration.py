@@ -5,14 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    LAYERS,
-    WIDTH,
-    assert_same_moments,
-    stored_streams,
-    tiny_model,
-    tiny_windows,
-)
+from conftest import LAYERS, WIDTH, assert_same_moments, stored_streams, tiny_model, tiny_windows
 
 import ghostlib as gl
 from ghostlib import Boundary, Moments
@@ -91,16 +84,16 @@ def test_one_pass_serves_many_boundaries_as_well_as_one_each():
     assert shared is together[Boundary(2, 3)].G  # one Gram matrix a start
 
 
-def test_halves_add_up_to_the_whole():
+def test_moments_of_halves_add_up():
     model, ids = tiny_model("llama"), tiny_windows(6)
     boundary = Boundary(2, 4)
-    whole = gl.calibrate(model, ids, [boundary])[boundary]
+    total = gl.calibrate(model, ids, [boundary])[boundary]
     halves = [gl.calibrate(model, part, [boundary])[boundary] for part in ids.split(3)]
-    total = halves[0] + halves[1]
-    torch.testing.assert_close(total.G, whole.G, rtol=1e-14, atol=0)
-    torch.testing.assert_close(total.cross, whole.cross, rtol=1e-13, atol=1e-13)
-    assert total.tokens == whole.tokens and total.sequences == whole.sequences
-    assert torch.equal((halves[1] + halves[0]).cross, total.cross)
+    summed = halves[0] + halves[1]
+    torch.testing.assert_close(summed.G, total.G, rtol=1e-14, atol=0)
+    torch.testing.assert_close(summed.cross, total.cross, rtol=1e-13, atol=1e-13)
+    assert summed.tokens == total.tokens and summed.sequences == total.sequences
+    assert torch.equal((halves[1] + halves[0]).cross, summed.cross)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -95,8 +95,8 @@ def test_similarities_need_no_moments(outcomes: list[dict[str, Any]]) -> None:
     [
         ("no windows", "ValueError: process 1 of 2 has no windows: take at least 2 windows, or st"),
         ("same windows", "ValueError: processes 0 and 1 have the same windows"),
-        ("other boundaries", "ValueError: processes 0 and 1 were asked for different things"),
-        ("other options", "ValueError: processes 0 and 1 were asked for different things"),
+        ("other boundaries", "ValueError: processes 0 and 1 were called with different arg"),
+        ("other options", "ValueError: processes 0 and 1 were called with different arg"),
         ("other model", "ValueError: processes hold different models: llama-6x16-"),
         ("bad ids", "RuntimeError: process 1 of 2 could not calibrate its windows: ValueError: to"),
         ("no tensor", "RuntimeError: process 0 of 2 could not calibrate its windows: ValueError"),

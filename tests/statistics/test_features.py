@@ -251,7 +251,7 @@ NARROW = ["x; 1/|y|", "x, n(x); 1/|y|", "n(prev); 1/|y|", "n(prev), x; 1/|y|"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "kept"),
+    ("regressors", "expected"),
     [
         ([], []),
         ([WIDE, *NARROW], [WIDE]),
@@ -261,9 +261,9 @@ NARROW = ["x; 1/|y|", "x, n(x); 1/|y|", "n(prev); 1/|y|", "n(prev), x; 1/|y|"]
         (["x", "f", "x, h"], ["x, h", "f"]),
     ],
 )
-def test_the_widest_hold_all(asked: list[str], kept: list[str]) -> None:
-    assert [str(r) for r in widest(map(Regressor.parse, asked))] == kept
-    assert [str(r) for r in widest(map(Regressor.parse, reversed(asked)))] == kept
+def test_the_widest_contain_all(regressors: list[str], expected: list[str]) -> None:
+    assert [str(r) for r in widest(map(Regressor.parse, regressors))] == expected
+    assert [str(r) for r in widest(map(Regressor.parse, reversed(regressors)))] == expected
 
 
 def test_containing_a_regressor_takes_its_features_and_its_weight() -> None:

@@ -457,8 +457,7 @@ def collect(regressor: str) -> Moments:
 
 
 @pytest.mark.parametrize(
-    "regressor",
-    [WIDE, "x; 1/|y|", "h; 1/|y|", "x, h; 1/|y|", "h, x; 1/|y|", "n(x), h, x; 1/|y|"],
+    "regressor", [WIDE, "x; 1/|y|", "h; 1/|y|", "x, h; 1/|y|", "h, x; 1/|y|", "n(x), h, x; 1/|y|"]
 )
 def test_a_part_equals_moments_collected_directly(regressor: str) -> None:
     wide, alone = collect(WIDE), collect(regressor)
