@@ -1,6 +1,6 @@
-"""The contract over every causal type of transformers: a tiny random model of each, taken through.
+"""The contract of every causal type of transformers, checked on a tiny random model of each.
 
-``python tests/models/contract.py`` writes what it finds into docs/models.md.
+``python tests/models/contract.py`` writes the table in docs/models.md.
 """
 
 import copy
@@ -8,10 +8,11 @@ import multiprocessing
 import re
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,13 +38,11 @@ from ghostlib.models.tiny import LAYERS, tiny_config, tiny_model
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
-# Preferred first; for types that compute what a layer is from its number, whatever can go.
+# In order of preference; types that compute the kind of a layer from its number need later ones.
 CHOICES = ([2, 3], [1, 2], [0, 1], [3, 4], [2], [1], [LAYERS - 2, LAYERS - 1], [LAYERS - 1], [1, 3])
 
 
 OUTCOMES = ("pass", "refused", "not built", "fails")
-
-
 UNBUILT = {
     "gemma3n": "its tower for images needs the package timm; its text model is `gemma3n_text`",
     "gemma4_assistant": "drafts tokens from the hidden states of another model",
@@ -52,64 +51,54 @@ UNBUILT = {
     "musicgen_melody": "transformers makes no causal model of its configuration, which is that of "
     "a whole",
 }
-"""Why transformers builds no causal model from the configuration of a type."""
+"""Reasons why transformers builds no causal model from the configuration of a type."""
 
 
 class Verdict(NamedTuple):
-    """What became of one type.
+    """Result for one type.
 
     ``outcome`` is one of `OUTCOMES`; ``why`` the reason if it is not ``"pass"``; ``notes`` what a
-    passing type does not have, or what transformers itself does not do with it; ``settings`` those
-    of `SETTINGS` with which it passed as well.
+    passing type lacks, or what transformers itself does not support; ``settings`` the `SETTINGS`
+    with which it passes as well.
     """
 
     outcome: str
-    why: str
-    notes: tuple[str, ...]
-    seconds: float
+    why: str = ""
+    notes: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
 
 
 def build(model_type: str, **changes: Any) -> PreTrainedModel:
-    """A tiny random model whose every layer matters."""
+    """A tiny random model in which every layer matters."""
     return tiny_model(CONFIG_MAPPING[model_type](), **changes)
 
 
 def windows(count: int = 4, length: int = 24) -> Tensor:
-    """Random token ids, special ids left out."""
+    """Random token ids without special ids."""
     return torch.randint(3, 90, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def check(model_type: str) -> Verdict:
-    """Take one type through the contract.
+    """Check the contract of one type.
 
     Raises:
         AssertionError: it is accepted, and breaks the contract.
     """
-    begin = time.perf_counter()
-    outcome, why, notes = _check(model_type)
-    passed = _check_settings(model_type) if outcome == "pass" else ()
-    return Verdict(outcome, why, notes, time.perf_counter() - begin, passed)
-
-
-def _check(model_type: str) -> tuple[str, str, tuple[str, ...]]:
     try:
         config = CONFIG_MAPPING[model_type]()
         with torch.device("meta"):
             structure(AutoModelForCausalLM.from_config(tiny_config(config)))
     except ValueError as error:
         if "cannot be removed" in str(error):
-            return "refused", str(error), ()
+            return Verdict("refused", str(error))
     except Exception:
-        pass  # said below
+        pass  # reported below
     try:
         dense = build(model_type)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        if model_type in UNBUILT:
-            return "not built", UNBUILT[model_type], ()
-        return "not built", f"{type(error).__name__}: {reason[:200]}", ()
-    return "pass", "", tuple(_contract(dense))
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Verdict("not built", UNBUILT.get(model_type, reason))
+    return Verdict("pass", "", tuple(_contract(dense)), _check_settings(model_type))
 
 
 def _other_tying(config: PretrainedConfig) -> dict[str, Any]:
@@ -125,8 +114,8 @@ def _other_biases(config: PretrainedConfig) -> dict[str, Any]:
 def _sliding_window(config: PretrainedConfig) -> dict[str, Any]:
     if getattr(config, "use_sliding_window", None) is False:  # the last layers have one
         return {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}
-    known = config.to_dict()
-    return {"sliding_window": 8} if known.get("sliding_window", 8) is None else {}
+    no_window = config.to_dict().get("sliding_window", 8) is None
+    return {"sliding_window": 8} if no_window else {}
 
 
 SETTINGS: dict[str, Callable[[PretrainedConfig], dict[str, Any]]] = {
@@ -134,37 +123,41 @@ SETTINGS: dict[str, Callable[[PretrainedConfig], dict[str, Any]]] = {
     "biases left out, or put in where there are none": _other_biases,
     "a sliding window": _sliding_window,
 }
-"""Further settings of a type: what to change of its own; nothing where it has no such setting."""
+"""Further settings: configuration of a type → its changes; none if it has no such setting."""
 
 
 def _check_settings(model_type: str) -> tuple[str, ...]:
-    """Assert the heart of the contract with each further setting that transformers builds."""
+    """Assert the core of the contract with every further setting that transformers builds."""
     passed = []
-    for name, changed in SETTINGS.items():
-        changes = changed(CONFIG_MAPPING[model_type]().get_text_config(decoder=True))
-        try:
-            dense = build(model_type, **changes) if changes else None
-        except Exception:
+    for name, changes_of in SETTINGS.items():
+        changes = changes_of(CONFIG_MAPPING[model_type]().get_text_config(decoder=True))
+        if not changes:
             continue
-        if dense is None:
+        try:
+            dense = build(model_type, **changes)
+        except Exception:
             continue
         ids = windows(2, 12)
         list(check_streams(dense, ids))
-        removed = next((choice for choice in CHOICES if not refusal(dense, choice)), None)
-        assert removed is not None, f"{name}: no choice of layers can be removed"
+        removed = first_removable(dense)
         check_pruned(dense, removed, ids)
         check_saved(gl.recover(dense, ids, removed, "ghost", relative_ridge=1e-3), ids)
         passed.append(name)
     return tuple(passed)
 
 
+def first_removable(model: PreTrainedModel) -> list[int]:
+    removed = next((choice for choice in CHOICES if not refusal(model, choice)), None)
+    assert removed is not None, "no choice of layers can be removed"
+    return removed
+
+
 def _contract(dense: PreTrainedModel) -> Iterator[str]:
-    """Assert everything; yield what is worth a note."""
+    """Assert the contract; yield notes."""
     ids = windows()
     logits, settings = dense(ids).logits.detach().clone(), dense.config.to_dict()
     yield from check_streams(dense, ids)
-    removed = next((choice for choice in CHOICES if not refusal(dense, choice)), None)
-    assert removed is not None, "no choice of layers can be removed"
+    removed = first_removable(dense)
     if removed != CHOICES[0]:
         why = refusal(dense, CHOICES[0])
         assert "cannot be removed" in why
@@ -173,12 +166,11 @@ def _contract(dense: PreTrainedModel) -> Iterator[str]:
     yield from check_cost(gl.prune(dense, removed), ids)
     yield from check_selection(dense, ids)
     models = {"ghost": gl.recover(dense, ids, removed, "ghost", relative_ridge=1e-3)}
-    for family, needs in FOLDED.items():
-        reason = reason_against(needs, dense, removed)
-        if reason:
+    for family, requirement in FOLDED.items():
+        if refused_before_gap(requirement, dense, removed):
             yield f"no {family}"
-            continue
-        models[family] = gl.recover(dense, ids, removed, family)
+        else:
+            models[family] = gl.recover(dense, ids, removed, family)
     for name, model in models.items():
         yield from check_generation(dense, model, ids, name)
         check_saved(model, ids)
@@ -186,18 +178,18 @@ def _contract(dense: PreTrainedModel) -> Iterator[str]:
     assert dense.config.to_dict() == settings, "the dense model's configuration has changed"
 
 
-def reason_against(
-    needs: Callable[[PreTrainedModel, int], Any], model: PreTrainedModel, removed: list[int]
-) -> str:
-    """Why a repair before the gap does not fit the model; it must say what does."""
-    if removed[0] == 0:
-        return "no layer is left before the gap"
+def refused_before_gap(
+    requirement: Callable[[PreTrainedModel, int], Any], model: PreTrainedModel, removed: list[int]
+) -> bool:
+    """Whether a repair before the gap does not fit the model; the error must suggest another."""
+    if removed[0] == 0:  # no layer before the gap
+        return True
     try:
-        needs(model, removed[0] - 1)
+        requirement(model, removed[0] - 1)
     except ValueError as error:
-        assert "use " in str(error), f"a refusal names no way out: {error}"
-        return str(error)
-    return ""
+        assert "use " in str(error), f"an error without a suggestion: {error}"
+        return True
+    return False
 
 
 def _scalable(model: PreTrainedModel, index: int) -> None:
@@ -213,37 +205,32 @@ FOLDED: dict[str, Callable[[PreTrainedModel, int], Any]] = {
 
 
 def check_streams(dense: PreTrainedModel, ids: Tensor) -> Iterator[str]:
-    """Streams are what a plain pass with hooks written out by hand sees, and what it reports."""
-    seen: dict[int, Tensor] = {}
+    """Streams equal those of plain hooks, and the hidden states that transformers reports."""
+    expected: dict[int, Tensor] = {}
 
-    def hook(index: int) -> Callable[..., None]:
-        def see(module: Any, args: tuple, kwargs: dict) -> None:
-            assert index not in seen, f"layer {index} is passed twice"
-            state = args[0] if args else kwargs["hidden_states"]
-            if state.ndim == 4 and state.shape[:2] != ids.shape:  # streams side by side come first
-                state = torch.cat(list(state), -1)
-            seen[index] = state.reshape(*ids.shape, -1).clone()
-
-        return see
+    def hook(index: int, module: Any, args: tuple, kwargs: dict) -> None:
+        assert index not in expected, f"layer {index} is passed twice"
+        state = args[0] if args else kwargs["hidden_states"]
+        if state.ndim == 4 and state.shape[:2] != ids.shape:  # parallel streams are the first axis
+            state = torch.cat(list(state), -1)
+        expected[index] = state.reshape(*ids.shape, -1).clone()
 
     layers = decoder_layers(dense)
-    handles = [
-        layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)
-    ]
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            handle = layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True)
+            stack.enter_context(handle)
         reported = getattr(dense(ids, output_hidden_states=True), "hidden_states", None)
-    for handle in handles:
-        handle.remove()
-    streams = record(dense, ids, seen)
-    assert all(torch.equal(streams[i], seen[i]) for i in seen)
+    streams = record(dense, ids, expected)
+    assert all(torch.equal(streams[i], expected[i]) for i in expected)
     assert all(stream.shape == (*ids.shape, hidden_size(dense)) for stream in streams.values())
-    skipped = len(layers) - len(seen)
+    skipped = len(layers) - len(expected)
     if skipped:
         yield f"{skipped} layer is passed by images alone"
-    if reported and len(reported) > len(layers) and not skipped:
-        agreeing = [torch.equal(reported[i], seen[i]) for i in range(len(layers))]
-        if not all(agreeing):
-            yield "hidden_states of transformers are other streams"
+    elif not all(map(torch.equal, reported or (), streams.values())) and len(reported) > len(
+        layers
+    ):
+        yield "hidden_states of transformers are other streams"
 
 
 # Tables with a part for each layer, of which the pruned model has a smaller copy.
@@ -257,41 +244,41 @@ TABLES = tuple(
 def check_pruned(dense: PreTrainedModel, removed: list[int], ids: Tensor) -> None:
     """Pruning bypasses layers and nothing else; ``identity`` is the same, bit for bit."""
     pruned = gl.prune(dense, removed)
-    by_hand = copy.deepcopy(dense)
+    bypassed = copy.deepcopy(dense)
     for index in removed:
-        bypass(decoder_layers(by_hand)[index])
-    options = {"use_cache": False}
-    one, other = pruned(ids, **options).logits, by_hand(ids, **options).logits
-    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
-    same = gl.recover(dense, ids, removed, "identity")
-    assert torch.equal(pruned(ids).logits, same(ids).logits)
-    lost = {id(p) for i in removed for p in decoder_layers(dense)[i].parameters()}
-    kept, left = (
-        {id(p): p.numel() for name, p in model.named_parameters() if name not in TABLES}
+        bypass(decoder_layers(bypassed)[index])
+    logits = pruned(ids, use_cache=False).logits
+    expected = bypassed(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    identity = gl.recover(dense, ids, removed, "identity")
+    assert torch.equal(pruned(ids).logits, identity(ids).logits)
+    removed_ids = {id(p) for i in removed for p in decoder_layers(dense)[i].parameters()}
+    dense_ids, pruned_ids = (
+        {id(p) for name, p in model.named_parameters() if name not in TABLES}
         for model in (dense, pruned)
     )
-    assert {i for i in left if i not in lost} == {i for i in kept if i not in lost}
+    assert pruned_ids - removed_ids == dense_ids - removed_ids
     assert gl.count_parameters(pruned) == pruned.num_parameters()
 
 
 def check_cost(pruned: PreTrainedModel, ids: Tensor) -> Iterator[str]:
-    """Operations counted without weights are those that PyTorch counts while it computes."""
+    """Operations counted without weights are those that PyTorch counts in a pass."""
     try:
-        claimed = gl.flops(pruned, ids.shape[1], batch_size=len(ids), logits=ids.shape[1]).total
+        counted = gl.flops(pruned, ids.shape[1], batch_size=len(ids), logits=ids.shape[1]).total
     except ValueError:
         yield "operations not counted without values"
         return
     pruned.set_attn_implementation("eager")
-    pruned.set_experts_implementation("eager")  # the counter does not look into kernels
+    pruned.set_experts_implementation("eager")  # fused kernels are not counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pruned(ids)
-    share = claimed / counter.get_total_flops()
+    share = counted / counter.get_total_flops()
     if share != 1:
         yield f"{share:.2f} times the operations of a pass are counted"
 
 
 def bypass(layer: Any) -> None:
-    """Let ``layer`` return what it is given, beside whatever else it returns."""
+    """Let ``layer`` return its input in place of its first output."""
     forward = layer.forward
 
     def transparent(*args: Any, **kwargs: Any) -> Any:
@@ -303,36 +290,31 @@ def bypass(layer: Any) -> None:
 
 
 def check_selection(dense: PreTrainedModel, ids: Tensor) -> Iterator[str]:
-    """Every criterion chooses layers that can go, or says that none of its candidates can."""
-    helpless = []
+    """Every criterion selects removable layers, or reports that it finds none."""
+    failing = []
     for criterion in gl.CRITERIA:
         try:
-            chosen = gl.select_layers(dense, ids[:1, :12], 1, criterion)
+            assert not refusal(dense, gl.select_layers(dense, ids[:1, :12], 1, criterion))
         except ValueError as error:
             assert "finds no" in str(error), f"{criterion}: {error}"
-            helpless.append(criterion)
-            continue
-        assert not refusal(dense, chosen)
-    if helpless:
-        yield "criteria of single layers find none" if len(helpless) > 1 else helpless[0]
+            failing.append(criterion)
+    if failing:
+        yield "criteria of single layers find none" if len(failing) > 1 else failing[0]
 
 
 def check_generation(
     dense: PreTrainedModel, model: PreTrainedModel, ids: Tensor, name: str
 ) -> Iterator[str]:
-    """With the cache as without; in a batch padded on the left as alone. As far as dense does."""
-    for what, agrees in {"cached": cached_agrees, "left-padded": padded_agrees}.items():
-        if agrees(model, ids):
-            continue
-        assert not agrees(dense, ids), f"{name}: {what} generation differs, and dense does not"
-        yield f"{what} generation differs in transformers too"
+    """The cache and padding on the left do not change generation, unless they do in ``dense``."""
+    for mode, agrees in {"cached": cached_agrees, "left-padded": padded_agrees}.items():
+        if not agrees(model, ids):
+            assert not agrees(dense, ids), f"{name}: {mode} generation differs, and dense does not"
+            yield f"{mode} generation differs in transformers too"
 
 
 def cached_agrees(model: PreTrainedModel, ids: Tensor) -> bool:
     """Whether generation gives the same tokens with and without the cache."""
-    options: dict[str, Any] = dict(
-        max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    options: Any = dict(max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     try:
         with_cache, without = (
             model.generate(ids[:, :8], use_cache=cache, **options) for cache in (True, False)
@@ -343,7 +325,7 @@ def cached_agrees(model: PreTrainedModel, ids: Tensor) -> bool:
 
 
 def padded_agrees(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether a sequence padded on the left, beside a longer one, has the logits it has alone."""
+    """Whether a sequence padded on the left in a batch has the same logits as alone."""
     batch, mask = ids[:2, :12].clone(), torch.ones(2, 12, dtype=torch.long)
     batch[1, :4], mask[1, :4] = 0, 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -352,7 +334,7 @@ def padded_agrees(model: PreTrainedModel, ids: Tensor) -> bool:
             alone = model(ids[1:2, 4:12]).logits[0]
             try:
                 both = model(batch, attention_mask=mask, position_ids=positions).logits[1, 4:]
-            except TypeError:  # its positions follow the mask, or there are none
+            except TypeError:  # no position_ids: positions follow the mask, or there are none
                 both = model(batch, attention_mask=mask).logits[1, 4:]
     except Exception:
         return False
@@ -360,17 +342,17 @@ def padded_agrees(model: PreTrainedModel, ids: Tensor) -> bool:
 
 
 def check_saved(model: PreTrainedModel, ids: Tensor) -> None:
-    """Saved and read back it is equal, in float32 and in bfloat16."""
+    """A saved model loads as an equal one, in float32 and in bfloat16."""
     with tempfile.TemporaryDirectory() as folder:
         full, half = Path(folder) / "full", Path(folder) / "half"
         model.save_pretrained(full)
         loader: Any = AutoModelForCausalLM
         if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            loader = type(model)  # Auto does not find the text part of some whole either
+            loader = type(model)  # the text part of a multimodal model, unknown to Auto as well
         assert_same(loader.from_pretrained(full), model, ids)
-        narrow = loader.from_pretrained(full, dtype=torch.bfloat16)
-        narrow.save_pretrained(half)
-        assert_same(loader.from_pretrained(half), narrow, ids)
+        bfloat16 = loader.from_pretrained(full, dtype=torch.bfloat16)
+        bfloat16.save_pretrained(half)
+        assert_same(loader.from_pretrained(half), bfloat16, ids)
 
 
 def assert_same(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> None:
@@ -379,9 +361,9 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> No
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with torch.no_grad():
-        found, expected = one(ids).logits, other(ids).logits
+        logits, expected = one(ids).logits, other(ids).logits
     scale = float(expected.abs().max()) * torch.finfo(expected.dtype).eps
-    torch.testing.assert_close(found, expected, rtol=0, atol=16 * scale)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=16 * scale)
 
 
 def table(verdicts: dict[str, Verdict]) -> str:
@@ -409,7 +391,7 @@ def table(verdicts: dict[str, Verdict]) -> str:
 
 
 def verdict_of(name: str) -> tuple[str, Verdict]:
-    """As `check`; a broken contract is a verdict of its own."""
+    """As `check`, with a broken contract as a verdict."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
@@ -417,26 +399,25 @@ def verdict_of(name: str) -> tuple[str, Verdict]:
     try:
         return name, check(name)
     except Exception as error:
-        return name, Verdict("fails", f"{type(error).__name__}: {error}".splitlines()[0], (), 0.0)
+        return name, Verdict("fails", f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def documented() -> dict[str, str]:
-    """What docs/models.md says of each type; empty for another version of transformers."""
+    """Outcomes by type in docs/models.md; empty for another version of transformers."""
     text = DOCUMENT.read_text(encoding="utf-8")
     if f"transformers {transformers.__version__}:" not in text:
         return {}
-    rows = re.findall(r"^\| `(.+?)` \| (.+?) \|", text, re.MULTILINE)
-    return dict(rows)
+    return dict(re.findall(r"^\| `(.+?)` \| (.+?) \|", text, re.MULTILINE))
 
 
 def main(names: list[str]) -> None:
-    """Check ``names``; without any, all types, and write the table."""
+    """Check ``names``, or all types and write the table."""
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         verdicts = {}
         for name, verdict in pool.map(verdict_of, names or TYPES):
             verdicts[name] = verdict
-            notes = "; ".join(dict.fromkeys(verdict.notes))
-            print(f"{name}: {verdict.outcome} in {verdict.seconds:.1f} s. {verdict.why}{notes}")
+            reasons = verdict.why or "; ".join(dict.fromkeys(verdict.notes))
+            print(f"{name}: {verdict.outcome}. {reasons}")
     if not names:
         before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)

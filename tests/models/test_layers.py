@@ -1,4 +1,4 @@
-"""What a layer does is found out by trying it: projections, writers, norms, and what is refused."""
+"""Measured properties of layers: projections, writers, norms; and layers that are refused."""
 
 import pytest
 import torch
@@ -21,16 +21,14 @@ PROJECTIONS = {
 
 @pytest.mark.parametrize(("kind", "path"), PROJECTIONS.items())
 def test_the_down_projection_writes_last(kind: str, path: str) -> None:
-    """A change of what it returns is a change of the stream, whatever the architecture calls it."""
+    """A change of its output is a change of the stream."""
     model, ids = tiny_model(kind), tiny_windows(1, 8)
     module = layers.down_projection(model, 2)
     assert module is decoder_layers(model)[2].get_submodule(path)
     assert layers.intermediate_size(model, 2) == 24
-    before = record(model, ids, [3])[3]
-    nudge = torch.randn(WIDTH)
-    handle = module.register_forward_hook(lambda m, args, output: output + nudge)
-    after = record(model, ids, [3])[3]
-    handle.remove()
+    before, nudge = record(model, ids, [3])[3], torch.randn(WIDTH)
+    with module.register_forward_hook(lambda m, args, output: output + nudge):
+        after = record(model, ids, [3])[3]
     torch.testing.assert_close(after - before, nudge.expand_as(before), rtol=1e-4, atol=1e-5)
 
 
@@ -39,15 +37,15 @@ def test_a_bias_is_reported() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "olmo2"])
-@pytest.mark.parametrize("ask", [layers.down_projection, layers.has_bias])
-def test_what_is_normalised_before_it_is_added_cannot_be_folded_into(kind, ask) -> None:
+@pytest.mark.parametrize(
+    "function", [layers.down_projection, layers.has_bias, layers.intermediate_size]
+)
+def test_normalised_outputs_cannot_be_folded_into(kind, function) -> None:
     with pytest.raises(ValueError, match=f"layer 2 of this {kind} normalises.*such as ghost"):
-        ask(tiny_model(kind), 2)
-    with pytest.raises(ValueError, match="normalises, scales or routes"):
-        layers.intermediate_size(tiny_model(kind), 2)
+        function(tiny_model(kind), 2)
 
 
-def test_what_is_multiplied_or_routed_cannot_be_folded_into() -> None:
+def test_scaled_or_routed_outputs_cannot_be_folded_into() -> None:
     for model in (build("granite", residual_multiplier=0.22), build("mixtral")):
         with pytest.raises(ValueError, match="normalises, scales or routes"):
             layers.down_projection(model, 2)
@@ -77,7 +75,7 @@ def test_a_stream_read_without_a_norm_cannot_be_scaled() -> None:
         layers.stream_norm(model)
 
 
-def test_the_norm_is_told_by_what_it_takes_away() -> None:
+def test_norms_are_classified_by_their_invariance() -> None:
     kinds = {"llama": "rms", "gemma2": "rms", "gpt2": "layer", "opt": "layer"}
     assert {kind: layers.stream_norm(tiny_model(kind)) for kind in kinds} == kinds
 
@@ -92,7 +90,7 @@ def test_embeddings_are_all_tables_that_are_looked_up() -> None:
 
 
 @pytest.mark.parametrize(("kind", "offset"), [("llama", 0.0), ("gemma2", 1.0), ("gpt2", 0.0)])
-def test_a_norm_adds_what_its_architecture_adds_to_its_weight(kind: str, offset: float) -> None:
+def test_the_offset_of_a_norm_is_that_of_its_architecture(kind: str, offset: float) -> None:
     assert layers.norm_offset(receiver(tiny_model(kind), LAYERS)) == offset
 
 

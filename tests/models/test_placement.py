@@ -1,4 +1,4 @@
-"""Models placed by accelerate, on several devices or partly on disk, are treated like any other."""
+"""Models placed by accelerate, on several devices or partly on disk, behave like any other."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +18,15 @@ REMOVED = [0, 2, 3, LAYERS - 1]
 
 
 def device_map(model: PreTrainedModel, near: int | str, far: int | str) -> dict[str, int | str]:
-    """Layers 0, 4, 5 and the final norm are far away, everything else is near."""
-    kind = structure(model)
-    distant = {kind.receiver, *(f"{kind.layers}.{i}" for i in (0, 4, 5))}
-    leaves = {
-        name
+    """Layers 0, 4, 5 and the final norm are far, everything else is near."""
+    parts = structure(model)
+    distant = {parts.receiver, *(f"{parts.layers}.{i}" for i in (0, 4, 5))}
+    return {
+        name: far if name in distant else near
         for name, module in model.named_modules()
-        if name.rpartition(".")[0] == kind.layers
-        or (not list(module.children()) and not name.startswith(f"{kind.layers}."))
+        if name.rpartition(".")[0] == parts.layers
+        or (not list(module.children()) and not name.startswith(f"{parts.layers}."))
     }
-    return {name: far if name in distant else near for name in leaves}
 
 
 def pretrained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -45,9 +44,9 @@ def everything_on_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def dispatched(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    again = AutoModelForCausalLM.from_pretrained(folder / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
     return accelerate.dispatch_model(
-        again, device_map(model, "cpu", "disk"), offload_dir=folder / "offloaded"
+        loaded, device_map(model, "cpu", "disk"), offload_dir=folder / "offloaded"
     )
 
 
@@ -65,19 +64,19 @@ def checkpoint_dispatched(model: PreTrainedModel, folder: Path) -> PreTrainedMod
 
 Placer = Callable[[PreTrainedModel, Path], PreTrainedModel]
 PLACERS: list[Placer] = [pretrained, everything_on_disk, dispatched, checkpoint_dispatched]
-# Every way of placing a plain model, and every structure placed in one way. (Of GPT-NeoX's head
-# accelerate does not know that it has another name in files.)
+# A plain model placed in every way, and every structure placed in one way. (accelerate does not
+# know that the head of GPT-NeoX has another name in files.)
 PAIRS = [("llama", placer) for placer in PLACERS]
 PAIRS += zip(["gpt_neox", "gpt2", "gemma3_text", "opt"], PLACERS, strict=True)
 
 
 def pair(kind: str, placer: Placer, folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The same model at home and placed."""
+    """The same model in memory and placed."""
     tiny_model(kind).save_pretrained(folder / "model")
-    home = AutoModelForCausalLM.from_pretrained(folder / "model")
-    placed = placer(home, folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    placed = placer(plain, folder)
     assert any(parameter.device.type == "meta" for parameter in placed.parameters())
-    return home, placed
+    return plain, placed
 
 
 @torch.no_grad()
@@ -92,16 +91,16 @@ def assert_same(one: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor)
 def test_offloaded_models_are_calibrated_and_repaired(
     kind: str, placer: Placer, tmp_path: Path
 ) -> None:
-    home, placed = pair(kind, placer, tmp_path)
+    plain, placed = pair(kind, placer, tmp_path)
     ids = tiny_windows()
     assert input_device(placed) == torch.device("cpu")
-    assert fingerprint(placed) == fingerprint(home)
+    assert fingerprint(placed) == fingerprint(plain)
     boundary = gl.Boundary(1, 5)
-    one, other = (gl.calibrate(m, ids, [boundary])[boundary] for m in (home, placed))
+    one, other = (gl.calibrate(m, ids, [boundary])[boundary] for m in (plain, placed))
     assert torch.equal(one.G, other.G) and torch.equal(one.B, other.B)
 
-    assert_same(gl.prune(home, [1, 2]), gl.prune(placed, [1, 2]), ids)
-    expected = gl.recover(home, ids, REMOVED, relative_ridge=1e-3)
+    assert_same(gl.prune(plain, [1, 2]), gl.prune(placed, [1, 2]), ids)
+    expected = gl.recover(plain, ids, REMOVED, relative_ridge=1e-3)
     recovered = gl.recover(placed, ids, REMOVED, relative_ridge=1e-3)
     assert_same(expected, recovered, ids)
     assert torch.equal(
@@ -109,22 +108,22 @@ def test_offloaded_models_are_calibrated_and_repaired(
     )
     recovered.save_pretrained(tmp_path / "recovered")
     assert_same(expected, AutoModelForCausalLM.from_pretrained(tmp_path / "recovered"), ids)
-    assert_same(home, placed, ids)  # which is as it was
+    assert_same(plain, placed, ids)  # the placed model is unchanged
 
 
-def test_a_copy_keeps_what_is_offloaded_where_it_is(tmp_path: Path) -> None:
+def test_a_copy_leaves_offloaded_weights_in_place(tmp_path: Path) -> None:
     """No weight of the placed model is loaded or copied for the repaired one."""
     _, placed = pair("llama", dispatched, tmp_path)
     recovered = gl.recover(placed, tiny_windows(), [1, 2])
     kept = [layer for i, layer in enumerate(decoder_layers(placed)) if i not in (1, 2)]
-    for theirs, mine in zip(kept, decoder_layers(recovered), strict=True):
-        for name, parameter in theirs.named_parameters():
-            assert mine.get_parameter(name) is parameter
-    one, other = (
+    for layer, copied in zip(kept, decoder_layers(recovered), strict=True):
+        for name, parameter in layer.named_parameters():
+            assert copied.get_parameter(name) is parameter
+    hook, copied_hook = (
         vars(decoder_layers(model)[-1].get_submodule("mlp.up_proj"))["_hf_hook"]
         for model in (placed, recovered)
     )
-    assert one is not other and one.weights_map is other.weights_map
+    assert hook is not copied_hook and hook.weights_map is copied_hook.weights_map
     operator = receiver(recovered, 1).get_parameter("boundary.M")
     assert operator.device == torch.device("cpu") and operator.abs().max() > 0
 
@@ -136,8 +135,8 @@ def test_a_repaired_model_is_loaded_from_disk_in_parts(tmp_path: Path) -> None:
     assert_same(recovered, everything_on_disk(recovered, tmp_path), ids)
 
 
-def test_moving_a_copy_leaves_the_placed_model_where_it_is() -> None:
-    """Accelerate binds ``to`` to the model it placed; a copy must not inherit that."""
+def test_moving_a_copy_does_not_move_the_placed_model() -> None:
+    """Accelerate binds ``to`` to the placed model; a copy must not inherit that."""
     placed = accelerate.dispatch_model(tiny_model("llama"), {"": "cpu"}, force_hooks=True)
     recovered = gl.recover(placed, tiny_windows(), [1, 2])
     mover: Callable[[torch.dtype], Any] = recovered.to
@@ -145,7 +144,7 @@ def test_moving_a_copy_leaves_the_placed_model_where_it_is() -> None:
     assert recovered.dtype == torch.float64
 
 
-def test_weights_that_are_nowhere_are_named() -> None:
+def test_weights_without_values_are_named() -> None:
     with accelerate.init_empty_weights():
         empty = AutoModelForCausalLM.from_config(tiny_model("llama").config)
     with pytest.raises(ValueError, match=r"weights of a Linear are on the meta device.*device_map"):
@@ -179,14 +178,14 @@ def test_models_on_several_devices(far: int | str, tmp_path: Path) -> None:
     if far == 1 and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    home = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     placed = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
-        device_map=device_map(home, 0, far),
+        device_map=device_map(plain, 0, far),
         offload_folder=tmp_path / "offloaded",
     )
     ids, boundaries = tiny_windows(), gl.contiguous(2, LAYERS)
-    one, other = (gl.calibrate(model, ids, boundaries) for model in (home, placed))
+    one, other = (gl.calibrate(model, ids, boundaries) for model in (plain, placed))
     for boundary in boundaries:
         torch.testing.assert_close(other[boundary].G, one[boundary].G, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(other[boundary].B, one[boundary].B, rtol=1e-3, atol=1e-3)
@@ -195,6 +194,6 @@ def test_models_on_several_devices(far: int | str, tmp_path: Path) -> None:
         module = receiver(recovered, position)
         if hasattr(module, "boundary"):
             assert module.get_parameter("boundary.M").device == compute_device(module)
-    expected = gl.recover(home, ids, REMOVED, relative_ridge=1e-3)
+    expected = gl.recover(plain, ids, REMOVED, relative_ridge=1e-3)
     assert gl.perplexity(recovered, ids) == pytest.approx(gl.perplexity(expected, ids), rel=1e-3)
     recovered.save_pretrained(tmp_path / "recovered")

@@ -1,4 +1,4 @@
-"""What is no plain causal language model: one line that says what it is and what to pass."""
+"""Objects other than plain causal language models: one line that says what to pass instead."""
 
 from typing import Any, ClassVar
 
@@ -48,20 +48,28 @@ def headless() -> Any:
     return AutoModel.from_config(tiny_model("llama").config)
 
 
+def parallel() -> Any:
+    return nn.DataParallel(tiny_model("llama"))
+
+
+def compiled() -> Any:
+    return torch.compile(tiny_model("llama"))
+
+
 class FullyShardedDataParallel(nn.Module):
-    """By the name of FSDP's wrapper, which needs a group of processes."""
+    """With the name of FSDP's wrapper, which needs a group of processes."""
 
 
 class DistributedDataParallel(nn.Module):
-    """By the name of DDP's wrapper, which needs a group of processes."""
+    """With the name of DDP's wrapper, which needs a group of processes."""
 
 
 class UNet2DConditionModel(nn.Module):
-    """By the name of a diffusion model of diffusers."""
+    """With the name of a diffusion model of diffusers."""
 
 
 class FSDPModule:
-    """What fully_shard puts before the class of a model."""
+    """With the name of the base class that fully_shard adds to a model."""
 
 
 def fully_sharded() -> Any:
@@ -71,7 +79,7 @@ def fully_sharded() -> Any:
 
 
 class PeftModel(nn.Module):
-    """With what PEFT's wrapper is known by."""
+    """With the attributes by which PEFT's wrapper is recognised."""
 
     peft_config: ClassVar[dict[str, Any]] = {}
 
@@ -88,22 +96,16 @@ class PeftModel(nn.Module):
         (headless, "LlamaModel has no language-model head: load it with AutoModelForCausalLM"),
         (lambda: nn.Linear(2, 2), "a causal language model of transformers is needed, got Linear"),
         (lambda: "gpt2", "a causal language model of transformers is needed, got 'gpt2'"),
-        (
-            lambda: nn.DataParallel(tiny_model("llama")),
-            "wrapped in DataParallel: pass model.module",
-        ),
+        (parallel, "wrapped in DataParallel: pass model.module"),
         (DistributedDataParallel, "wrapped in DistributedDataParallel: pass model.module"),
         (FullyShardedDataParallel, "wrapped in FullyShardedDataParallel: pass model.module"),
         (fully_sharded, "FSDPLlamaForCausalLM are spread over processes by fully_shard: load it"),
         (UNet2DConditionModel, "model of transformers is needed, got UNet2DConditionModel"),
-        (
-            lambda: torch.compile(tiny_model("llama")),
-            "compiled: pass the one given to torch.compile",
-        ),
+        (compiled, "compiled: pass the one given to torch.compile"),
         (PeftModel, r"PeftModel of PEFT, .*pass model.merge_and_unload\(\)"),
     ],
 )
-def test_each_is_named_with_what_to_pass_instead(make: Any, message: str) -> None:
+def test_each_is_refused_with_a_suggestion(make: Any, message: str) -> None:
     model = make()
     for use in (
         lambda: structure(model),
@@ -111,9 +113,9 @@ def test_each_is_named_with_what_to_pass_instead(make: Any, message: str) -> Non
         lambda: gl.calibrate(model, tiny_windows(), [(0, 1)]),
         lambda: gl.select_layers(model, tiny_windows(), 1),
     ):
-        with pytest.raises(ValueError, match=message) as refused:
+        with pytest.raises(ValueError, match=message) as error:
             use()
-        assert "\n" not in str(refused.value)
+        assert "\n" not in str(error.value)
 
 
 def test_decoders_of_encoder_types_are_accepted() -> None:
@@ -121,13 +123,13 @@ def test_decoders_of_encoder_types_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("kind", ["hrm_text", "xlm", "reformer"])
-def test_types_whose_layers_pass_on_no_single_stream_are_refused(kind: str) -> None:
+def test_types_without_a_single_stream_are_refused(kind: str) -> None:
     with pytest.raises(ValueError, match=f"{kind} .*: its layers cannot be removed"):
         gl.prune(build(kind), [1])
     assert kind in REFUSED
 
 
-def test_a_norm_that_stands_elsewhere_too_keeps_the_last_layer() -> None:
+def test_a_norm_that_is_applied_twice_keeps_the_last_layer() -> None:
     model = build("nanochat")
     with pytest.raises(ValueError, match=f"keep layer {LAYERS - 1}"):
         receiver(model, LAYERS)
@@ -135,7 +137,7 @@ def test_a_norm_that_stands_elsewhere_too_keeps_the_last_layer() -> None:
 
 
 class NovelConfig(PretrainedConfig):
-    """Of remote code: no setting is called as in transformers."""
+    """Of remote code, with other names than transformers."""
 
     model_type = "novel"
 
@@ -147,15 +149,11 @@ class NovelConfig(PretrainedConfig):
 class Page(nn.Module):
     def __init__(self, breadth: int) -> None:
         super().__init__()
-        self.ln, self.up, self.down = (
-            nn.LayerNorm(breadth),
-            nn.Linear(breadth, 24),
-            nn.Linear(24, breadth),
-        )
+        self.ln = nn.LayerNorm(breadth)
+        self.up, self.down = nn.Linear(breadth, 24), nn.Linear(24, breadth)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.down(self.up(self.ln(x)).relu())
-        return out
+    def forward(self, x: Tensor) -> Any:
+        return x + self.down(self.up(self.ln(x)).relu())
 
 
 class Novel(PreTrainedModel):
@@ -193,12 +191,12 @@ def test_remote_code_with_names_of_its_own_is_found_by_structure() -> None:
 
 
 class Int8Linear(nn.Module):
-    """A linear map with weights of eight bits, as quantising libraries put in place of others."""
+    """A linear map with 8-bit weights, as in quantisation libraries."""
 
-    def __init__(self, plain: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter((plain.weight / scale).round().char(), requires_grad=False)
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight / scale).round().char(), requires_grad=False)
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,6 +215,6 @@ def test_a_quantised_model_is_repaired_at_the_gap_and_not_in_its_weights() -> No
         gl.recover(model, ids, [2, 3], "refit")
 
 
-def test_a_model_that_halves_its_stream_names_the_setting_to_load_with() -> None:
+def test_a_model_that_halves_its_stream_is_refused_with_the_setting_to_load_with() -> None:
     with pytest.raises(ValueError, match="before it is loaded with rescale_every=0"):
         structure(build("rwkv", rescale_every=6))

@@ -1,4 +1,4 @@
-"""Passes see their own thread, leave the training mode alone, and refuse what cannot be right."""
+"""Hooks see their own thread only, the training mode is restored, invalid windows are refused."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +45,7 @@ def test_threads_that_share_a_model_see_their_own_windows() -> None:
 
 @pytest.mark.thorough
 def test_threads_that_share_a_model_are_scored_as_alone() -> None:
-    """Gemma 2 caps its logits, for which the head is called within a pass of the whole model."""
+    """Gemma 2 caps its logits, so its head is called within a pass of the model."""
     model = tiny_model("gemma2", final_logit_softcapping=5.0)
     windows = [tiny_windows(8, 24, seed=seed) for seed in range(2)]
     alone = [gl.window_losses(model, ids) for ids in windows]
@@ -62,24 +62,17 @@ def test_threads_that_share_a_model_are_scored_as_alone() -> None:
 
 
 @pytest.mark.thorough
-def test_what_is_tried_in_one_thread_changes_nothing_in_another() -> None:
+def test_measurements_in_one_thread_do_not_affect_another() -> None:
     model, ids = tiny_model("gpt2"), tiny_windows(4, 24)
     expected = record(model, ids, [1])[1]
-    done = threading.Event()
-
-    def tried() -> None:
-        for _ in range(20):
-            embeddings(model)
-        done.set()
-
     with ThreadPoolExecutor(1) as pool:
-        trying = pool.submit(tried)
-        while not done.is_set() and not trying.done():
+        measurements = pool.submit(lambda: [embeddings(model) for _ in range(20)])
+        while not measurements.done():
             assert torch.equal(record(model, ids, [1])[1], expected)
-        trying.result()
+        measurements.result()
 
 
-def test_a_model_in_training_mode_is_passed_without_dropout_and_given_back() -> None:
+def test_a_model_in_training_mode_runs_without_dropout_and_is_restored() -> None:
     model, ids = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5), tiny_windows()
     expected = gl.calibrate(model, ids, [GAP])[GAP].G
     loss = gl.perplexity(model, ids)
@@ -100,7 +93,7 @@ def test_the_last_pass_to_end_restores_the_training_mode() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_an_error_in_a_pass_leaves_no_hook_and_no_mode_behind() -> None:
+def test_an_error_in_a_pass_removes_hooks_and_restores_modes() -> None:
     model = tiny_model("llama").train()
     with pytest.raises(ZeroDivisionError), tap(model, [1], lambda i, x: 1 / 0) as run:  # type: ignore[arg-type, return-value]
         run(input_ids=tiny_windows(1, 4))
@@ -108,14 +101,14 @@ def test_an_error_in_a_pass_leaves_no_hook_and_no_mode_behind() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
-def test_windows_longer_than_the_positions_a_model_knows_are_refused(kind: str) -> None:
+def test_windows_longer_than_the_positions_of_a_model_are_refused(kind: str) -> None:
     model = tiny_model(kind)
     check_windows(model, tiny_windows(1, 128))
     with pytest.raises(ValueError, match="windows of 129 tokens exceed the 128 positions"):
         gl.calibrate(model, tiny_windows(1, 129), [GAP])
 
 
-def test_a_configuration_may_say_that_positions_have_no_end() -> None:
+def test_positions_follow_the_configuration() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     assert known_positions(tiny_model("llama", rope_parameters=rope)) is None
     assert known_positions(build("bloom")) is None
@@ -138,37 +131,34 @@ def test_a_configuration_may_say_that_positions_have_no_end() -> None:
         (torch.full((1, 3), -1), "do not fit"),
     ],
 )
-def test_windows_that_are_none_are_refused(windows, message: str) -> None:
+def test_invalid_windows_are_refused(windows, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_windows(tiny_model("llama"), windows)
 
 
 @pytest.mark.parametrize("layout", ["btc", "btnc", "nbtc"])
-def test_several_streams_are_one_of_their_whole_width(layout: str) -> None:
+def test_parallel_streams_are_concatenated(layout: str) -> None:
     sizes = {"b": 2, "t": 5, "n": 3, "c": 4}
     state = torch.randn([sizes[axis] for axis in layout])
     stream = to_stream(state, layout)
-    named = {axis: 1 for axis in layout}
-    at = tuple(named[axis] for axis in layout)
-    assert stream[1, 1, 4 * ("n" in layout) + 1] == state[at]
+    assert stream[1, 1, 4 * ("n" in layout) + 1] == state[(1,) * len(layout)]
     assert torch.equal(to_state(stream, state, layout), state)
 
 
-def test_every_layer_keeps_its_part_of_a_table_of_all() -> None:
+def test_every_kept_layer_keeps_its_part_of_a_table() -> None:
     model = build("gemma4_text")
-    table = model.model.embed_tokens_per_layer.weight.detach().chunk(LAYERS, 1)
+    table = model.model.embed_tokens_per_layer
+    parts = table.weight.detach().chunk(LAYERS, 1)
     kept = gl.prune(model, [2, 3]).model.embed_tokens_per_layer.weight
-    assert torch.equal(kept, torch.cat([table[i] for i in (0, 1, 4, 5)], 1))
-    table_of_all = model.model.embed_tokens_per_layer
-    table_of_all.to("meta")._hf_hook = None
+    assert torch.equal(kept, torch.cat([parts[i] for i in (0, 1, 4, 5)], 1))
+    table.to("meta")._hf_hook = None
     with pytest.raises(ValueError, match=r"table embed_tokens_per_layer, .* is offloaded"):
         gl.prune(model, [2, 3])
 
 
-def test_several_streams_are_no_stream() -> None:
+def test_parallel_streams_of_another_type_are_refused() -> None:
     model = tiny_model("llama")
-    layer = decoder_layers(model)[0]
-    layer.register_forward_hook(lambda m, args, output: output.unsqueeze(2))
+    decoder_layers(model)[0].register_forward_hook(lambda m, args, output: output.unsqueeze(2))
     with pytest.raises(ValueError, match=r"layer 1 of a llama receives \(1, 4, 1, 16\), no stream"):
         record(model, tiny_windows(1, 4), [1])
 
@@ -178,7 +168,7 @@ def test_a_layer_that_text_skips_has_the_stream_of_the_next_one() -> None:
     assert torch.equal(streams[3], streams[4]) and not torch.equal(streams[2], streams[3])
 
 
-def test_refusals_name_what_would_differ() -> None:
+def test_refusals_name_the_difference() -> None:
     assert refusal(tiny_model("llama"), [0, 3]) == ""
     differential = build("diffllama")
     assert "self_attn.lambda_init" in refusal(differential, [2])
@@ -189,11 +179,10 @@ def test_refusals_name_what_would_differ() -> None:
 
 
 def test_a_copy_of_some_layers_shares_weights_and_no_module(any_tiny):
-    before, layers = any_tiny.config.to_json_string(), decoder_layers(any_tiny)
+    config, layers = any_tiny.config.to_json_string(), decoder_layers(any_tiny)
     part = share(any_tiny, [1, 3])
     assert not {*part.modules()} & {*any_tiny.modules()}
     for copied, layer in zip(decoder_layers(part), (layers[1], layers[3]), strict=True):
-        pairs = zip(copied.parameters(), layer.parameters(), strict=True)
-        assert all(one is other for one, other in pairs)
+        assert [*map(id, copied.parameters())] == [*map(id, layer.parameters())]
     assert len(layers) == LAYERS
-    assert any_tiny.config.to_json_string() == before
+    assert any_tiny.config.to_json_string() == config
