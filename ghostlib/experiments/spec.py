@@ -46,7 +46,7 @@ class Specification:
         split: split of the calibration corpora.
         windows: calibration windows of each corpus.
         length: tokens per calibration window.
-        selection_windows: windows of each corpus, after those, that searches score.
+        selection_windows: windows of each corpus that searches score, after those of calibration.
         selection_length: tokens of these windows, from the first; by default 1024, or all.
         perplexity: corpora that are scored.
         test_split: split of the scored corpora; by default as published, or test.
