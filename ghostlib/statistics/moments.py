@@ -475,12 +475,12 @@ class Moments:
             OSError: it could not be written; the old file stays.
         """
         path = Path(path)
-        settings = {name: getattr(self, name) for name in _SETTINGS} | {"format": _FORMAT}
-        facts = json.dumps(self.counts() | settings, default=str)
+        facts = self.counts() | {name: getattr(self, name) for name in _SETTINGS}
+        facts |= {"format": _FORMAT, "regressor": str(self.regressor)}
         tensors = {name: t.cpu().contiguous() for name, t in self.tensors().items()}
         try:
             with replacing(path) as temporary:
-                save_file(tensors, temporary, metadata={"moments": facts})
+                save_file(tensors, temporary, metadata={"moments": json.dumps(facts)})
         except SafetensorError as error:  # the disk is full, or there is no such folder
             raise OSError(f"{path} could not be written ({error}): name another") from error
 
