@@ -400,34 +400,40 @@ def ratio_by_start(
     repair: str,
     *,
     beside: Mapping[int, float] | None = None,
+    beside_label: str | None = None,
     band: tuple[int, int] | None = None,
+    band_label: str | None = None,
     title: str = "",
     ax: Axes | None = None,
 ) -> Axes:
     """Ratio of the perplexities of two repairs of a block, against its first removed layer.
 
     A circle with its 95 % interval at each start: full where the interval excludes 1, open where
-    it is undecided which of the two is better.
+    it is undecided which of the two is better. ``legend()`` of the axes names them.
 
     Args:
         ratios: ``{first removed layer: (estimate, low, high, ...)}``; below 1 the repair is better
             than the other.
         repair: operator whose look the circles have.
         beside: the same ratio by another measurement, without interval: crosses.
+        beside_label: of the crosses, in the legend.
         band: first and last start on a grey ground.
+        band_label: of the ground, in the legend.
     """
     ax = ax or plt.gca()
     if band:
-        ax.axvspan(band[0] - 0.5, band[1] + 0.5, color="#eeeeee", zorder=0)
+        ax.axvspan(band[0] - 0.5, band[1] + 0.5, color="#eeeeee", zorder=0, label=band_label)
     ax.axhline(1, color="#404040", linewidth=1)
     decided = {start: low > 1 or high < 1 for start, (_, low, high, *_) in ratios.items()}
+    labels = {True: "decided, 95 % interval", False: "undecided"}  # one each in the legend
     for start, (estimate, low, high, *_) in ratios.items():
         ends = [[estimate - low], [high - estimate]]
         fill = color(repair) if decided[start] else "white"
-        ax.errorbar(start, estimate, ends, fmt="o", color=color(repair), mfc=fill, capsize=3)
+        bars = ax.errorbar(start, estimate, ends, fmt="o", color=color(repair), mfc=fill, capsize=3)
+        bars.set_label(labels.pop(decided[start], "_"))
     if beside:
-        x = [start + 0.3 for start in beside]  # clear of the circles
-        ax.plot(x, list(beside.values()), "x", color="#404040", markersize=5, zorder=3)
+        x, y = [start + 0.3 for start in beside], list(beside.values())  # clear of the circles
+        ax.plot(x, y, "x", color="#404040", markersize=5, zorder=3, label=beside_label)
     ax.set(yscale="log", xlabel="first removed layer", title=title)
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))
     ax.minorticks_off()

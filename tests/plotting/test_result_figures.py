@@ -479,13 +479,21 @@ def test_other_scores_by_start_are_linear():
 def test_a_ratio_by_start_is_open_where_its_interval_decides_nothing():
     ratios = {0: (0.5, 0.4, 0.6, 3, 192), 1: (0.9, 0.7, 1.1), 2: (2.0, 1.5, 3.0)}
     ax = plotting.ratio_by_start(
-        ratios, "refit", beside={0: 0.6, 2: 1.9}, band=(1, 2), title="refit ÷ ghost"
+        ratios,
+        "refit",
+        beside={0: 0.6, 2: 1.9},
+        beside_label="other windows",
+        band=(1, 2),
+        band_label="early",
+        title="refit ÷ ghost",
     )
     circles = [line for line in ax.get_lines() if line.get_marker() == "o"]
     fills = [line.get_markerfacecolor() for line in circles]
     assert fills == [plotting.color("refit"), "white", plotting.color("refit")]
     (crosses,) = (line for line in ax.get_lines() if line.get_marker() == "x")
     assert list(crosses.get_ydata()) == [0.6, 1.9]
+    said = {text.get_text() for text in ax.legend().get_texts()}
+    assert said == {"decided, 95 % interval", "undecided", "other windows", "early"}
     assert ax.get_yscale() == "log"
     for words in ("refit ÷ ghost", "0: 0.500,", "1: 0.900 undecided", "2: 2.00."):
         assert words in plotting.alt_text(ax)
