@@ -37,15 +37,11 @@ def schematic(layers: int, removed: Sequence[int], *, ax: Axes | None = None) ->
     names = [*before, *block, *after]
     entry, leave = len(before), len(before) + len(block)  # columns: the block's, the next layer's
 
+    arrow = {"arrowstyle": "-|>", "color": "#606060", "linewidth": 1.5}
     for height, label in ((_DENSE, "dense"), (_REPAIRED, "repaired")):
         ax.text(-0.75, height, label, ha="right", va="center", fontweight="bold")
-        ax.annotate(
-            "",
-            (len(names) - 0.2, height),
-            (-0.7, height),
-            arrowprops={"arrowstyle": "-|>", "color": "#606060", "linewidth": 1.5},
-            zorder=0,
-        )
+        head, tail = (len(names) - 0.2, height), (-0.7, height)
+        ax.annotate("", head, tail, arrowprops=arrow, zorder=0)
     for column, name in enumerate(names):
         if entry <= column < leave:
             _layer(ax, column, _DENSE, name, color("pruned"), "--")
@@ -56,32 +52,21 @@ def schematic(layers: int, removed: Sequence[int], *, ax: Axes | None = None) ->
     _layer(ax, middle, _REPAIRED, "W", color("ghost"), fill=color("ghost"))
 
     pre, post = entry - 0.5, leave - 0.5
+    heights = [_REPAIRED - 0.1, _DENSE + 0.1]
     for x, name in ((pre, "X_pre"), (post, "X_post")):
-        ax.plot(
-            [x, x], [_REPAIRED - 0.1, _DENSE + 0.1], ":", color="#606060", linewidth=1.2, zorder=1
-        )
+        ax.plot([x, x], heights, ":", color="#606060", linewidth=1.2, zorder=1)
         ax.text(x, _DENSE + 0.55, name, ha="center", va="bottom", fontweight="bold")
     ax.text(pre + 0.1, _REPAIRED - 0.55, "X_pre", ha="right", va="top")
     ax.text(post - 0.1, _REPAIRED - 0.55, "X_pre W ≈ X_post", ha="left", va="top")
-    ax.annotate(
-        "",
-        (post - 0.03, 1.0),
-        (pre + 0.03, 1.0),
-        arrowprops={"arrowstyle": "<->", "color": color("pruned")},
-    )
+    arrow = {"arrowstyle": "<->", "color": color("pruned")}
+    ax.annotate("", (post - 0.03, 1.0), (pre + 0.03, 1.0), arrowprops=arrow)
     white = {"facecolor": "white", "edgecolor": "none", "pad": 2}
     gap = "gap" if len(block) == 1 else f"gap: {stop - start} layers removed"
     ax.text(middle, 1.0, gap, ha="center", va="center", color=color("pruned"), bbox=white)
     span = f"layer {start}" if len(block) == 1 else f"layers {start} … {stop - 1}"
     ax.text(middle, _DENSE + 1.0, f"block: {span}", ha="center", color=color("pruned"))
-    ax.text(
-        middle,
-        _REPAIRED - 1.0,
-        f"boundary ({start}, {stop}): one matrix W stands in for the block",
-        ha="center",
-        va="top",
-        color=color("ghost"),
-    )
+    text = f"boundary ({start}, {stop}): one matrix W stands in for the block"
+    ax.text(middle, _REPAIRED - 1.0, text, ha="center", va="top", color=color("ghost"))
     ax.set(xlim=(-1.9, len(names) + 0.1), ylim=(_REPAIRED - 1.5, _DENSE + 1.5))
     ax.set_axis_off()
     return describe(
