@@ -192,7 +192,7 @@ def test_the_commands_of_notebooks_are_of_the_stored_results():
     commands = [*documented("17_the_whole_grid"), *documented("15_weights_and_the_recipe")]
     of_seeds = [*documented("08_several_boundaries"), *documented("10_full_model_evaluation")]
     commands += [line for line in of_seeds if "seeds-0.jsonl" in line]
-    names = ("grid", "ablation", "recipe", "seeds", "seeds")
+    names = ("grid", "seeds", "ablation", "recipe", "seeds", "seeds")
     for line, name in zip(commands, names, strict=True):
         for file, corpus in (("c4.sample.jsonl", "c4"), ("wikitext2.valid.raw", "wikitext2")):
             line = line.replace(file, corpus)  # files that are not in this repository
