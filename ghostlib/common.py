@@ -100,7 +100,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path whose file replaces ``path`` on success and is deleted on failure."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -110,7 +110,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """``path`` itself, or its nearest parent that exists."""
     return next(each for each in (path, *path.absolute().parents) if each.exists())
 
@@ -160,8 +160,10 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            if name in kinds and not fits(value, kinds[name]):
-                raise ValueError(f"{name} must be {_description(kinds[name])}, got {told(value)}")
+            if name in kinds and not is_kind(value, kinds[name]):
+                raise ValueError(
+                    f"{name} must be {_description(kinds[name])}, got {short_repr(value)}"
+                )
         return function(*args, **kwargs)
 
     return call
@@ -174,33 +176,35 @@ def at_least(least: int, **sizes: int | None) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def fits(value: Any, kind: Any) -> bool:
+def is_kind(value: Any, kind: Any) -> bool:
     """Whether ``value`` is of the annotated ``kind``; true if the annotation says nothing."""
     parts, origin = get_args(kind), get_origin(kind)
     if origin in (Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
+        return any(is_kind(value, part) for part in parts)
     if kind is int:
-        return whole(value)
+        return is_integer(value)
     if kind is float:
         number = value.item() if getattr(value, "ndim", None) == 0 else value  # a scalar tensor
         return isinstance(number, Real) and not isinstance(number, bool)
     if origin is tuple and parts[-1] is not Ellipsis:
         pair = isinstance(value, tuple | list) and len(value) == len(parts)
-        return pair and all(map(fits, value, parts))
+        return pair and all(map(is_kind, value, parts))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(fits(item, parts[1]) for item in value.values())
+        return isinstance(value, Mapping) and all(
+            is_kind(item, parts[1]) for item in value.values()
+        )
     if isinstance(origin, type) and issubclass(origin, Iterable):
         if not isinstance(value, Iterable) or isinstance(value, str):
             return False
         # an iterator is left to the function: looking into it would exhaust it
-        return not isinstance(value, Collection) or all(fits(item, parts[0]) for item in value)
+        return not isinstance(value, Collection) or all(is_kind(item, parts[0]) for item in value)
     if origin is not None:
         return not isinstance(origin, type) or isinstance(value, origin)
     unchecked = not isinstance(kind, type) or kind in (Any, bool, inspect.Parameter.empty)
     return unchecked or kind.__name__ == "PreTrainedModel" or isinstance(value, kind)
 
 
-def whole(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Whether ``value`` is an integer of Python or of a tensor library, and not a boolean."""
     try:
         operator.index(value)
@@ -232,7 +236,7 @@ def _description(kind: Any) -> str:
     return _KINDS.get(name, f"a {name}")
 
 
-def told(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """``value`` for an error message, in one short line."""
     shape = getattr(value, "shape", None)
     kind = f"{type(value).__name__} of {getattr(value, 'dtype', 'items')}"

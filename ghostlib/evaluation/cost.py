@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ghostlib.common import at_least, checked, track
 from ghostlib.models.architectures import cached, check_model, decoder_layers, text_config
 from ghostlib.models.placement import input_device
-from ghostlib.models.shapes import held, read, without_weights
+from ghostlib.models.shapes import cached_tensors, read, without_weights
 from ghostlib.models.streams import evaluating, known_positions
 from ghostlib.surgery.ghosted import BoundaryModule
 
@@ -66,7 +66,7 @@ def cache_bytes(model: PreTrainedModel, tokens: int, *, batch_size: int = 1) -> 
     check_model(model)
     at_least(0, tokens=tokens)
     at_least(1, batch_size=batch_size)
-    parts = held(model, tokens, batch_size) if tokens else []
+    parts = cached_tensors(model, tokens, batch_size) if tokens else []
     return sum(t.numel() * t.itemsize for part in parts for t in part)
 
 

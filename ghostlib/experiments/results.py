@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ghostlib.common import checked, existing, versions, warn
+from ghostlib.common import checked, nearest_existing, versions, warn
 
 Record = dict[str, Any]
 
@@ -75,7 +75,7 @@ class Results:
                 or a file of another kind.
             OSError: the file cannot be written.
         """
-        place = existing(self.path)
+        place = nearest_existing(self.path)
         fit = place.is_file() if place == self.path else place.is_dir()
         if not fit or not os.access(place, os.W_OK):
             raise PermissionError(f"{self.path} cannot be written ({place}): name another file")

@@ -39,7 +39,7 @@ from ghostlib.models.streams import check_windows
 from ghostlib.operators.solve import Operators, solve
 from ghostlib.recovery.recipe import Choice, Recipe, affordable
 from ghostlib.recovery.sequential import dense_streams, fit_sequential
-from ghostlib.selection.criteria import CRITERIA, needed, searched, select_several
+from ghostlib.selection.criteria import CRITERIA, needed_boundaries, select_several, sizes_to_search
 from ghostlib.selection.evidence import Layers
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import (
@@ -189,7 +189,7 @@ class _Run:
         """Choose layers by each criterion, for its numbers of layers, from one pass."""
         total = num_layers(self.model)
         calibration: Tensor | Calibration | None = None
-        if boundaries := {b for c, ns in missing.items() for b in needed(c, ns, total)}:
+        if boundaries := {b for c, ns in missing.items() for b in needed_boundaries(c, ns, total)}:
             moments = any("moments" in CRITERIA[c].needs for c in missing)
             calibration = calibrate(self.model, self._windows, sorted(boundaries), moments=moments)
         for criterion, ns in track(missing.items(), "selecting", unit="criterion"):
@@ -197,7 +197,7 @@ class _Run:
             windows = self._selection_windows if "windows" in CRITERIA[criterion].needs else None
             source = self._windows if calibration is None else calibration
             selected = select_several(self.model, source, ns, criterion, windows=windows)
-            seconds = (time.perf_counter() - begin) / len(searched(criterion, ns))
+            seconds = (time.perf_counter() - begin) / len(sizes_to_search(criterion, ns))
             for n, layers in selected.items():
                 content = {"criterion": criterion, "n": n, "layers": spell(layers)}
                 self.results.append("selection", **content, seconds=round(seconds, 2))

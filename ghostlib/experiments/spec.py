@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghostlib.common import AUTO, PRUNED, SEQUENTIAL, fits, whole
+from ghostlib.common import AUTO, PRUNED, SEQUENTIAL, is_integer, is_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,7 @@ class Specification:
                 self._set(field.name, [_READ.get(field.name, str)(each) for each in values])
             elif "int" in str(field.type) and not (value is None and field.default is None):
                 whole_number(value, field.name, _LEAST.get(field.name, 1))
-            elif not fits(value, field.type):
+            elif not is_kind(value, field.type):
                 raise ValueError(f"{field.name} = {value!r}: give text, as the name of one")
         if not (self.layers or self.starts):
             self._set("criteria", self.criteria or ["cosine"])
@@ -228,7 +228,7 @@ def _digest(file: Path) -> bytes:
 
 def whole_number(value: Any, name: str = "n", least: int = 1) -> int:
     """``value`` as an int; `ValueError` unless it is a whole number of at least ``least``."""
-    if not whole(value) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(f"{name} = {value!r}: give a whole number of at least {least}")
     return int(value)
 

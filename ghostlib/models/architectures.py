@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ghostlib.common import GHOSTED, checked, told
+from ghostlib.common import GHOSTED, checked, short_repr
 from ghostlib.models.configuration import check_agreement, follow, kinds
 from ghostlib.models.placement import loaded_parameters
 
@@ -120,8 +120,8 @@ def check_model(model: Any) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a causal language model of transformers is needed, got {told(model)}: load one with "
-            "load_model or AutoModelForCausalLM.from_pretrained"
+            f"a causal language model of transformers is needed, got {short_repr(model)}: load one "
+            "with load_model or AutoModelForCausalLM.from_pretrained"
         )
     name = model_type(model)
     config = text_config(model)

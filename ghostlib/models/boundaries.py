@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from ghostlib.common import at_least, checked, fits, told, whole
+from ghostlib.common import at_least, checked, is_integer, is_kind, short_repr
 
 
 class Boundary(NamedTuple):
@@ -30,9 +30,9 @@ class Boundary(NamedTuple):
 
 def check_boundary(boundary: Boundary | tuple[int, int], num_layers: int | None = None) -> Boundary:
     """Return ``boundary`` as a `Boundary`; `ValueError` if invalid or outside the model."""
-    if not fits(boundary, tuple[int, int]):
+    if not is_kind(boundary, tuple[int, int]):
         raise ValueError(
-            f"boundary must be a pair of whole numbers (start, stop), got {told(boundary)}"
+            f"boundary must be a pair of whole numbers (start, stop), got {short_repr(boundary)}"
         )
     start, stop = map(operator.index, boundary)
     if num_layers is None and not 0 <= start < stop:
@@ -60,7 +60,7 @@ def check_order(
 
 
 def _index(layer: Any) -> int:
-    if not whole(layer):
+    if not is_integer(layer):
         raise ValueError(f"layers must be integers, such as 12, got {layer!r}")
     return operator.index(layer)
 

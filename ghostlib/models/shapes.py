@@ -43,7 +43,7 @@ def read(
         ) from error
 
 
-def held(model: PreTrainedModel, tokens: int, batch_size: int = 1) -> list[list[Tensor]]:
+def cached_tensors(model: PreTrainedModel, tokens: int, batch_size: int = 1) -> list[list[Tensor]]:
     """Tensors in a cache after ``tokens`` tokens: of each layer, then of all boundaries.
 
     Keys and values, their indices, and the states of convolutions and recurrences.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ghostlib.common import checked, told, whole
+from ghostlib.common import checked, is_integer, short_repr
 from ghostlib.models.architectures import (
     check_index,
     check_layers,
@@ -284,10 +284,10 @@ def check_windows(model: PreTrainedModel, windows: Tensor, mask: Tensor | None =
     The ids must be in the vocabulary, and the windows may not exceed `known_positions`. The mask
     must have their shape.
     """
-    integers = isinstance(windows, Tensor) and whole(windows.new_zeros(()))
+    integers = isinstance(windows, Tensor) and is_integer(windows.new_zeros(()))
     if not integers or windows.ndim != 2:
         raise ValueError(
-            f"windows must be a (windows, length) tensor of token ids, got {told(windows)}"
+            f"windows must be a (windows, length) tensor of token ids, got {short_repr(windows)}"
         )
     if windows.numel() == 0:
         raise ValueError(f"windows hold no token: shape {tuple(windows.shape)}")

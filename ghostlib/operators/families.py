@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from ghostlib.common import Registry, checked, warn, whole
+from ghostlib.common import Registry, checked, is_integer, warn
 from ghostlib.linalg.gram import Regularisation, Regularised, SingularGramWarning, as_list
 from ghostlib.linalg.hadamard import rotate
 from ghostlib.models.boundaries import Boundary
@@ -308,7 +308,7 @@ def least_squares(
 
 def check_rank(rank: int, width: int | None = None) -> None:
     """Raise `ValueError` for a rank that is not between 1 and the width (if known)."""
-    if not whole(rank) or not 1 <= rank <= (rank if width is None else width):
+    if not is_integer(rank) or not 1 <= rank <= (rank if width is None else width):
         limit = "the width" if width is None else f"the width {width}"
         raise ValueError(f"rank must lie between 1 and {limit}, got {rank}")
 

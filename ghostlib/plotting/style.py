@@ -26,7 +26,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox, ScaledTranslation
 
-from ghostlib.common import Registry, replacing
+from ghostlib.common import Registry, atomic_file
 from ghostlib.operators.families import FAMILIES
 
 
@@ -292,7 +292,7 @@ def save(drawn: Axes | FigureBase, name: str | Path) -> tuple[Path, Path]:
     for file, volatile in ((svg, "Date"), (png, "Software")):
         metadata = {"Description": alt_text(figure), volatile: None}
         # the salt: the same file for the same figure
-        with replacing(file) as partial, plt.rc_context({"svg.hashsalt": path.name}):
+        with atomic_file(file) as partial, plt.rc_context({"svg.hashsalt": path.name}):
             figure.savefig(partial, format=file.suffix[1:], dpi=200, metadata=metadata)
     return svg, png
 

@@ -19,14 +19,14 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from ghostlib.common import AUTO, existing, shown
+from ghostlib.common import AUTO, nearest_existing, shown
 from ghostlib.evaluation.cost import count_parameters, flops
 from ghostlib.models.architectures import hidden_size, num_layers, text_config, weight_bytes
 from ghostlib.models.boundaries import contiguous, runs
 from ghostlib.models.loading import EMBEDDED, check_reachable
 from ghostlib.operators.families import Family
 from ghostlib.recovery.recipe import BUDGETS, TRIES, shortlisted
-from ghostlib.selection.criteria import CRITERIA, needed
+from ghostlib.selection.criteria import CRITERIA, needed_boundaries
 from ghostlib.statistics.calibration import available_bytes, calibration_bytes, readable
 from ghostlib.surgery.cut import check_dense
 from ghostlib.text.assets import MODEL, cache_dir
@@ -85,7 +85,7 @@ class Plan:
                 f"{readable(self.available)} are free: use --dtype bfloat16, a shorter --length, "
                 "or --offload FOLDER"
             )
-        free = shutil.disk_usage(existing(Path(HF_HUB_CACHE))).free
+        free = shutil.disk_usage(nearest_existing(Path(HF_HUB_CACHE))).free
         if self.download > free:
             raise OSError(
                 f"{readable(self.download)} have to be fetched and {readable(free)} are free in "
@@ -147,7 +147,7 @@ def plan(
     # The last ones: a gap at layer 0 has no MLP to collect.
     gaps = runs(removed, total) if layers else contiguous(n, total)[-choices:]
     # Gaps that the choice of layers compares, and how many sets of layers it scores.
-    compared = sorted({gap for name in criteria for gap in needed(name, n, total)})
+    compared = sorted({gap for name in criteria for gap in needed_boundaries(name, n, total)})
     greedy = sum(CRITERIA[name].search == "greedy" for name in criteria)
     scores = greedy * (total + (n - 1) * (TRIES if auto else total))
     with_moments = auto or "moments" in CRITERIA[criterion].needs

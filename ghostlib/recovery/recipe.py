@@ -25,8 +25,8 @@ from ghostlib.models.streams import check_windows
 from ghostlib.operators.families import Family
 from ghostlib.operators.paths import choose_ridge, choose_ridges
 from ghostlib.operators.solve import Operator, solve, warn_of_massive_activations
-from ghostlib.selection.criteria import needed, select_layers
-from ghostlib.selection.evidence import WEIGHT, Layers, check_weight, to_keep
+from ghostlib.selection.criteria import needed_boundaries, select_layers
+from ghostlib.selection.evidence import WEIGHT, Layers, check_weight, probe_to_keep
 from ghostlib.selection.trials import Trials
 from ghostlib.statistics.calibration import Calibration, calibrate, suited
 from ghostlib.statistics.features import Regressor
@@ -181,7 +181,7 @@ class Recipe:
         self.model, self.batch_size, self.total = model, batch_size, num_layers(model)
         check_weight(weight)
         self.keep, self.weight = keep, weight
-        self._probes = None if keep is None else to_keep(model, keep)
+        self._probes = None if keep is None else probe_to_keep(model, keep)
         count = min(max(HELD_OUT // windows.shape[1], 1), len(windows) // 2)
         held_out = torch.zeros(len(windows), dtype=torch.bool)
         held_out[[(2 * i + 1) * len(windows) // (2 * count) for i in range(count)]] = True
@@ -199,7 +199,7 @@ class Recipe:
     def shortlist(self, n: int) -> list[Layers]:
         """The layers that each of `SHORTLIST` removes, from one pass over the fitted windows."""
         criteria = shortlisted(self.keep)
-        gaps = sorted({gap for name in criteria for gap in needed(name, n, self.total)})
+        gaps = sorted({gap for name in criteria for gap in needed_boundaries(name, n, self.total)})
         calibration = calibrate(self.model, self.fitted, gaps, batch_size=self.batch_size)
         search: dict[str, Any] = {"windows": self.judges[:1, :_SEARCHED]}
         if self.keep is not None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ghostlib.common import Registry, at_least, checked, told, track
+from ghostlib.common import Registry, at_least, checked, short_repr, track
 from ghostlib.evaluation.abilities import COPYING
 from ghostlib.models.architectures import check_origin, num_layers
 from ghostlib.models.boundaries import Boundary, contiguous
@@ -147,7 +147,7 @@ def select_layers(
         windows = calibration
     if "windows" in rule.needs and windows is None:
         raise ValueError(f"criterion {criterion!r} scores token windows: pass windows=…")
-    boundaries = needed(criterion, n, total)
+    boundaries = needed_boundaries(criterion, n, total)
     family = Family.of(operator)
     options: dict[str, Any] = {"attention_mask": attention_mask, "skip_leading": skip_leading}
     if "windows" not in rule.needs:
@@ -156,8 +156,8 @@ def select_layers(
     if options and not (boundaries and isinstance(calibration, Tensor)):
         name, value = next(iter(options.items()))
         raise ValueError(
-            f"{name} = {told(value)} belongs to a pass that collects statistics, and criterion "
-            f"{criterion!r} makes none here: leave it out"
+            f"{name} = {short_repr(value)} belongs to a pass that collects statistics, and "
+            f"criterion {criterion!r} makes none here: leave it out"
         )
     batch_size = 1 if batch_size is None else batch_size
     if not boundaries:
@@ -184,18 +184,18 @@ def select_several(
 ) -> dict[int, Selection]:
     """Selection of `select_layers` for each of ``ns``, by the fewest searches.
 
-    Pass a `Calibration` of the boundaries `needed` for all ``ns``: from windows, every search makes
+    Pass a `Calibration` of the `needed_boundaries` of all ``ns``: from windows, every search makes
     its own pass. Selections of a greedy criterion share the scores of one search.
     """
     ns = list(ns)
     searches = {
         n: select_layers(model, calibration, n, criterion, **options)
-        for n in searched(criterion, ns)
+        for n in sizes_to_search(criterion, ns)
     }
     return {n: searches[n] if n in searches else searches[max(ns)].first(n) for n in ns}
 
 
-def searched(criterion: str, ns: Iterable[int]) -> list[int]:
+def sizes_to_search(criterion: str, ns: Iterable[int]) -> list[int]:
     """Sizes among ``ns`` to search for: a greedy search for the largest finds all others.
 
     >>> [searched(c, (3, 5, 7)) for c in ("residual", "greedy-recovered")]
@@ -205,7 +205,7 @@ def searched(criterion: str, ns: Iterable[int]) -> list[int]:
     return sizes[-1:] if CRITERIA[criterion].search == "greedy" else sizes
 
 
-def needed(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary]:
+def needed_boundaries(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary]:
     """Boundaries to calibrate for ``criterion`` to choose ``ns`` (one or more) of ``total`` layers.
 
     >>> [len(needed(c, 7, 30)) for c in ("residual", "greedy-recovered", "taylor")]
@@ -214,7 +214,7 @@ def needed(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary
     rule = CRITERIA[criterion]
     if rule.needs == ("windows",):
         return []
-    sizes = searched(criterion, ns if isinstance(ns, Iterable) else [ns])
+    sizes = sizes_to_search(criterion, ns if isinstance(ns, Iterable) else [ns])
     lengths = {"block": sizes, "each": [1], "greedy": range(1, max(sizes) + 1)}[rule.search]
     return [boundary for length in lengths for boundary in contiguous(length, total)]
 

@@ -101,7 +101,7 @@ class Evidence:
 
     @cached_property
     def _trials(self) -> Trials:
-        probes = None if self.keep is None else to_keep(self.model, self.keep)
+        probes = None if self.keep is None else probe_to_keep(self.model, self.keep)
         return Trials(self.model, self.windows, batch_size=self.batch_size, probes=probes)
 
     @cached_property
@@ -124,7 +124,7 @@ class Evidence:
         return self._operators[gap]
 
 
-def to_keep(model: PreTrainedModel, name: str) -> ProbeSet:
+def probe_to_keep(model: PreTrainedModel, name: str) -> ProbeSet:
     """The probe to choose layers or repairs by, on items that `abilities` does not use.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ghostlib.common import Registry, at_least, checked, fits, told
+from ghostlib.common import Registry, at_least, checked, is_kind, short_repr
 
 
 def rms_norm(X: Tensor) -> Tensor:
@@ -165,11 +165,11 @@ class Regressor:
     weight: Weight = UNIFORM
 
     def __post_init__(self) -> None:
-        is_tuple = isinstance(self.features, tuple) and fits(self.features, tuple[Feature, ...])
+        is_tuple = isinstance(self.features, tuple) and is_kind(self.features, tuple[Feature, ...])
         if not self.features or not is_tuple:
             raise ValueError(
                 f"a regressor needs a tuple of features, such as those of Regressor.parse('x'), "
-                f"got {told(self.features)}"
+                f"got {short_repr(self.features)}"
             )
         if len(set(self.features)) < len(self.features):
             raise ValueError(f"regressor '{self}' names a feature twice: name each once")

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ghostlib.common import at_least, checked, replacing
+from ghostlib.common import at_least, atomic_file, checked
 from ghostlib.linalg.gram import Gram, gram
 from ghostlib.linalg.hadamard import has_hadamard, rotate
 from ghostlib.models.boundaries import Boundary, check_boundary
@@ -479,7 +479,7 @@ class Moments:
         facts |= {"format": _FORMAT, "regressor": str(self.regressor)}
         tensors = {name: t.cpu().contiguous() for name, t in self.tensors().items()}
         try:
-            with replacing(path) as temporary:
+            with atomic_file(path) as temporary:
                 save_file(tensors, temporary, metadata={"moments": json.dumps(facts)})
         except SafetensorError as error:  # the disk is full, or there is no such folder
             raise OSError(f"{path} could not be written ({error}): name another") from error

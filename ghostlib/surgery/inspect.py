@@ -23,7 +23,7 @@ from ghostlib.models.architectures import (
 from ghostlib.models.boundaries import spell
 from ghostlib.models.layers import down_projection, embeddings, stream_norm, writers
 from ghostlib.models.loading import EMBEDDED, check_reachable, check_source
-from ghostlib.models.shapes import held
+from ghostlib.models.shapes import cached_tensors
 from ghostlib.models.streams import refusal
 from ghostlib.models.tiny import tiny_model
 from ghostlib.operators.families import FAMILIES
@@ -168,7 +168,9 @@ def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
 def _cache(model: PreTrainedModel) -> tuple[int, ...] | None:
     """Numbers by which the cache of each layer grows per token; 0 for states of fixed size."""
     with suppress(Exception):  # some types compute on values, which meta tensors do not have
-        two, three = ([sum(t.numel() for t in part) for part in held(model, n)] for n in (2, 3))
+        two, three = (
+            [sum(t.numel() for t in part) for part in cached_tensors(model, n)] for n in (2, 3)
+        )
         growth = [after - before for before, after in zip(two, three, strict=True)]
         return tuple(growth[: num_layers(model)])
     return None

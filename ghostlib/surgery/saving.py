@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ghostlib.common import checked, existing, one_line, versions
+from ghostlib.common import checked, nearest_existing, one_line, versions
 from ghostlib.models.architectures import check_model, weight_bytes
 from ghostlib.models.boundaries import spell
 from ghostlib.surgery.ghosted import GhostedMixin, atomic_folder, check_new
@@ -83,7 +83,7 @@ def check_output(folder: str | os.PathLike[str], *, bytes_needed: int = 0) -> No
     """
     target = Path(folder).expanduser()
     check_new(target)
-    parent = existing(target.absolute().parent)
+    parent = nearest_existing(target.absolute().parent)
     if not parent.is_dir():
         raise NotADirectoryError(f"output folder {target}: {parent} is a file")
     if not os.access(parent, os.W_OK):

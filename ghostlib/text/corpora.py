@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghostlib.common import Registry, at_least, checked, one_line, told
+from ghostlib.common import Registry, at_least, checked, one_line, short_repr
 from ghostlib.text.assets import asset
 from ghostlib.text.documents import (
     Corpus,
@@ -224,7 +224,7 @@ def tokenised(
     at_least(1, length=length, count=count)
     if not callable(tokenizer):
         raise ValueError(
-            f"tokenizer must be a tokenizer, as load_model returns it, got {told(tokenizer)}"
+            f"tokenizer must be a tokenizer, as load_model returns it, got {short_repr(tokenizer)}"
         )
     token = bos_token(tokenizer, bos)
     body = length if token is None else length - 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ghostlib.common import replacing
+from ghostlib.common import atomic_file
 from ghostlib.experiments.results import Results, read_results
 
 _DATA = resources.files("ghostlib.tutorial") / "data"
@@ -59,7 +59,7 @@ def over_seeds(
         lists = {
             seed: {k: np.asarray(v).tolist() for k, v in computed[seed].items()} for seed in seeds
         }
-        with replacing(path) as new:
+        with atomic_file(path) as new:
             new.write_text(json.dumps(lists), encoding="utf-8")
     by_seed = json.loads(path.read_text(encoding="utf-8"))
     draws = [{k: np.array(v) for k, v in by_seed[str(seed)].items()} for seed in seeds]

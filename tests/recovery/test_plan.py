@@ -12,7 +12,7 @@ from ghostlib.models.tiny import tiny_config
 from ghostlib.recovery import plan as plan_module
 from ghostlib.recovery.plan import Plan, plan
 from ghostlib.recovery.recipe import SHORTLIST
-from ghostlib.selection.criteria import needed
+from ghostlib.selection.criteria import needed_boundaries
 
 pytestmark = pytest.mark.thorough
 
@@ -97,7 +97,7 @@ def test_more_windows_take_longer_and_no_more_memory(llama, monkeypatch):
 def test_an_ability_to_keep_takes_a_search_of_its_own(llama, monkeypatch):
     monkeypatch.setattr(plan_module, "_rate", lambda *_: 1e12)
     usual, kept = (plan(llama, n=11, operator="auto", keep=keep) for keep in (None, "copying"))
-    gaps = {gap for name in (*SHORTLIST, "abilities") for gap in needed(name, 11, 32)}
+    gaps = {gap for name in (*SHORTLIST, "abilities") for gap in needed_boundaries(name, 11, 32)}
     assert kept.memory["calibration"] >= gl.calibration_bytes(4096, sorted(gaps), length=2048).total
     assert kept.memory["calibration"] > usual.memory["calibration"]
     one = usual.seconds["scoring"] / (3 * 8)  # a window

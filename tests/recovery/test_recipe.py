@@ -17,7 +17,7 @@ from ghostlib.operators.paths import RIDGES, choose_ridge, choose_ridges
 from ghostlib.operators.solve import Operator, solve
 from ghostlib.recovery import recipe as recipe_module
 from ghostlib.recovery.recipe import BUDGETS, PRUNED, SHORTLIST, Choice, Recipe
-from ghostlib.selection.criteria import needed
+from ghostlib.selection.criteria import needed_boundaries
 from ghostlib.selection.trials import Trials
 
 pytestmark = pytest.mark.thorough
@@ -358,7 +358,7 @@ def test_to_keep_an_ability_layers_are_searched_by_it(monkeypatch) -> None:
     recipe = gl.Recipe(model, windows(), keep="copying-16", weight=0.3, candidates=["ghost"])
     sets = recipe.shortlist(2)
     assert searches == [*SHORTLIST, "abilities"]
-    calibration = gl.calibrate(model, recipe.fitted, needed("abilities", 2, LAYERS))
+    calibration = gl.calibrate(model, recipe.fitted, needed_boundaries("abilities", 2, LAYERS))
     options = {"keep": "copying-16", "weight": 0.3, "windows": recipe.judges[:1], "tries": 9}
     assert tuple(gl.select_layers(model, calibration, 2, "abilities", **options)) in sets
     with pytest.raises(ValueError, match="probe 'names' cannot be run: it needs a tokenizer"):

@@ -14,8 +14,14 @@ import ghostlib as gl
 from ghostlib import Boundary
 from ghostlib.models.architectures import decoder_layers
 from ghostlib.models.streams import final_hidden
-from ghostlib.selection.criteria import CRITERIA, Selection, needed, searched, select_several
-from ghostlib.selection.evidence import to_keep
+from ghostlib.selection.criteria import (
+    CRITERIA,
+    Selection,
+    needed_boundaries,
+    select_several,
+    sizes_to_search,
+)
+from ghostlib.selection.evidence import probe_to_keep
 from ghostlib.selection.trials import Trials
 
 
@@ -181,17 +187,17 @@ def test_smaller_choices_lie_on_the_path_of_a_greedy_search():
 def test_a_smaller_choice_is_the_best_of_its_own_size():
     scores = {(0,): 3.0, (1,): 2.0, (2,): 2.5, (0, 1): 1.0, (1, 2): 4.0}
     assert Selection((0, 1), "perplexity", scores).first(1) == (1,)
-    assert [searched(c, (3, 1, 2)) for c in ("cosine", "perplexity")] == [[1, 2, 3], [3]]
+    assert [sizes_to_search(c, (3, 1, 2)) for c in ("cosine", "perplexity")] == [[1, 2, 3], [3]]
 
 
 @pytest.mark.thorough
 def test_abilities_weigh_a_probe_beside_the_text():
     model, ids = tiny_model("llama", num_hidden_layers=3), tiny_windows(2, 20)
-    stats = gl.calibrate(model, ids, needed("abilities", 1, 3))
+    stats = gl.calibrate(model, ids, needed_boundaries("abilities", 1, 3))
     text = gl.select_layers(model, stats, 1, "greedy-recovered", windows=ids).scores
     heavy = gl.select_layers(model, stats, 1, "abilities", windows=ids, weight=2.0).scores
     default = gl.select_layers(model, stats, 1, "abilities", windows=ids).scores
-    probe = to_keep(model, "copying")
+    probe = probe_to_keep(model, "copying")
     for layer in (0, 2):
         variant = gl.recover(model, stats, [layer])
         with torch.no_grad():
@@ -220,9 +226,9 @@ def test_a_greedy_search_keeps_the_streams_of_each_step_once(monkeypatch):
 def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
     model, ids, ns = tiny_model("llama"), tiny_windows(3, 20), (2, 1)
     alone = {n: gl.select_layers(model, ids, n, criterion) for n in ns}
-    boundaries = needed(criterion, ns, LAYERS)
+    boundaries = needed_boundaries(criterion, ns, LAYERS)
     assert len(set(boundaries)) == len(boundaries)
-    assert set(boundaries) == {b for n in ns for b in needed(criterion, n, LAYERS)}
+    assert set(boundaries) == {b for n in ns for b in needed_boundaries(criterion, n, LAYERS)}
     stats = gl.calibrate(model, ids, boundaries) if boundaries else ids
     searches, original = [], gl.select_layers
 
@@ -234,7 +240,7 @@ def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
     selections = select_several(model, stats, ns, criterion, windows=ids)
     assert selections == alone and list(selections) == list(ns)
     expected = [2] if CRITERIA[criterion].search == "greedy" else [1, 2]
-    assert searches == searched(criterion, ns) == expected
+    assert searches == sizes_to_search(criterion, ns) == expected
     for n, chosen in selections.items():
         assert (chosen.criterion, chosen.n) == (criterion, n)
         scores = {layers: chosen.scores[layers] for layers in alone[n].scores}
@@ -244,7 +250,7 @@ def test_several_depths_are_chosen_as_each_alone(criterion, monkeypatch):
 @pytest.mark.thorough
 def test_selection_windows_may_differ_from_calibration_windows():
     model, ids, other = tiny_model("llama"), tiny_windows(), tiny_windows(3, 20, seed=1)
-    stats = gl.calibrate(model, ids, needed("greedy-recovered", 2, LAYERS))
+    stats = gl.calibrate(model, ids, needed_boundaries("greedy-recovered", 2, LAYERS))
     with pytest.raises(ValueError, match=r"'greedy-recovered' scores token windows: pass windows="):
         gl.select_layers(model, stats, 2, "greedy-recovered")
     selection = gl.select_layers(model, stats, 2, "greedy-recovered", windows=other)
@@ -319,7 +325,7 @@ def test_one_pass_serves_every_start_and_length():
 
 def test_statistics_that_were_not_collected_are_named():
     model, ids = tiny_model("llama"), tiny_windows()
-    stats = gl.calibrate(model, ids, needed("residual", 2, LAYERS), moments=False)
+    stats = gl.calibrate(model, ids, needed_boundaries("residual", 2, LAYERS), moments=False)
     with pytest.raises(ValueError, match=r"lacks for .0, 2.: calibrate with moments=True"):
         gl.select_layers(model, stats, 2, "residual")
     with pytest.raises(ValueError, match="'taylor' scores token windows: pass windows="):
@@ -335,7 +341,9 @@ def test_padding_is_never_scored():
         gl.select_layers(model, ids, 1, "perplexity", attention_mask=mask)
     other = tiny_windows(2, 16, seed=1)
     chosen = gl.select_layers(model, ids, 1, "greedy-recovered", attention_mask=mask, windows=other)
-    stats = gl.calibrate(model, ids, needed("greedy-recovered", 1, LAYERS), attention_mask=mask)
+    stats = gl.calibrate(
+        model, ids, needed_boundaries("greedy-recovered", 1, LAYERS), attention_mask=mask
+    )
     assert chosen == gl.select_layers(model, stats, 1, "greedy-recovered", windows=other)
 
 

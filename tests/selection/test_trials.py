@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import ghostlib as gl
 from ghostlib.models.architectures import decoder_layers
 from ghostlib.models.boundaries import gaps_without
-from ghostlib.selection.evidence import to_keep
+from ghostlib.selection.evidence import probe_to_keep
 from ghostlib.selection.trials import Trials
 from ghostlib.tutorial.cosine import fit_cosine, mlp_activations
 
@@ -135,7 +135,7 @@ def test_only_the_streams_of_named_starts_are_kept():
 def test_without_windows_there_is_no_loss():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="no windows to score"):
-        gl.Trials(model, None, probes=to_keep(model, "copying")).losses(())
+        gl.Trials(model, None, probes=probe_to_keep(model, "copying")).losses(())
 
 
 def test_loss_is_the_mean_and_the_model_stays():
