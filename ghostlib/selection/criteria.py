@@ -198,7 +198,7 @@ def select_several(
 def sizes_to_search(criterion: str, ns: Iterable[int]) -> list[int]:
     """Sizes among ``ns`` to search for: a greedy search for the largest finds all others.
 
-    >>> [searched(c, (3, 5, 7)) for c in ("residual", "greedy-recovered")]
+    >>> [sizes_to_search(c, (3, 5, 7)) for c in ("residual", "greedy-recovered")]
     [[3, 5, 7], [7]]
     """
     sizes = sorted(set(ns))
@@ -208,7 +208,7 @@ def sizes_to_search(criterion: str, ns: Iterable[int]) -> list[int]:
 def needed_boundaries(criterion: str, ns: int | Iterable[int], total: int) -> list[Boundary]:
     """Boundaries to calibrate for ``criterion`` to choose ``ns`` (one or more) of ``total`` layers.
 
-    >>> [len(needed(c, 7, 30)) for c in ("residual", "greedy-recovered", "taylor")]
+    >>> [len(needed_boundaries(c, 7, 30)) for c in ("residual", "greedy-recovered", "taylor")]
     [24, 189, 0]
     """
     rule = CRITERIA[criterion]
