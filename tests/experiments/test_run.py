@@ -351,6 +351,7 @@ def test_another_specification_is_refused_before_and_after_the_model_is_loaded(
     assert [p.name for p in finished.path.parent.iterdir()] == ["complete.jsonl"]
 
 
+@pytest.mark.thorough
 def test_other_text_in_a_file_of_the_same_name_is_refused(folder, tmp_path):
     text, path = tmp_path / "one.txt", tmp_path / "a.jsonl"
     text.write_text((folder / "one.txt").read_text())

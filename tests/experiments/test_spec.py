@@ -169,6 +169,7 @@ def test_notebook_10_has_every_field_as_a_parameter_of_papermill():
     assert set(parameters) == names - others | {"output"}
 
 
+@pytest.mark.thorough
 def test_the_commands_of_notebook_10_are_of_the_papers_settings():
     commands = documented("10_full_model_evaluation")
     by_cli, by_papermill, _ = [line for line in commands if "seeds-0.jsonl" not in line]

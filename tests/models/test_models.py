@@ -102,6 +102,7 @@ def test_load_model_reads_a_folder_in_the_requested_dtype(tmp_path, embedded):
     assert half.dtype == torch.bfloat16
 
 
+@pytest.mark.thorough
 def test_a_model_is_found_below_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     gl.save(tiny_model("llama", vocab_size=300), "~/model", tiny_tokenizer())

@@ -389,6 +389,7 @@ def test_the_site_has_the_course_and_every_page_of_the_documentation(site):
     assert all(f"../notebooks/{path.name}" in goals for path in SUITE)
 
 
+@pytest.mark.thorough
 def test_figures_of_the_site_have_the_stored_alternative_texts(site):
     for path in SUITE:
         cells = fill.read(site["SOURCE"] / "notebooks" / path.name).cells
