@@ -175,8 +175,8 @@ def choose_ridges(
 ) -> tuple[float, ...]:
     """A relative ridge for each feature, by coordinate descent on the held-out error.
 
-    Features of the stream and of the MLP need ridges that differ a hundredfold, and no single
-    decomposition serves ridges of different ratios: each step is a Cholesky factorisation.
+    Features of the stream and of the MLP may need different ridges, and no single decomposition
+    serves ridges of different ratios: each step is a Cholesky factorisation.
 
     Args:
         train: training moments.
