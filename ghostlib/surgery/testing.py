@@ -243,20 +243,20 @@ CHECKS["dynamic cache"] = lambda subject: subject.check_generation(subject.ids)
 CHECKS["static cache"] = _static
 CHECKS["offloaded cache"] = _offloaded
 CHECKS["quantised cache"] = _quantised
-CHECKS["whatever the pieces"] = _pieces
-CHECKS["a cache taken up again"] = _resumed
-CHECKS["sequences in turn"] = _interleaved
-CHECKS["assisted by another model"] = lambda subject: subject.check_generation(
+CHECKS["pieces of any length"] = _pieces
+CHECKS["resumed cache"] = _resumed
+CHECKS["interleaved sequences"] = _interleaved
+CHECKS["assisted generation"] = lambda subject: subject.check_generation(
     subject.ids[:1], assistant_model=subject.partner
 )
 CHECKS["prompt lookup"] = lambda subject: subject.check_generation(
     subject.ids[:1].repeat(1, 3), prompt_lookup_num_tokens=2
 )
 CHECKS["beams"] = _beams
-CHECKS["assisting another model"] = _assisting
+CHECKS["as an assistant"] = _assisting
 CHECKS["chunked prefill"] = _chunked
 CHECKS["left padding"] = _left_padding
-CHECKS["embeddings for ids"] = _inputs_embeds
+CHECKS["input embeddings"] = _inputs_embeds
 CHECKS["threads"] = _threads
 CHECKS["deep copy"] = lambda subject: _assert_same(subject, copy.deepcopy(subject.model))
 CHECKS["pickle"] = lambda subject: _assert_same(subject, pickle.loads(pickle.dumps(subject.model)))

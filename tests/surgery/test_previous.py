@@ -123,7 +123,13 @@ def test_beams_and_samples_take_their_memory_along(options: dict) -> None:
 
 
 def test_generations_do_not_leak_into_each_other() -> None:
-    checks = ["dynamic cache", "sequences in turn", "left padding", "saved and loaded", "deep copy"]
+    checks = [
+        "dynamic cache",
+        "interleaved sequences",
+        "left padding",
+        "saved and loaded",
+        "deep copy",
+    ]
     assert check_repaired_model(repaired(), checks=checks) == dict.fromkeys(checks, "right")
 
 

@@ -26,8 +26,8 @@ GPU = torch.cuda.is_available()
 
 # These ways need a token before the last one, which the cache does not keep.
 REFUSED = {
-    "assisted by another model": "cannot go back|cache that can be cropped",
-    "assisting another model": "keeps one token and cannot go back",
+    "assisted generation": "cannot go back|cache that can be cropped",
+    "as an assistant": "keeps one token and cannot go back",
     "prompt lookup": "cannot go back|cache that can be cropped",
 }
 QUICK = [name for name in CHECKS if name != "compiled"]
@@ -132,7 +132,7 @@ def test_a_pass_that_does_not_come_along_is_noticed(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "name",
-    ["dynamic cache", "assisted by another model", "assisting another model", "prompt lookup"],
+    ["dynamic cache", "assisted generation", "as an assistant", "prompt lookup"],
 )
 def test_a_module_that_differs_token_by_token_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -144,7 +144,7 @@ def test_a_module_that_differs_token_by_token_is_noticed(
         return forward(self, x) if x.shape[1] > 8 else x
 
     monkeypatch.setattr(BoundaryModule, "forward", by_length)
-    if name == "assisting another model":  # any proposal is allowed
+    if name == "as an assistant":  # any proposal is allowed
         assert check_repaired_model(model, dense, checks=[name]) == {name: "right"}
         return
     with pytest.raises(AssertionError, match=f"{name}: logits are off"):
