@@ -7,6 +7,7 @@ at once.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -393,6 +394,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(arguments)
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head or less, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is flushed at exit
     except KeyboardInterrupt as error:
         return _fail(error, 130, "interrupted")
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:

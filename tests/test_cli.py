@@ -349,6 +349,14 @@ def test_fetch_names_the_files(capsys, monkeypatch, tmp_path):
     assert "wiki.json" in capsys.readouterr().out
 
 
+def test_a_reader_that_ends_early_is_no_error():
+    command = [sys.executable, "-m", "ghostlib.cli", "names"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as head and less do
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_names_lists_the_values_of_options(capsys):
     assert main(["names"]) == 0
     printed = capsys.readouterr().out

@@ -367,8 +367,8 @@ What the paper and this project assert, and what the notebooks measured. An iden
 not, by an assertion that fails when it is false. A measurement holds if all of its 95 % interval
 lies on the claim's side, does not hold if none of it does, and is undecided otherwise; one that was
 made once and has no interval says so, and names its threshold. A claim that was measured more than
-once has the least favourable of its verdicts. Beside a value that rests on a
-single calibration stands *one seed*: its interval is that of the text, not of the calibration.
+once has the least favourable of its verdicts. *One seed* marks a value from a single calibration:
+its interval covers the choice of test text, not of calibration text.
 
 The verdicts of {count} claims: {tally}.
 

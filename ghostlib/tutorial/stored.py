@@ -41,7 +41,7 @@ def over_seeds(
 ) -> list[dict[str, np.ndarray]]:
     """Measurements of a notebook on several draws of the text, the first computed, the rest stored.
 
-    With ``GHOSTLIB_RECOMPUTE=1`` in the environment all are computed and stored anew.
+    With ``GHOSTLIB_RECOMPUTE=1`` in the environment all are computed and stored again.
 
     Args:
         name: of the stored draws.

@@ -47,9 +47,8 @@ UNBUILT = {
     "gemma3n": "its tower for images needs the package timm; its text model is `gemma3n_text`",
     "gemma4_assistant": "drafts tokens from the hidden states of another model",
     "gemma4_unified_assistant": "drafts tokens from the hidden states of another model",
-    "musicgen": "transformers makes no causal model of its configuration, which is that of a whole",
-    "musicgen_melody": "transformers makes no causal model of its configuration, which is that of "
-    "a whole",
+    "musicgen": "transformers makes no causal model of its composite configuration",
+    "musicgen_melody": "transformers makes no causal model of its composite configuration",
 }
 """Reasons why transformers builds no causal model from the configuration of a type."""
 
