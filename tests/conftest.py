@@ -6,6 +6,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GHOSTLIB_PROGRESS", "0")
+# Before torch is imported: workers of `pytest -n` share the cores, and their threads do not spin.
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))),
+)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hypothesis
 import pytest
@@ -134,7 +140,7 @@ def any_tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make test` asks for everything; without it the tests take a minute or two."""
+    """`make test` asks for everything; without it the tests take a minute."""
     parser.addoption("--thorough", action="store_true", help="also what is marked thorough or slow")
 
 

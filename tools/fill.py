@@ -18,7 +18,7 @@ from notebooks import ROOT, Notebook, code_cells, dump, read, suite
 QUICK = "00_quickstart.ipynb"  # opened by the README's badges
 FILLED = ("README.md", "CONTRIBUTING.md", "CITATION.cff")
 PARTS = {"00": "Learn", "08": "Use", "13": "Beyond", "ex": "Explore"}  # by their first number
-WITHOUT_ADDRESS = "put ghostlib's wheel (make wheel) beside the notebook, or start from a clone"
+WITHOUT_ADDRESS = "put ghostlib's wheel (make wheel) next to the notebook, or start from a clone"
 WHEEL = f"""\
     wheels = glob.glob("ghostlib-*.whl")
     assert wheels, "{WITHOUT_ADDRESS}"

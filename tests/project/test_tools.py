@@ -246,7 +246,7 @@ def test_the_setup_cell_installs_what_is_missing_and_nothing_else(
     assert run_setup(source) == [] and capsys.readouterr() == ("", "")
     missing = "lm_eval" if evaluates else "ghostlib"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
-    with pytest.raises(AssertionError, match=r"put ghostlib's wheel \(make wheel\) beside"):
+    with pytest.raises(AssertionError, match=r"put ghostlib's wheel \(make wheel\) next to"):
         run_setup(source)
     (tmp_path / "ghostlib-1.0-py3-none-any.whl").touch()
     (command,) = run_setup(source)
